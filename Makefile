@@ -1,0 +1,47 @@
+# make setup | demo | test | bench | lint | clean: each sets up first what it needs. Nothing else has to be
+# installed by hand; see tools/system_deps.sh for what is taken from the system.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+NATIVE := $(shell find hvd_syncbn torch_impl tf_impl -name "*.cc" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+CMAKE := $(shell find CMakeLists.txt hvd_syncbn torch_impl tf_impl -name "CMakeLists.txt" -o -name "*.cmake")
+
+.PHONY: setup demo test bench lint clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+# Needs the tools, not the build.
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy hvd_syncbn torch_impl tf_impl
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+clean:
+	rm -rf $(VENV) build
+
+$(VENV)/.requirements: requirements.txt tools/system_deps.sh
+	@tools/system_deps.sh $(VENV)
+	@echo "Installing the requirements into $(VENV) (about 1.5 GB with both frameworks; takes minutes, once)"
+	@tools/with_clock.sh $(PIP) install -qq --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.horovod: hvd_syncbn/horovod_build.py $(VENV)/.requirements
+	@$(BIN)/python -m hvd_syncbn.horovod_build
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(CMAKE) $(NATIVE) $(VENV)/.requirements $(VENV)/.horovod
+	@echo "Building the native parts"
+	@tools/with_clock.sh $(PIP) install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@

@@ -1,0 +1,511 @@
+"""Builds Horovod for the frameworks of this Python: ``hvd-syncbn build-horovod``.
+
+Horovod 0.28.1, its last release, does not compile against today's PyTorch and TensorFlow. With the substitutions
+below and one CMake setting it does. The rules of this room:
+
+* It runs before anything of ours is built (``python -m hvd_syncbn.horovod_build``), so it imports the standard
+  library and rich, nothing else. Frameworks are looked at, never imported.
+* One wheel for each combination of everything that decides the binary. All environments of a user share the cache,
+  so a second checkout installs in seconds what the first one built in minutes.
+* A build that fails says what the compiler said first, and where the log is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+HOROVOD_VERSION = "0.28.1"
+SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+
+
+class Substitution(NamedTuple):
+    """One change to Horovod's source: in `file`, the one occurrence of `old` becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+SUBSTITUTIONS = (
+    # Today's framework headers are C++17, also the ones the parts shared by both frameworks include.
+    Substitution("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
+    Substitution("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
+    # TensorFlow's wheels ship XLA headers that include a header they lack (highwayhash/arch_specific.h).
+    # Collectives inside XLA are off by default in Horovod anyway.
+    Substitution(
+        "horovod/tensorflow/xla_mpi_ops.cc",
+        "\n#if TENSORFLOW_VERSION >= 2006000000\n",
+        "\n#if TENSORFLOW_VERSION >= 2006000000 && TENSORFLOW_VERSION < 2016000000\n",
+    ),
+)
+
+# Horovod reads more HOROVOD_* variables when it runs than when it is built. These are the build's.
+_BUILD_VARIABLE = re.compile(
+    r"HOROVOD_(GPU(_.+)?|CPU_OPERATIONS|(NCCL|NVTX|CUDA|ROCM|BUILD)_.+|ALLOW_MIXED_GPU_IMPL|CMAKE|DEBUG)"
+)
+_PARTS = ("PYTORCH", "TENSORFLOW", "MXNET", "MPI", "GLOO")
+_MAKE_STEP = re.compile(r"^\s*\[\s*(\d+)%\] (.+)$")
+_PLAIN_PROGRESS_S = 15.0
+_GIB_PER_COMPILER = 2
+
+# The most telling first: a compiler's message may come after lines that only mention errors.
+_ERROR_LINES = (
+    re.compile(r"(: (fatal )?error: )|(^\s*nvcc fatal)"),
+    re.compile(r"CMake Error"),
+    re.compile(r"undefined reference|ld returned"),
+    re.compile(r"\berror:", re.IGNORECASE),
+)
+
+
+class BuildError(Exception):
+    """Horovod cannot be built here; the message tells a person why and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is here
+
+
+def framework_versions() -> dict[str, str]:
+    """Return the versions of the frameworks installed in this Python, without importing them."""
+    versions = {}
+    torch = importlib.util.find_spec("torch")
+    if torch is not None and torch.origin is not None:
+        # Not the distribution's version: that one leaves out which CUDA the build is for.
+        text = Path(torch.origin).with_name("version.py").read_text()
+        match = re.search(r"^__version__ = '(.+)'$", text, re.MULTILINE)
+        versions["torch"] = match[1] if match else importlib.metadata.version("torch")
+    if importlib.util.find_spec("tensorflow") is not None:
+        # tensorflow, tensorflow-cpu, tf-nightly, ...: whoever owns the module.
+        owner = importlib.metadata.packages_distributions()["tensorflow"][0]
+        versions["tensorflow"] = importlib.metadata.version(owner)
+    return versions
+
+
+def cache_root() -> Path:
+    """Return the folder that keeps Horovod's source and the wheels built from it."""
+    own = os.environ.get("HVD_SYNCBN_CACHE")
+    if own:
+        return Path(own).expanduser() / "horovod"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hvd-syncbn" / "horovod"
+
+
+def check() -> list[str]:
+    """Return what is wrong with the installed Horovod, one sentence each; nothing if it fits the frameworks."""
+    spec = importlib.util.find_spec("horovod")
+    if spec is None or spec.origin is None:
+        return ["Horovod is not installed."]
+    try:
+        built_for = json.loads(Path(spec.origin).with_name("metadata.json").read_text())
+    except (OSError, ValueError):
+        return ["The installed Horovod was built without native libraries."]
+    problems = []
+    for name, key in (("torch", "pytorch"), ("tensorflow", "tensorflow")):
+        here = framework_versions().get(name)
+        there = built_for.get(key)
+        if here is None:
+            continue
+        if there is None:
+            problems.append(f"Horovod was built without {name}, and {name} {here} is installed.")
+        elif there.replace("-", "") != here.replace("-", ""):  # 2.22.0-rc1 calls itself 2.22.0rc1 as a package
+            problems.append(f"Horovod was built for {name} {there}, and {name} {here} is installed.")
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What decides the binary
+
+
+def build_settings(
+    versions: Mapping[str, str], environ: Mapping[str, str], *, with_mpi: bool = False, with_nccl: bool = False
+) -> dict[str, str]:
+    """Return Horovod's build variables: our choice, then the caller's own HOROVOD_* variables, then the options."""
+    wanted = {
+        "PYTORCH": "torch" in versions,
+        "TENSORFLOW": "tensorflow" in versions,
+        "MXNET": False,
+        "MPI": False,
+        "GLOO": True,
+    }
+    for part in _PARTS:
+        if environ.get(f"HOROVOD_WITH_{part}") == "1":
+            wanted[part] = True
+        elif environ.get(f"HOROVOD_WITHOUT_{part}") == "1":
+            wanted[part] = False
+    wanted["MPI"] |= with_mpi
+    settings = {f"HOROVOD_{'WITH' if wanted[part] else 'WITHOUT'}_{part}": "1" for part in _PARTS}
+    settings |= {name: value for name, value in environ.items() if _BUILD_VARIABLE.fullmatch(name)}
+    if with_nccl:
+        settings["HOROVOD_GPU_OPERATIONS"] = "NCCL"
+    return settings
+
+
+def cache_key(versions: Mapping[str, str], settings: Mapping[str, str], compiler: str) -> str:
+    """Return the name of the cache folder: readable, then a hash over everything that decides the binary."""
+    python = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    ingredients = {
+        "horovod": HOROVOD_VERSION,
+        "source": SDIST_SHA256,
+        "substitutions": SUBSTITUTIONS,
+        "frameworks": dict(versions),
+        "python": python,
+        "libc": platform.libc_ver(),
+        "compiler": compiler,
+        "settings": dict(settings),
+    }
+    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+    names = "-".join(f"{name}{version}" for name, version in versions.items())
+    return f"{HOROVOD_VERSION}-{names}-{python}-{digest[:12]}"
+
+
+def find_compiler(environ: Mapping[str, str]) -> str:
+    """Return the version line of the C++ compiler CMake will take."""
+    candidates = [environ["CXX"].split()[0]] if environ.get("CXX") else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        path = shutil.which(candidate, path=environ.get("PATH"))
+        if path:
+            result = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+            return result.stdout.partition("\n")[0]
+    raise BuildError(f"No C++ compiler found ({', '.join(candidates)}). Install one: apt-get install g++")
+
+
+def check_tools(environ: Mapping[str, str]) -> None:
+    """Raise if something the build needs is missing, before minutes are spent on finding out."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        raise BuildError(f"Python's headers are missing ({header}). Install them: apt-get install python3-dev")
+    if not shutil.which("make", path=environ.get("PATH")):
+        raise BuildError("make is missing. Install it: apt-get install make")
+    if not environ.get("HOROVOD_CMAKE") and not shutil.which("cmake", path=environ.get("PATH")):
+        raise BuildError(f"CMake is missing. Install it: {sys.executable} -m pip install 'cmake<4'")
+    if importlib.util.find_spec("pip") is None:
+        raise BuildError(f"{sys.executable} has no pip. Install it: {sys.executable} -m ensurepip")
+    missing = [name for name in ("setuptools", "wheel", "packaging") if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join(missing)
+        raise BuildError(f"Horovod's build needs {names}. Install: {sys.executable} -m pip install {names}")
+
+
+def build_jobs() -> int:
+    """Return how many compilers to run at once: one per CPU, as long as the memory lasts."""
+    cpus = len(os.sched_getaffinity(0))
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
+    return max(1, min(cpus, gib // _GIB_PER_COMPILER))
+
+
+def build_environment(settings: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of the build."""
+    # An outer make's MAKEFLAGS name a job server that this make cannot reach.
+    dropped = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}
+    env = {k: v for k, v in environ.items() if not k.startswith("HOROVOD_") and k not in dropped}
+    jobs = build_jobs()
+    return {
+        **env,
+        **settings,
+        "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
+        "CMAKE_GENERATOR": "Unix Makefiles",
+        "MAKEFLAGS": f"-j{jobs}",
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
+        # Horovod asks TensorFlow for its paths in a process of its own, which logs to the same place.
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The source
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def verify_sdist(path: Path) -> None:
+    """Raise if `path` is not the Horovod source these substitutions were written for."""
+    found = sha256_of(path)
+    if found != SDIST_SHA256:
+        raise BuildError(f"{path} is not Horovod {HOROVOD_VERSION} as released: SHA-256 {found}, not {SDIST_SHA256}.")
+
+
+def fetch_sdist(folder: Path, env: Mapping[str, str]) -> Path:
+    """Return Horovod's verified source archive in `folder`, downloaded through pip unless it is there."""
+    archive = folder / f"horovod-{HOROVOD_VERSION}.tar.gz"
+    if archive.exists() and sha256_of(archive) == SDIST_SHA256:
+        return archive
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        command += ["--no-build-isolation", "--dest", temporary, f"horovod=={HOROVOD_VERSION}"]
+        result = subprocess.run(command, env=dict(env), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        downloaded = Path(temporary, archive.name)
+        if result.returncode or not downloaded.exists():
+            said = "\n".join(first_error((result.stderr or result.stdout).splitlines()))
+            raise BuildError(f"pip could not download Horovod {HOROVOD_VERSION}:\n{said}")
+        verify_sdist(downloaded)
+        downloaded.replace(archive)
+    return archive
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Unpack Horovod's source archive into `folder` and return the source's root."""
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / f"horovod-{HOROVOD_VERSION}"
+
+
+def substitute(source: Path, substitutions: Sequence[Substitution] = SUBSTITUTIONS) -> None:
+    """Apply the substitutions to the source tree; raise if one does not fit exactly once."""
+    for change in substitutions:
+        path = source / change.file
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            raise BuildError(f"Horovod's source has no {change.file}: it is not the release we know.") from None
+        found = text.count(change.old)
+        if found != 1:
+            raise BuildError(f"{change.file}: expected {change.old.strip()!r} once in Horovod's source, found {found}.")
+        path.write_text(text.replace(change.old, change.new))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The build
+
+
+def first_error(lines: Sequence[str], before: int = 2, after: int = 5) -> list[str]:
+    """Return the first error of a build's log with the lines around it, or the log's end if there is none."""
+    for pattern in _ERROR_LINES:
+        for index, line in enumerate(lines):
+            if pattern.search(line):
+                return [text.rstrip()[:200] for text in lines[max(0, index - before) : index + 1 + after]]
+    return [text.rstrip()[:200] for text in lines[-10:]]
+
+
+def parse_step(line: str) -> tuple[int, str] | None:
+    """Return (percent, what is made) from a line of make's output, if it is a progress line."""
+    match = _MAKE_STEP.match(line)
+    if match is None:
+        return None
+    return int(match[1]), match[2].split()[-1].rpartition("/")[2].removesuffix(".o")
+
+
+@contextlib.contextmanager
+def show_progress(console: Console, title: str) -> Iterator[Callable[[int, str], None]]:
+    """Show that something goes on: a live bar on a terminal, elsewhere a line now and then."""
+    if console.is_terminal:
+        columns = (SpinnerColumn(), TextColumn(title), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as progress:
+            task = progress.add_task("configuring", total=100)
+            yield lambda percent, step: progress.update(task, completed=percent, description=step)
+        return
+
+    start = time.monotonic()
+    latest = (0, "configuring")
+    done = threading.Event()
+
+    def report(percent: int, step: str) -> None:
+        nonlocal latest
+        latest = (percent, step)
+
+    def beat() -> None:
+        while not done.wait(_PLAIN_PROGRESS_S):
+            percent, step = latest
+            print(f"{title}: {time.monotonic() - start:.0f} s, {percent} %, {step}", flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield report
+    finally:
+        done.set()
+        thread.join()
+
+
+def run_logged(
+    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], log: TextIO, report: Callable[[int, str], None]
+) -> int:
+    """Run a command in a process group of its own, its output into `log`; if we are stopped, so is the whole group."""
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            log.write(line)
+            step = parse_step(line)
+            if step is not None:
+                report(*step)
+        return process.wait()
+    except BaseException:
+        _end_group(process)
+        raise
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """End a process and its descendants, asking first: make then removes what is half written."""
+    for request in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, request)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, console: Console) -> Iterator[None]:
+    """Hold a lock file, waiting for another build that has it; the system frees it whatever way we end."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print("Another build of the same Horovod is running; waiting for it.")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(folder: Path, archive: Path, env: Mapping[str, str], console: Console) -> Path:
+    """Build the wheel in a temporary folder and move it into `folder` when it is whole."""
+    log_path = folder / "build.log"
+    with tempfile.TemporaryDirectory(prefix="horovod-build-") as temporary:
+        source = unpack(archive, Path(temporary))
+        substitute(source)
+        wheels = Path(temporary, "wheels")
+        command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-build-isolation", "--no-deps"]
+        command += ["--wheel-dir", str(wheels), str(source)]
+        with log_path.open("w") as log, show_progress(console, f"Horovod {HOROVOD_VERSION}") as report:
+            status = run_logged(command, cwd=source, env=env, log=log, report=report)
+        if status:
+            said = "\n".join(first_error(log_path.read_text().splitlines()))
+            raise BuildError(f"Horovod did not build. The first error:\n\n{said}\n\nThe full log: {log_path}")
+        (built,) = wheels.glob("horovod-*.whl")
+        # The temporary folder may be on another file system, where a move is not atomic.
+        staged = folder / f".{built.name}.new"
+        shutil.copyfile(built, staged)
+        return staged.replace(folder / built.name)
+
+
+def build(*, with_mpi: bool = False, with_nccl: bool = False, install: bool = True) -> Path:
+    """Build Horovod for the frameworks of this Python, or take it from the cache, and install it.
+
+    Args:
+        with_mpi: Build the MPI operations, too; needs an MPI with its headers.
+        with_nccl: Run GPU collectives through NCCL; needs CUDA and NCCL with its headers.
+        install: Install the wheel into this Python.
+
+    Returns:
+        The wheel's path in the cache.
+
+    Raises:
+        BuildError: Something is missing, or the build failed.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    versions = framework_versions()
+    if not versions:
+        raise BuildError(
+            f"Neither PyTorch nor TensorFlow is installed in {sys.prefix}. Horovod is built for what is there, so "
+            f"install one first: {sys.executable} -m pip install torch (or tensorflow)"
+        )
+    # The tools that pip installed lie beside this Python, also when its environment is not activated.
+    environ = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
+    settings = build_settings(versions, environ, with_mpi=with_mpi, with_nccl=with_nccl)
+    env = build_environment(settings, environ)
+    root = cache_root()
+    folder = root / cache_key(versions, settings, find_compiler(environ))
+    folder.mkdir(parents=True, exist_ok=True)
+    names = " and ".join(f"{name} {version}" for name, version in versions.items())
+    title = f"Horovod {HOROVOD_VERSION} for {names}"
+
+    with _locked(folder / "lock", console):
+        wheel = next(folder.glob("horovod-*.whl"), None)
+        if wheel is None:
+            check_tools(env)
+            console.print(f"Building {title} with {build_jobs()} jobs; takes minutes, once.")
+            start = time.monotonic()
+            wheel = _compile(folder, fetch_sdist(root, env), env, console)
+            console.print(f"Built {title} in {time.monotonic() - start:.0f} s: {wheel}")
+        else:
+            console.print(f"{title}, built before: {wheel}")
+
+    if install:
+        # First the wheel by force, as one for other frameworks has the same version; then what it lacks, if anything.
+        for options in (("--no-deps", "--force-reinstall"), ()):
+            command = [sys.executable, "-m", "pip", "install", "-qq", *options, str(wheel)]
+            if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode:
+                raise BuildError(f"pip could not install {wheel}.")
+        console.print(f"Installed into {sys.prefix}")
+    return wheel
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+
+DESCRIPTION = f"Build Horovod {HOROVOD_VERSION} for the frameworks installed in this Python, and install it."
+EPILOG = """Horovod's own build variables (HOROVOD_WITH_*, HOROVOD_WITHOUT_*, HOROVOD_NCCL_HOME, HOROVOD_CUDA_HOME,
+HOROVOD_GPU_ALLREDUCE, ...) are passed on from the environment. Wheels are kept in $HVD_SYNCBN_CACHE, by default
+~/.cache/hvd-syncbn."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("--with-mpi", action="store_true", help="build the MPI operations, too")
+    parser.add_argument("--with-nccl", action="store_true", help="run GPU collectives through NCCL")
+    parser.add_argument("--no-install", action="store_true", help="only build the wheel and print its path")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build as the parsed options say and return the exit status."""
+
+    def stop(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    # As an exception, so that the compilers end and the temporary folder goes.
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGHUP, stop)
+    try:
+        build(with_mpi=args.with_mpi, with_nccl=args.with_nccl, install=not args.no_install)
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``python -m hvd_syncbn.horovod_build``."""
+    parser = argparse.ArgumentParser("python -m hvd_syncbn.horovod_build", description=DESCRIPTION, epilog=EPILOG)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
