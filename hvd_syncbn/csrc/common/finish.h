@@ -1,0 +1,164 @@
+// From exact sums to the per-channel numbers of a layer (docs/protocol.md, 3), in double-double, in one fixed order.
+#ifndef HVD_SYNCBN_COMMON_FINISH_H_
+#define HVD_SYNCBN_COMMON_FINISH_H_
+
+#include "exact_sum.h"
+
+namespace hvd_syncbn {
+
+// An unevaluated sum hi + lo with |lo| <= ulp(hi) / 2.
+struct DoubleDouble {
+  double hi, lo;
+};
+
+HVD_SYNCBN_HD DoubleDouble two_sum(double a, double b) {
+  const double s = a + b;
+  const double t = s - a;
+  return {s, (a - (s - t)) + (b - t)};
+}
+
+HVD_SYNCBN_HD DoubleDouble quick_two_sum(double a, double b) {  // |a| >= |b|
+  const double s = a + b;
+  return {s, b - (s - a)};
+}
+
+HVD_SYNCBN_HD DoubleDouble add(DoubleDouble a, double b) {
+  const DoubleDouble s = two_sum(a.hi, b);
+  return quick_two_sum(s.hi, s.lo + a.lo);
+}
+
+HVD_SYNCBN_HD DoubleDouble subtract(DoubleDouble a, DoubleDouble b) {
+  const DoubleDouble s = two_sum(a.hi, -b.hi);
+  const DoubleDouble t = two_sum(a.lo, -b.lo);
+  const DoubleDouble u = quick_two_sum(s.hi, s.lo + t.hi);
+  return quick_two_sum(u.hi, u.lo + t.lo);
+}
+
+HVD_SYNCBN_HD DoubleDouble multiply(DoubleDouble a, DoubleDouble b) {
+  const double p = a.hi * b.hi;
+  const double e = fused(a.lo, b.hi, fused(a.hi, b.lo, fused(a.hi, b.hi, -p)));
+  return quick_two_sum(p, e);
+}
+
+HVD_SYNCBN_HD DoubleDouble divide(DoubleDouble a, double n) {
+  const double q = a.hi / n;
+  const double r = fused(-q, n, a.hi) + a.lo;
+  return quick_two_sum(q, r / n);
+}
+
+// The exact sum at `limbs` (any carry state), from its highest limb down.
+HVD_SYNCBN_HD DoubleDouble read_sum(const int64_t* limbs) {
+  int64_t magnitude[kLimbs];
+  int64_t carry = 0;
+  for (int i = 0; i < kLimbs - 1; ++i) {
+    const int64_t t = limbs[i] + carry;
+    magnitude[i] = t & kLimbMask;
+    carry = t >> kLimbBits;
+  }
+  magnitude[kLimbs - 1] = limbs[kLimbs - 1] + carry;
+  const bool negative = magnitude[kLimbs - 1] < 0;
+  if (negative) {
+    for (int i = 0; i < kLimbs; ++i) magnitude[i] = -magnitude[i];
+    normalize(magnitude);
+  }
+  double unit = 0x1p120;  // 2^((kLimbs - 1) * kLimbBits + kLsbExp)
+  // The top limb may have 63 bits, more than a double: its upper part goes first.
+  DoubleDouble sum = {static_cast<double>(magnitude[kLimbs - 1] & ~kLimbMask) * unit, 0.0};
+  for (int i = kLimbs - 1; i >= 0; --i) {
+    if (magnitude[i] & kLimbMask) sum = add(sum, static_cast<double>(magnitude[i] & kLimbMask) * unit);
+    unit *= 0x1p-40;
+  }
+  if (negative) return {-sum.hi, -sum.lo};
+  return sum;
+}
+
+// The batch statistics of one channel.
+struct Statistics {
+  double mean, var, invstd;
+};
+
+HVD_SYNCBN_HD Statistics statistics(const int64_t* packet, int64_t c, int64_t channel, double eps) {
+  const double n = static_cast<double>(packet[1]);
+  if (packet[nonfinite_at(channel)] != 0) {
+    const double nan = canonical_nan<double>();
+    return {nan, nan, nan};
+  }
+  if (packet[1] == 0) return {0, 0, 0};  // nothing to normalise, and parameter gradients of 0
+  const DoubleDouble a = read_sum(packet + moment_a_at(c, channel));
+  const DoubleDouble b = read_sum(packet + moment_b_at(c, channel));
+  const DoubleDouble mean = divide(a, n);
+  const double var = divide(subtract(b, multiply(a, mean)), n).hi;
+  const double clipped = var > 0 ? var : 0;
+  return {mean.hi, clipped, 1 / sqrt(clipped + eps)};
+}
+
+// `weight`s are f32 values, widened; one rounding follows, into the buffer.
+HVD_SYNCBN_HD double running(double old_weight, double old, double new_weight, double batch) {
+  return old_weight * old + new_weight * batch;
+}
+
+HVD_SYNCBN_HD double unbiased(double var, double n) { return var * n / (n - 1); }
+
+// What forward_apply needs of a channel, in the compute type T of the elements.
+template <class T>
+struct ForwardCoefficients {
+  T mean_hi, mean_lo, scale, shift;
+};
+
+template <class T>
+HVD_SYNCBN_HD ForwardCoefficients<T> forward_coefficients(double mean, double invstd, double gamma, double beta) {
+  const T mean_hi = static_cast<T>(mean);
+  return {mean_hi, static_cast<T>(mean - static_cast<double>(mean_hi)), static_cast<T>(gamma * invstd),
+          static_cast<T>(beta)};
+}
+
+// What backward_apply needs of a channel.
+template <class T>
+struct BackwardCoefficients {
+  T mean_hi, mean_lo, scale, c1, c2;
+};
+
+template <class T>
+HVD_SYNCBN_HD BackwardCoefficients<T> backward_coefficients(const int64_t* packet, int64_t c, int64_t channel,
+                                                            double mean, double invstd, double gamma) {
+  const ForwardCoefficients<T> forward = forward_coefficients<T>(mean, invstd, gamma, 0.0);
+  const double n = static_cast<double>(packet[1]);
+  if (packet[nonfinite_at(channel)] != 0) {
+    const T nan = canonical_nan<T>();
+    return {nan, nan, nan, nan, nan};
+  }
+  if (packet[1] == 0) return {0, 0, 0, 0, 0};
+  const double mean_dy = divide(read_sum(packet + moment_a_at(c, channel)), n).hi;
+  const double mean_dyd = divide(read_sum(packet + moment_b_at(c, channel)), n).hi;
+  return {forward.mean_hi, forward.mean_lo, forward.scale, static_cast<T>(mean_dy),
+          static_cast<T>(invstd * invstd * mean_dyd)};
+}
+
+// This rank's parameter gradients, from its own packet.
+struct ParameterGradients {
+  double dgamma, dbeta;
+};
+
+HVD_SYNCBN_HD ParameterGradients parameter_gradients(const int64_t* packet, int64_t c, int64_t channel, double mean,
+                                                     double invstd) {
+  if (packet[nonfinite_at(channel)] != 0 || mean != mean) {
+    const double nan = canonical_nan<double>();
+    return {nan, nan};
+  }
+  return {invstd * read_sum(packet + moment_b_at(c, channel)).hi, read_sum(packet + moment_a_at(c, channel)).hi};
+}
+
+// 32 bits that differ where two ranks could not share a batch: FNV-1a over version, dtype, channel count and eps.
+HVD_SYNCBN_HD uint32_t digest(double eps, int32_t dtype, int64_t channels) {
+  const uint64_t words[4] = {static_cast<uint64_t>(kProtocolVersion), static_cast<uint64_t>(dtype),
+                             static_cast<uint64_t>(channels), bit_cast<uint64_t>(eps)};
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (int w = 0; w < 4; ++w) {
+    for (int byte = 0; byte < 8; ++byte) hash = (hash ^ ((words[w] >> (8 * byte)) & 0xff)) * 0x100000001b3u;
+  }
+  return static_cast<uint32_t>(hash ^ (hash >> 32));
+}
+
+}  // namespace hvd_syncbn
+
+#endif  // HVD_SYNCBN_COMMON_FINISH_H_

@@ -1,0 +1,43 @@
+// What the same arithmetic needs on a CPU and on a GPU: the function qualifier, fused multiply-add, bit casts.
+#ifndef HVD_SYNCBN_COMMON_PORTABLE_H_
+#define HVD_SYNCBN_COMMON_PORTABLE_H_
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__)
+#define HVD_SYNCBN_HD __host__ __device__ __forceinline__
+#else
+#define HVD_SYNCBN_HD inline __attribute__((always_inline))
+#endif
+
+namespace hvd_syncbn {
+
+// The only fused operation of the protocol; everything else is compiled with contraction off.
+HVD_SYNCBN_HD double fused(double a, double b, double c) { return fma(a, b, c); }
+HVD_SYNCBN_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
+
+template <class To, class From>
+HVD_SYNCBN_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Every NaN that leaves the core is this one: hardware disagrees about the sign and payload of the NaNs it makes.
+template <class T>
+HVD_SYNCBN_HD T canonical_nan();
+template <>
+HVD_SYNCBN_HD float canonical_nan<float>() {
+  return bit_cast<float>(uint32_t{0x7fc00000});
+}
+template <>
+HVD_SYNCBN_HD double canonical_nan<double>() {
+  return bit_cast<double>(uint64_t{0x7ff8000000000000});
+}
+
+}  // namespace hvd_syncbn
+
+#endif  // HVD_SYNCBN_COMMON_PORTABLE_H_

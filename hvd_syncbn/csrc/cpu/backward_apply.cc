@@ -1,0 +1,91 @@
+// Backward apply: dx = scale * (dy - fma(d, c2, c1)), d = (x - mean_hi) - mean_lo, element by element; with a fused
+// relu dy is masked by the output first, and the masked dy is the residual's gradient.
+//
+// Traffic: x and dy (and y) are read once, dx (and dresidual) are written once; five coefficients per channel stay in
+// cache. Geometry: as forward_apply.cc.
+#include "apply.h"
+
+namespace hvd_syncbn {
+namespace HVD_SYNCBN_PATH {
+namespace {
+
+template <class T, bool kRelu>
+struct BackwardApply {
+  using Value = Compute<T>;
+  const T* x;
+  const T* dy;
+  const T* y;
+  T* dx;
+  T* dresidual;
+  const Value* mean_hi;
+  const Value* mean_lo;
+  const Value* scale;
+  const Value* c1;
+  const Value* c2;
+
+  template <class V>
+  struct Coefficients {
+    V mean_hi, mean_lo, scale, c1, c2;
+  };
+  template <class V>
+  HVD_SYNCBN_INLINE Coefficients<V> splat(int64_t c) const {
+    return {V::splat(mean_hi[c]), V::splat(mean_lo[c]), V::splat(scale[c]), V::splat(c1[c]), V::splat(c2[c])};
+  }
+  template <class V>
+  HVD_SYNCBN_INLINE Coefficients<V> load(int64_t c) const {
+    return {V::load(mean_hi + c), V::load(mean_lo + c), V::load(scale + c), V::load(c1 + c), V::load(c2 + c)};
+  }
+  template <class V>
+  HVD_SYNCBN_INLINE void apply(int64_t i, const Coefficients<V>& k, bool counts) const {
+    V g = V::load(dy + i);
+    if (kRelu) g = keep_where_positive(g, V::load(y + i));
+    // A masked position took no part in the statistics: no gradient flows to it through them.
+    const V dx_i = counts ? input_gradient(V::load(x + i), g, k.mean_hi, k.mean_lo, k.scale, k.c1, k.c2) : k.scale * g;
+    dx_i.store(dx + i);
+    if (dresidual != nullptr) g.store(dresidual + i);
+  }
+};
+
+template <class T, bool kRelu>
+void run(const hvd_syncbn_shape& shape, const void* x, const void* dy, const void* y, const uint8_t* mask,
+         const void* coefficients, int64_t begin, int64_t end, void* dx, void* dresidual) {
+  const Compute<T>* const k = static_cast<const Compute<T>*>(coefficients);
+  const int64_t c = shape.c;
+  const BackwardApply<T, kRelu> op = {static_cast<const T*>(x),
+                                      static_cast<const T*>(dy),
+                                      static_cast<const T*>(y),
+                                      static_cast<T*>(dx),
+                                      static_cast<T*>(dresidual),
+                                      k,
+                                      k + c,
+                                      k + 2 * c,
+                                      k + 3 * c,
+                                      k + 4 * c};
+  walk_elements<T>(shape, op, mask, begin, end);
+}
+
+template <class T>
+void select(const hvd_syncbn_shape& shape, const void* x, const void* dy, const void* y, const uint8_t* mask,
+            const void* coefficients, int64_t begin, int64_t end, void* dx, void* dresidual) {
+  y != nullptr ? run<T, true>(shape, x, dy, y, mask, coefficients, begin, end, dx, dresidual)
+               : run<T, false>(shape, x, dy, y, mask, coefficients, begin, end, dx, dresidual);
+}
+
+}  // namespace
+
+void backward_apply(const hvd_syncbn_shape& shape, const void* x, const void* dy, const void* y, const uint8_t* mask,
+                    const void* coefficients, int64_t begin, int64_t end, void* dx, void* dresidual) {
+  switch (shape.dtype) {
+    case HVD_SYNCBN_FLOAT32:
+      return select<float>(shape, x, dy, y, mask, coefficients, begin, end, dx, dresidual);
+    case HVD_SYNCBN_FLOAT64:
+      return select<double>(shape, x, dy, y, mask, coefficients, begin, end, dx, dresidual);
+    case HVD_SYNCBN_FLOAT16:
+      return select<Half>(shape, x, dy, y, mask, coefficients, begin, end, dx, dresidual);
+    default:
+      return select<BFloat16>(shape, x, dy, y, mask, coefficients, begin, end, dx, dresidual);
+  }
+}
+
+}  // namespace HVD_SYNCBN_PATH
+}  // namespace hvd_syncbn

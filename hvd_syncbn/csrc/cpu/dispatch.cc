@@ -1,0 +1,298 @@
+// The C interface: picks the instruction-set path, keeps the floating-point environment IEEE, and does the per-channel
+// work.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "../common/dtypes.h"
+#include "../common/finish.h"
+#include "kernels.h"
+
+namespace hvd_syncbn {
+namespace {
+
+struct Path {
+  const char* name;
+  bool (*runs_here)();
+  decltype(&baseline::forward_moments) forward_moments;
+  decltype(&baseline::backward_moments) backward_moments;
+  decltype(&baseline::forward_apply) forward_apply;
+  decltype(&baseline::backward_apply) backward_apply;
+};
+
+#define HVD_SYNCBN_KERNELS(path) \
+  path::forward_moments, path::backward_moments, path::forward_apply, path::backward_apply
+
+// Best last.
+const Path kPaths[] = {
+    {"baseline", [] { return true; }, HVD_SYNCBN_KERNELS(baseline)},
+#if defined(__x86_64__)
+    {"avx2",
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
+     HVD_SYNCBN_KERNELS(avx2)},
+    {"avx512", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, HVD_SYNCBN_KERNELS(avx512)},
+#endif
+};
+
+const Path* find(const char* name) {
+  for (const Path& path : kPaths) {
+    if (path.runs_here() && std::strcmp(path.name, name) == 0) return &path;
+  }
+  return nullptr;
+}
+
+const Path* initial() {
+  const char* const wanted = std::getenv("HVD_SYNCBN_ISA");
+  if (wanted != nullptr) {
+    if (const Path* const path = find(wanted)) return path;
+  }
+  const Path* best = nullptr;
+  for (const Path& path : kPaths) {
+    if (path.runs_here()) best = &path;
+  }
+  return best;
+}
+
+std::atomic<const Path*>& current() {
+  static std::atomic<const Path*> path(initial());
+  return path;
+}
+
+// TensorFlow's threads flush denormals to zero, PyTorch's may. Ours must not, and must leave them as they were.
+class IeeeArithmetic {
+ public:
+#if defined(__x86_64__)
+  IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }  // all exceptions masked, to nearest, no FTZ, no DAZ
+  ~IeeeArithmetic() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  IeeeArithmetic() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+  }
+  ~IeeeArithmetic() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
+
+double read(const hvd_syncbn_vector& vector, int64_t i, double absent) {
+  if (vector.data == nullptr) return absent;
+  switch (vector.dtype) {
+    case HVD_SYNCBN_FLOAT32:
+      return static_cast<const float*>(vector.data)[i];
+    case HVD_SYNCBN_FLOAT64:
+      return static_cast<const double*>(vector.data)[i];
+    case HVD_SYNCBN_FLOAT16:
+      return widen(static_cast<const Half*>(vector.data)[i]);
+    default:
+      return widen(static_cast<const BFloat16*>(vector.data)[i]);
+  }
+}
+
+void write(const hvd_syncbn_vector& vector, int64_t i, double value) {
+  if (vector.data == nullptr) return;
+  switch (vector.dtype) {
+    case HVD_SYNCBN_FLOAT32:
+      return narrow(value, static_cast<float*>(vector.data) + i);
+    case HVD_SYNCBN_FLOAT64:
+      return narrow(value, static_cast<double*>(vector.data) + i);
+    case HVD_SYNCBN_FLOAT16:
+      return narrow(value, static_cast<Half*>(vector.data) + i);
+    default:
+      return narrow(value, static_cast<BFloat16*>(vector.data) + i);
+  }
+}
+
+// The coefficients lie as arrays of c values, one after another.
+template <class T>
+void write_forward_coefficients(int64_t c, const double* stats, const hvd_syncbn_vector& gamma,
+                                const hvd_syncbn_vector& beta, T* out) {
+  for (int64_t i = 0; i < c; ++i) {
+    const ForwardCoefficients<T> k =
+        forward_coefficients<T>(stats[i], stats[c + i], read(gamma, i, 1.0), read(beta, i, 0.0));
+    out[i] = k.mean_hi;
+    out[c + i] = k.mean_lo;
+    out[2 * c + i] = k.scale;
+    out[3 * c + i] = k.shift;
+  }
+}
+
+template <class T>
+void write_backward_coefficients(int64_t c, const int64_t* packet, const double* stats, const hvd_syncbn_vector& gamma,
+                                 T* out) {
+  for (int64_t i = 0; i < c; ++i) {
+    const BackwardCoefficients<T> k =
+        backward_coefficients<T>(packet, c, i, stats[i], stats[c + i], read(gamma, i, 1.0));
+    out[i] = k.mean_hi;
+    out[c + i] = k.mean_lo;
+    out[2 * c + i] = k.scale;
+    out[3 * c + i] = k.c1;
+    out[4 * c + i] = k.c2;
+  }
+}
+
+bool channels_innermost(const hvd_syncbn_shape* shape) {
+  return shape->layout == HVD_SYNCBN_CHANNELS_LAST || shape->s == 1;
+}
+
+int64_t element_size(int32_t dtype) { return dtype == HVD_SYNCBN_FLOAT64 ? 8 : dtype == HVD_SYNCBN_FLOAT32 ? 4 : 2; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+}  // namespace hvd_syncbn
+
+using namespace hvd_syncbn;
+
+extern "C" {
+
+int64_t hvd_syncbn_packet_size(int64_t channels) { return packet_size(channels); }
+
+int64_t hvd_syncbn_coefficients_size(const hvd_syncbn_shape* shape) {
+  return 5 * shape->c * (shape->dtype == HVD_SYNCBN_FLOAT64 ? 8 : 4);
+}
+
+int64_t hvd_syncbn_moments_units(const hvd_syncbn_shape* shape) {
+  return ceil_div(shape->c, kTile) * shape->n * ceil_div(shape->s, kPiece);
+}
+
+int64_t hvd_syncbn_apply_units(const hvd_syncbn_shape* shape) {
+  if (shape->c == 0) return 0;
+  return channels_innermost(shape) ? shape->n * shape->s : shape->n * shape->c * ceil_div(shape->s, kPiece);
+}
+
+int64_t hvd_syncbn_moments_unit_bytes(const hvd_syncbn_shape* shape) {
+  const int64_t channels = shape->c < kTile ? shape->c : kTile;
+  return channels * (shape->s < kPiece ? shape->s : kPiece) * element_size(shape->dtype);
+}
+
+int64_t hvd_syncbn_apply_unit_bytes(const hvd_syncbn_shape* shape) {
+  const int64_t elements = channels_innermost(shape) ? shape->c : shape->s < kPiece ? shape->s : kPiece;
+  return elements * element_size(shape->dtype);
+}
+
+void hvd_syncbn_forward_moments(const hvd_syncbn_shape* shape, const void* x, const uint8_t* mask, int64_t begin,
+                                int64_t end, int64_t* packet) {
+  const IeeeArithmetic ieee;
+  current().load(std::memory_order_relaxed)->forward_moments(*shape, x, mask, begin, end, packet);
+}
+
+void hvd_syncbn_backward_moments(const hvd_syncbn_shape* shape, const void* x, const void* dy, const void* y,
+                                 const double* stats, int64_t begin, int64_t end, int64_t* packet) {
+  const IeeeArithmetic ieee;
+  current().load(std::memory_order_relaxed)->backward_moments(*shape, x, dy, y, stats, begin, end, packet);
+}
+
+void hvd_syncbn_close_packet(const hvd_syncbn_shape* shape, double eps, int64_t count, int64_t* packet) {
+  const uint64_t mine = digest(eps, shape->dtype, shape->c);
+  packet[0] = 1;
+  packet[1] = count;
+  packet[2] = static_cast<int64_t>(mine);
+  packet[3] = static_cast<int64_t>(mine * mine);
+  for (int64_t i = 0; i < shape->c; ++i) {
+    normalize(packet + moment_a_at(shape->c, i));
+    normalize(packet + moment_b_at(shape->c, i));
+  }
+}
+
+int32_t hvd_syncbn_check_packet(const hvd_syncbn_shape* shape, double eps, const int64_t* packet) {
+  // If every rank sent d, the sums are p*d and p*d^2; the sum of squares is larger for any other set with that sum.
+  const uint64_t mine = digest(eps, shape->dtype, shape->c), participants = static_cast<uint64_t>(packet[0]);
+  if (static_cast<uint64_t>(packet[2]) != participants * mine ||
+      static_cast<uint64_t>(packet[3]) != participants * (mine * mine)) {
+    return HVD_SYNCBN_RANKS_DISAGREE;
+  }
+  return packet[1] == 0 ? HVD_SYNCBN_EMPTY : packet[1] == 1 ? HVD_SYNCBN_ONE_VALUE : HVD_SYNCBN_OK;
+}
+
+int64_t hvd_syncbn_packet_count(const int64_t* packet) { return packet[1]; }
+
+void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const int64_t* packet,
+                               hvd_syncbn_vector gamma, hvd_syncbn_vector beta, hvd_syncbn_vector running_mean,
+                               hvd_syncbn_vector running_var, double old_weight, double new_weight, int32_t unbiased,
+                               double* stats, void* coefficients) {
+  const IeeeArithmetic ieee;
+  const int64_t c = shape->c;
+  const double n = static_cast<double>(packet[1]);
+  const double keep = static_cast<float>(old_weight), take = static_cast<float>(new_weight);
+  for (int64_t i = 0; i < c; ++i) {
+    const Statistics s = statistics(packet, c, i, eps);
+    stats[i] = s.mean;
+    stats[c + i] = s.invstd;
+    if (packet[1] == 0) continue;
+    const double var = unbiased ? hvd_syncbn::unbiased(s.var, n) : s.var;
+    write(running_mean, i, running(keep, read(running_mean, i, 0.0), take, s.mean));
+    write(running_var, i, running(keep, read(running_var, i, 0.0), take, var));
+  }
+  if (shape->dtype == HVD_SYNCBN_FLOAT64) {
+    write_forward_coefficients<double>(c, stats, gamma, beta, static_cast<double*>(coefficients));
+  } else {
+    write_forward_coefficients<float>(c, stats, gamma, beta, static_cast<float*>(coefficients));
+  }
+}
+
+void hvd_syncbn_forward_apply(const hvd_syncbn_shape* shape, const void* x, const void* residual, int32_t relu,
+                              const void* coefficients, int64_t begin, int64_t end, void* y) {
+  const IeeeArithmetic ieee;
+  current().load(std::memory_order_relaxed)->forward_apply(*shape, x, residual, relu, coefficients, begin, end, y);
+}
+
+void hvd_syncbn_backward_params(const hvd_syncbn_shape* shape, const int64_t* packet, const double* stats,
+                                hvd_syncbn_vector dgamma, hvd_syncbn_vector dbeta) {
+  const IeeeArithmetic ieee;
+  for (int64_t i = 0; i < shape->c; ++i) {
+    const ParameterGradients g = parameter_gradients(packet, shape->c, i, stats[i], stats[shape->c + i]);
+    write(dgamma, i, g.dgamma);
+    write(dbeta, i, g.dbeta);
+  }
+}
+
+void hvd_syncbn_backward_finish(const hvd_syncbn_shape* shape, const int64_t* packet, const double* stats,
+                                hvd_syncbn_vector gamma, void* coefficients) {
+  const IeeeArithmetic ieee;
+  if (shape->dtype == HVD_SYNCBN_FLOAT64) {
+    write_backward_coefficients<double>(shape->c, packet, stats, gamma, static_cast<double*>(coefficients));
+  } else {
+    write_backward_coefficients<float>(shape->c, packet, stats, gamma, static_cast<float*>(coefficients));
+  }
+}
+
+void hvd_syncbn_backward_apply(const hvd_syncbn_shape* shape, const void* x, const void* dy, const void* y,
+                               const uint8_t* mask, const void* coefficients, int64_t begin, int64_t end, void* dx,
+                               void* dresidual) {
+  const IeeeArithmetic ieee;
+  current()
+      .load(std::memory_order_relaxed)
+      ->backward_apply(*shape, x, dy, y, mask, coefficients, begin, end, dx, dresidual);
+}
+
+const char* hvd_syncbn_isa(void) { return current().load()->name; }
+
+const char* hvd_syncbn_isas(void) {
+  static const std::string names = [] {
+    std::string all;
+    for (const Path& path : kPaths) {
+      if (path.runs_here()) all += (all.empty() ? "" : ",") + std::string(path.name);
+    }
+    return all;
+  }();
+  return names.c_str();
+}
+
+int32_t hvd_syncbn_set_isa(const char* name) {
+  const Path* const path = find(name);
+  if (path == nullptr) return -1;
+  current().store(path);
+  return 0;
+}
+
+}  // extern "C"

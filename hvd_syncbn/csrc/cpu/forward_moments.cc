@@ -1,0 +1,63 @@
+// Forward moments: sum x and sum x^2 of every piece, in float64, added exactly to the packet.
+//
+// Traffic: x is read once; per piece of up to 4096 positions two values go to the tile's exact sums.
+// Geometry: see moments.h; one unit is 64 channels x one piece.
+#include "moments.h"
+
+namespace hvd_syncbn {
+namespace HVD_SYNCBN_PATH {
+namespace {
+
+template <class T>
+struct ForwardTerms {
+  static constexpr bool kUsesMean = false;
+  const T* x;
+  const uint8_t* mask;
+
+  template <class V>
+  HVD_SYNCBN_INLINE void add(int64_t i, V, V* a, V* b) const {
+    const V v = V::load(x + i);
+    *a = *a + v;
+#if defined(__AVX2__)
+    *b = fused(v, v, *b);
+#else
+    // Without the instruction a fused multiply-add is a library call; the square of a value of 24 bits is exact anyway.
+    *b = sizeof(T) == sizeof(double) ? fused(v, v, *b) : *b + v * v;
+#endif
+  }
+  HVD_SYNCBN_INLINE bool counts(int64_t row) const { return mask == nullptr || mask[row] != 0; }
+};
+
+template <class T>
+void run(const hvd_syncbn_shape& shape, const void* data, const uint8_t* mask, int64_t begin, int64_t end,
+         int64_t* packet) {
+  const ForwardTerms<T> terms = {static_cast<const T*>(data), mask};
+  const auto row = [&](int64_t n, int64_t c, int64_t position, int length, double mean) {
+    const int64_t offset = (n * shape.c + c) * shape.s + position;
+    if (mask == nullptr) return row_piece(terms, offset, length, mean);
+    T kept[kPiece];
+    const uint8_t* const counts = mask + n * shape.s + position;
+    for (int i = 0; i < length; ++i) kept[i] = counts[i] ? terms.x[offset + i] : T{};
+    return row_piece(ForwardTerms<T>{kept, nullptr}, 0, length, mean);
+  };
+  walk(shape, terms, row, nullptr, begin, end, packet);
+}
+
+}  // namespace
+
+void forward_moments(const hvd_syncbn_shape& shape, const void* x, const uint8_t* mask, int64_t begin, int64_t end,
+                     int64_t* packet) {
+  switch (shape.dtype) {
+    case HVD_SYNCBN_FLOAT32:
+      return run<float>(shape, x, mask, begin, end, packet);
+    case HVD_SYNCBN_FLOAT64:
+      return run<double>(shape, x, mask, begin, end, packet);
+    case HVD_SYNCBN_FLOAT16:
+      return run<Half>(shape, x, mask, begin, end, packet);
+    default:
+      return run<BFloat16>(shape, x, mask, begin, end, packet);
+  }
+}
+
+}  // namespace HVD_SYNCBN_PATH
+}  // namespace hvd_syncbn

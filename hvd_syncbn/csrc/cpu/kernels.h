@@ -1,0 +1,31 @@
+// The table of one instruction-set path's kernels; dispatch.cc picks a table at run time.
+#ifndef HVD_SYNCBN_CPU_KERNELS_H_
+#define HVD_SYNCBN_CPU_KERNELS_H_
+
+#include "../include/hvd_syncbn/core.h"
+
+namespace hvd_syncbn {
+
+// Channels that one unit of the moment kernels covers; its sums stay in the first-level cache.
+constexpr int kTile = 64;
+
+#define HVD_SYNCBN_DECLARE_KERNELS(path)                                                                              \
+  namespace path {                                                                                                    \
+  void forward_moments(const hvd_syncbn_shape& shape, const void* x, const uint8_t* mask, int64_t begin, int64_t end, \
+                       int64_t* packet);                                                                              \
+  void backward_moments(const hvd_syncbn_shape& shape, const void* x, const void* dy, const void* y,                  \
+                        const double* stats, int64_t begin, int64_t end, int64_t* packet);                            \
+  void forward_apply(const hvd_syncbn_shape& shape, const void* x, const void* residual, int32_t relu,                \
+                     const void* coefficients, int64_t begin, int64_t end, void* y);                                  \
+  void backward_apply(const hvd_syncbn_shape& shape, const void* x, const void* dy, const void* y,                    \
+                      const uint8_t* mask, const void* coefficients, int64_t begin, int64_t end, void* dx,            \
+                      void* dresidual);                                                                               \
+  }
+
+HVD_SYNCBN_DECLARE_KERNELS(baseline)
+HVD_SYNCBN_DECLARE_KERNELS(avx2)
+HVD_SYNCBN_DECLARE_KERNELS(avx512)
+
+}  // namespace hvd_syncbn
+
+#endif  // HVD_SYNCBN_CPU_KERNELS_H_

@@ -1,0 +1,180 @@
+// Piece sums in the canonical order (docs/protocol.md, 1), for the two moment kernels.
+//
+// A kernel brings Terms: what one element adds to the two moments.
+//   terms.add(i, mean, &a, &b)    element (or vector of elements) at offset i
+//   terms.counts(row)             false: this position is masked (channels last only; channels first masks beforehand)
+//
+// A unit is (tile of channels, sample, piece), the tile slowest: a thread walks the samples with the sums of one tile
+// in L1.
+#ifndef HVD_SYNCBN_CPU_MOMENTS_H_
+#define HVD_SYNCBN_CPU_MOMENTS_H_
+
+#include "tile_sums.h"
+
+namespace hvd_syncbn {
+namespace HVD_SYNCBN_PATH {
+
+struct Moments {
+  double a, b;
+};
+
+// lane[j] += lane[j + w] for w = 16, 8, 4, 2, 1.
+HVD_SYNCBN_INLINE double fold(double* lane) {
+  int w = kLanes / 2;
+  for (; w >= F64::N; w /= 2) {
+    for (int j = 0; j < w; j += F64::N) (F64::load(lane + j) + F64::load(lane + j + w)).keep(lane + j);
+  }
+  for (; w >= 1; w /= 2) {
+    for (int j = 0; j < w; ++j) lane[j] += lane[j + w];
+  }
+  return lane[0];
+}
+
+// Channels first: the piece is `length` consecutive elements from offset.
+// Registers hold kPass lanes of both moments, so a chunk that stays in L1 is walked 32 / kPass times.
+template <class Terms>
+HVD_SYNCBN_INLINE Moments row_piece(const Terms& terms, int64_t offset, int length, double mean) {
+#if defined(__AVX512F__)
+  constexpr int kPass = 32;
+#elif defined(__AVX2__)
+  constexpr int kPass = 16;
+#else
+  constexpr int kPass = 4;
+#endif
+  constexpr int kVectors = kPass / F64::N;
+  constexpr int kChunk = kPass == kLanes ? kPiece : 1024;
+  double lane_a[kLanes] = {}, lane_b[kLanes] = {};
+  const F64 mean_vector = F64::splat(mean);
+  const int whole = length & ~(kLanes - 1);
+  for (int start = 0; start < whole; start += kChunk) {
+    const int stop = start + kChunk < whole ? start + kChunk : whole;
+    for (int pass = 0; pass < kLanes; pass += kPass) {
+      F64 a[kVectors], b[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        a[v] = F64::load(lane_a + pass + v * F64::N);
+        b[v] = F64::load(lane_b + pass + v * F64::N);
+      }
+      for (int64_t i = offset + start + pass; i < offset + stop; i += kLanes) {
+#pragma GCC unroll 32
+        for (int v = 0; v < kVectors; ++v) terms.add(i + v * F64::N, mean_vector, &a[v], &b[v]);
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        a[v].keep(lane_a + pass + v * F64::N);
+        b[v].keep(lane_b + pass + v * F64::N);
+      }
+    }
+  }
+  const int rest = length - whole;
+  int j = 0;
+  for (; j + F64::N <= rest; j += F64::N) {
+    F64 a = F64::load(lane_a + j), b = F64::load(lane_b + j);
+    terms.add(offset + whole + j, mean_vector, &a, &b);
+    a.keep(lane_a + j);
+    b.keep(lane_b + j);
+  }
+  for (; j < rest; ++j) {
+    S64 a = S64::load(lane_a + j), b = S64::load(lane_b + j);
+    terms.add(offset + whole + j, S64::splat(mean), &a, &b);
+    a.keep(lane_a + j);
+    b.keep(lane_b + j);
+  }
+  return {fold(lane_a), fold(lane_b)};
+}
+
+// Channels last: positions [row, row + length) of channels [first, first + width). One lane at a time takes up to kRows
+// of its positions, so the sums of a lane travel between cache and registers once per kRows elements, and memory is
+// read in kRows streams.
+constexpr int kRows = 8;
+
+template <class V, int kVectors, class Terms>
+HVD_SYNCBN_INLINE int lane_columns(const Terms& terms, const int64_t* offsets, int rows, bool start, int c, int width,
+                                   const double* mean, double* a, double* b) {
+  constexpr int kStep = kVectors * V::N;
+  for (; c + kStep <= width; c += kStep) {
+    V sum_a[kVectors], sum_b[kVectors], mean_vector[kVectors] = {};
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = c + v * V::N;
+      sum_a[v] = start ? V::splat(0.0) : V::load(a + at);
+      sum_b[v] = start ? V::splat(0.0) : V::load(b + at);
+      if (Terms::kUsesMean) mean_vector[v] = V::load(mean + at);
+    }
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        terms.add(offsets[r] + c + v * V::N, mean_vector[v], &sum_a[v], &sum_b[v]);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      sum_a[v].keep(a + c + v * V::N);
+      sum_b[v].keep(b + c + v * V::N);
+    }
+  }
+  return c;
+}
+
+template <class Terms>
+HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length, int64_t channels, int64_t first,
+                                    int width, const double* mean, double (*a)[kTile], double (*b)[kTile]) {
+  const int lanes = length < kLanes ? length : kLanes;  // adding the +0.0 of a lane without positions changes nothing
+  for (int base = 0; base < length; base += kLanes * kRows) {
+    for (int j = 0; j < lanes; ++j) {
+      int64_t offsets[kRows];
+      int rows = 0;
+      for (int r = base + j; r < length && r < base + kLanes * kRows; r += kLanes) {
+        if (terms.counts(row + r)) offsets[rows++] = (row + r) * channels + first;
+      }
+      if (rows == 0 && base != 0) continue;
+      int c = 0;
+      c = lane_columns<F64, 4>(terms, offsets, rows, base == 0, c, width, mean, a[j], b[j]);
+      c = lane_columns<F64, 1>(terms, offsets, rows, base == 0, c, width, mean, a[j], b[j]);
+      if (F64::N > 1) lane_columns<S64, 1>(terms, offsets, rows, base == 0, c, width, mean, a[j], b[j]);
+    }
+  }
+  for (int w = kLanes / 2; w >= 1; w /= 2) {
+    for (int j = 0; j < w && j + w < lanes; ++j) {
+      for (int c = 0; c < width; ++c) a[j][c] += a[j + w][c];
+      for (int c = 0; c < width; ++c) b[j][c] += b[j + w][c];
+    }
+  }
+}
+
+// Walks units [begin, end). `mean` is NULL where the terms do not use it; `row(n, c, piece)` hands over the piece's
+// terms and offset, for channels first.
+template <class Terms, class RowPiece>
+HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, const RowPiece& row, const double* mean,
+                            int64_t begin, int64_t end, int64_t* packet) {
+  const int64_t pieces = (shape.s + kPiece - 1) / kPiece;
+  const int64_t units_of_tile = shape.n * pieces;
+  const bool last = shape.layout == HVD_SYNCBN_CHANNELS_LAST || shape.s == 1;
+  TileSums sums;
+  double a[kLanes][kTile], b[kLanes][kTile];
+  while (begin < end) {
+    const int64_t tile = begin / units_of_tile;
+    const int64_t stop = end < (tile + 1) * units_of_tile ? end : (tile + 1) * units_of_tile;
+    const int64_t first = tile * kTile;
+    const int width = static_cast<int>(shape.c - first < kTile ? shape.c - first : kTile);
+    sums.begin(width);
+    for (; begin < stop; ++begin) {
+      const int64_t unit = begin - tile * units_of_tile;
+      const int64_t n = unit / pieces, piece = unit - n * pieces;
+      const int64_t position = piece * kPiece;
+      const int length = static_cast<int>(shape.s - position < kPiece ? shape.s - position : kPiece);
+      if (last) {
+        column_piece(terms, n * shape.s + position, length, shape.c, first, width, mean ? mean + first : nullptr, a, b);
+      } else {
+        for (int i = 0; i < width; ++i) {
+          const Moments m = row(n, first + i, position, length, mean ? mean[first + i] : 0.0);
+          a[0][i] = m.a;
+          b[0][i] = m.b;
+        }
+      }
+      sums.add(a[0], b[0]);
+    }
+    sums.finish(packet, shape.c, first);
+  }
+}
+
+}  // namespace HVD_SYNCBN_PATH
+}  // namespace hvd_syncbn
+
+#endif  // HVD_SYNCBN_CPU_MOMENTS_H_

@@ -1,0 +1,216 @@
+// The vectors of one instruction-set path. Every kernel source is compiled once per path, with HVD_SYNCBN_PATH naming
+// it (baseline, avx2, avx512); all that differs between paths is in this file.
+//
+// F64 and F32 hold N values; S64 and S32 hold one and serve tails, and everything in the baseline path. All have
+//   load(p)     N elements of any type, widened (exact)        store(p)   rounded once, NaN made canonical
+//   splat(v)    + - *    fused(a, b, c)    relu(v)    keep_where_positive(v, y)
+#ifndef HVD_SYNCBN_CPU_SIMD_H_
+#define HVD_SYNCBN_CPU_SIMD_H_
+
+#include "../common/dtypes.h"
+#include "../common/elementwise.h"
+
+#if !defined(HVD_SYNCBN_PATH)
+#error "compile with -DHVD_SYNCBN_PATH=baseline, avx2 or avx512"
+#endif
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define HVD_SYNCBN_INLINE inline __attribute__((always_inline))
+
+namespace hvd_syncbn {
+namespace HVD_SYNCBN_PATH {
+
+template <class T>
+struct Scalar {
+  static constexpr int N = 1;
+  using Value = T;
+  T v;
+  template <class Element>
+  static HVD_SYNCBN_INLINE Scalar load(const Element* p) {
+    return {static_cast<T>(widen(*p))};
+  }
+  static HVD_SYNCBN_INLINE Scalar splat(T value) { return {value}; }
+  template <class Element>
+  HVD_SYNCBN_INLINE void store(Element* p) const {
+    narrow(v, p);
+  }
+  // As it is: accumulators and other values that stay inside the core.
+  HVD_SYNCBN_INLINE void keep(T* p) const { *p = v; }
+  friend HVD_SYNCBN_INLINE Scalar operator+(Scalar a, Scalar b) { return {a.v + b.v}; }
+  friend HVD_SYNCBN_INLINE Scalar operator-(Scalar a, Scalar b) { return {a.v - b.v}; }
+  friend HVD_SYNCBN_INLINE Scalar operator*(Scalar a, Scalar b) { return {a.v * b.v}; }
+  friend HVD_SYNCBN_INLINE Scalar fused(Scalar a, Scalar b, Scalar c) { return {hvd_syncbn::fused(a.v, b.v, c.v)}; }
+  friend HVD_SYNCBN_INLINE Scalar relu(Scalar a) { return {hvd_syncbn::relu(a.v)}; }
+  friend HVD_SYNCBN_INLINE Scalar keep_where_positive(Scalar a, Scalar y) {
+    return {hvd_syncbn::keep_where_positive(a.v, y.v)};
+  }
+};
+using S64 = Scalar<double>;
+using S32 = Scalar<float>;
+
+#if defined(__AVX512F__)
+
+struct F32 {
+  static constexpr int N = 16;
+  using Value = float;
+  __m512 v;
+  static HVD_SYNCBN_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static HVD_SYNCBN_INLINE F32 load(const Half* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  static HVD_SYNCBN_INLINE F32 load(const BFloat16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  }
+  static HVD_SYNCBN_INLINE F32 splat(float value) { return {_mm512_set1_ps(value)}; }
+  HVD_SYNCBN_INLINE F32 canonical() const {
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return {_mm512_mask_mov_ps(v, nan, _mm512_set1_ps(canonical_nan<float>()))};
+  }
+  HVD_SYNCBN_INLINE void store(float* p) const { _mm512_storeu_ps(p, canonical().v); }
+  HVD_SYNCBN_INLINE void store(Half* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(canonical().v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  HVD_SYNCBN_INLINE void store(BFloat16* p) const {
+    const __m512i bits = _mm512_castps_si512(canonical().v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+  friend HVD_SYNCBN_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F32 fused(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  friend HVD_SYNCBN_INLINE F32 keep_where_positive(F32 a, F32 y) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y.v, _mm512_setzero_ps(), _CMP_NLE_UQ), a.v)};
+  }
+  friend HVD_SYNCBN_INLINE F32 relu(F32 a) { return keep_where_positive(a, a); }
+};
+
+struct F64 {
+  static constexpr int N = 8;
+  using Value = double;
+  __m512d v;
+  static HVD_SYNCBN_INLINE F64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static HVD_SYNCBN_INLINE F64 load(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+  static HVD_SYNCBN_INLINE F64 load(const Half* p) {
+    return {_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  }
+  static HVD_SYNCBN_INLINE F64 load(const BFloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)))};
+  }
+  static HVD_SYNCBN_INLINE F64 splat(double value) { return {_mm512_set1_pd(value)}; }
+  HVD_SYNCBN_INLINE void store(double* p) const {
+    const __mmask8 nan = _mm512_cmp_pd_mask(v, v, _CMP_UNORD_Q);
+    _mm512_storeu_pd(p, _mm512_mask_mov_pd(v, nan, _mm512_set1_pd(canonical_nan<double>())));
+  }
+  HVD_SYNCBN_INLINE void keep(double* p) const { _mm512_storeu_pd(p, v); }
+  friend HVD_SYNCBN_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 operator*(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 fused(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+  friend HVD_SYNCBN_INLINE F64 keep_where_positive(F64 a, F64 y) {
+    return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y.v, _mm512_setzero_pd(), _CMP_NLE_UQ), a.v)};
+  }
+  friend HVD_SYNCBN_INLINE F64 relu(F64 a) { return keep_where_positive(a, a); }
+};
+
+#elif defined(__AVX2__)
+
+struct F32 {
+  static constexpr int N = 8;
+  using Value = float;
+  __m256 v;
+  static HVD_SYNCBN_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static HVD_SYNCBN_INLINE F32 load(const Half* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  static HVD_SYNCBN_INLINE F32 load(const BFloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+  static HVD_SYNCBN_INLINE F32 splat(float value) { return {_mm256_set1_ps(value)}; }
+  HVD_SYNCBN_INLINE F32 canonical() const {
+    const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    return {_mm256_blendv_ps(v, _mm256_set1_ps(canonical_nan<float>()), nan)};
+  }
+  HVD_SYNCBN_INLINE void store(float* p) const { _mm256_storeu_ps(p, canonical().v); }
+  HVD_SYNCBN_INLINE void store(Half* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(canonical().v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  HVD_SYNCBN_INLINE void store(BFloat16* p) const {
+    const __m256i bits = _mm256_castps_si256(canonical().v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i high = _mm256_srli_epi32(rounded, 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  }
+  friend HVD_SYNCBN_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F32 fused(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  friend HVD_SYNCBN_INLINE F32 keep_where_positive(F32 a, F32 y) {
+    return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_setzero_ps(), _CMP_NLE_UQ), a.v)};
+  }
+  friend HVD_SYNCBN_INLINE F32 relu(F32 a) { return keep_where_positive(a, a); }
+};
+
+struct F64 {
+  static constexpr int N = 4;
+  using Value = double;
+  __m256d v;
+  static HVD_SYNCBN_INLINE F64 load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static HVD_SYNCBN_INLINE F64 load(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
+  static HVD_SYNCBN_INLINE F64 load(const Half* p) {
+    return {_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+  }
+  static HVD_SYNCBN_INLINE F64 load(const BFloat16* p) {
+    const __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(wide, 16)))};
+  }
+  static HVD_SYNCBN_INLINE F64 splat(double value) { return {_mm256_set1_pd(value)}; }
+  HVD_SYNCBN_INLINE void store(double* p) const {
+    const __m256d nan = _mm256_cmp_pd(v, v, _CMP_UNORD_Q);
+    _mm256_storeu_pd(p, _mm256_blendv_pd(v, _mm256_set1_pd(canonical_nan<double>()), nan));
+  }
+  HVD_SYNCBN_INLINE void keep(double* p) const { _mm256_storeu_pd(p, v); }
+  friend HVD_SYNCBN_INLINE F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 operator-(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 operator*(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 fused(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  friend HVD_SYNCBN_INLINE F64 keep_where_positive(F64 a, F64 y) {
+    return {_mm256_and_pd(_mm256_cmp_pd(y.v, _mm256_setzero_pd(), _CMP_NLE_UQ), a.v)};
+  }
+  friend HVD_SYNCBN_INLINE F64 relu(F64 a) { return keep_where_positive(a, a); }
+};
+
+#else  // baseline: plain C++, any machine
+
+using F32 = S32;
+using F64 = S64;
+
+#endif
+
+// The vector in which elements of T are normalised, and its one-value form.
+template <class T>
+struct VectorOf {
+  using Wide = F32;
+  using One = S32;
+};
+template <>
+struct VectorOf<double> {
+  using Wide = F64;
+  using One = S64;
+};
+
+}  // namespace HVD_SYNCBN_PATH
+}  // namespace hvd_syncbn
+
+#endif  // HVD_SYNCBN_CPU_SIMD_H_

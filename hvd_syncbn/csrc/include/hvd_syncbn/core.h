@@ -1,0 +1,151 @@
+// The C interface of the core: every number that synchronized batch norm computes, for both adapters.
+//
+// The rules of the room:
+//  * Nothing here knows a framework, owns a thread or calls a collective. The caller brings memory and threads.
+//  * A kernel takes a range of work units [begin, end) of `hvd_syncbn_units(...)`; any split of the range, on any
+//  number
+//    of threads, in any order, gives the same bytes. Moment kernels may add to one packet from many threads at once.
+//  * Pointers are to contiguous memory: [n][c][s] for channels first, [n][s][c] for channels last. Any alignment.
+//  * The floating-point environment of the calling thread (flush-to-zero, rounding) does not matter and is kept.
+//  * The numbers are those of docs/protocol.md; its Python twin is hvd_syncbn/protocol.py.
+//
+// One training step of one layer:
+//
+//   forward:   memset(packet, 0)
+//              hvd_syncbn_forward_moments(units, x -> packet)         any number of calls
+//              hvd_syncbn_close_packet(packet)                        carries, header
+//              [ allreduce(packet, Sum) ]
+//              hvd_syncbn_check_packet(packet)                        do all ranks agree?
+//              hvd_syncbn_forward_finish(packet -> stats, coefficients, running statistics)
+//              hvd_syncbn_forward_apply(units, x -> y)                any number of calls
+//   backward:  memset(packet, 0)
+//              hvd_syncbn_backward_moments(units, x, dy -> packet)
+//              hvd_syncbn_close_packet(packet)
+//              hvd_syncbn_backward_params(packet -> dgamma, dbeta)    local to the rank: before the collective
+//              [ allreduce(packet, Sum) ]
+//              hvd_syncbn_check_packet(packet)
+//              hvd_syncbn_backward_finish(packet, stats -> coefficients)
+//              hvd_syncbn_backward_apply(units, x, dy -> dx)
+#ifndef HVD_SYNCBN_CORE_H_
+#define HVD_SYNCBN_CORE_H_
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define HVD_SYNCBN_API
+#else
+#define HVD_SYNCBN_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+  HVD_SYNCBN_FLOAT32 = 0,
+  HVD_SYNCBN_FLOAT64 = 1,
+  HVD_SYNCBN_FLOAT16 = 2,
+  HVD_SYNCBN_BFLOAT16 = 3,
+};
+
+enum {
+  HVD_SYNCBN_CHANNELS_FIRST = 0,  // [n][c][s]
+  HVD_SYNCBN_CHANNELS_LAST = 1,   // [n][s][c]
+};
+
+// What hvd_syncbn_check_packet found.
+enum {
+  HVD_SYNCBN_OK = 0,
+  HVD_SYNCBN_RANKS_DISAGREE = 1,  // eps, dtype, channel count or protocol version differ between ranks
+  HVD_SYNCBN_ONE_VALUE = 2,       // one value per channel in the global batch: no variance to speak of
+  HVD_SYNCBN_EMPTY = 3,           // no value at all: nothing to normalise, running statistics stay
+};
+
+// The logical input x[n, c, s] of one rank: samples, channels, flattened spatial positions (1 for 2-D input).
+typedef struct {
+  int64_t n, c, s;
+  int32_t dtype;   // of x, y, residual and their gradients
+  int32_t layout;  // of the same
+} hvd_syncbn_shape;
+
+// A per-channel vector of the framework's: `data` may be NULL (gamma: 1, beta: 0, gradient: not wanted).
+typedef struct {
+  void* data;
+  int32_t dtype;
+} hvd_syncbn_vector;
+
+// int64 words in the packet of `channels` channels.
+HVD_SYNCBN_API int64_t hvd_syncbn_packet_size(int64_t channels);
+
+// Bytes of the coefficient scratch that *_finish writes and *_apply reads, for either direction.
+HVD_SYNCBN_API int64_t hvd_syncbn_coefficients_size(const hvd_syncbn_shape* shape);
+
+// Work units of the moment kernels and of the apply kernels; and about how many bytes of x one unit reads, from which a
+// caller takes the grain of its thread pool.
+HVD_SYNCBN_API int64_t hvd_syncbn_moments_units(const hvd_syncbn_shape* shape);
+HVD_SYNCBN_API int64_t hvd_syncbn_apply_units(const hvd_syncbn_shape* shape);
+HVD_SYNCBN_API int64_t hvd_syncbn_moments_unit_bytes(const hvd_syncbn_shape* shape);
+HVD_SYNCBN_API int64_t hvd_syncbn_apply_unit_bytes(const hvd_syncbn_shape* shape);
+
+// Adds the moments of units [begin, end) to `packet` (zeroed by the caller; atomic adds).
+// mask: NULL, or n*s bytes [n][s]; positions with 0 do not count.
+HVD_SYNCBN_API void hvd_syncbn_forward_moments(const hvd_syncbn_shape* shape, const void* x, const uint8_t* mask,
+                                               int64_t begin, int64_t end, int64_t* packet);
+
+// y: NULL, or the layer's output where the fused activation is relu (its sign masks dy).
+// stats: float64 mean[c], invstd[c], as hvd_syncbn_forward_finish wrote them.
+HVD_SYNCBN_API void hvd_syncbn_backward_moments(const hvd_syncbn_shape* shape, const void* x, const void* dy,
+                                                const void* y, const double* stats, int64_t begin, int64_t end,
+                                                int64_t* packet);
+
+// Propagates carries and writes the header. count: values per channel on this rank (n*s, or the unmasked positions).
+HVD_SYNCBN_API void hvd_syncbn_close_packet(const hvd_syncbn_shape* shape, double eps, int64_t count, int64_t* packet);
+
+// Reads the header of a reduced packet: HVD_SYNCBN_OK or what is wrong. Same answer on every rank that agrees with
+// itself.
+HVD_SYNCBN_API int32_t hvd_syncbn_check_packet(const hvd_syncbn_shape* shape, double eps, const int64_t* packet);
+
+// Values per channel in the global batch, from a reduced packet.
+HVD_SYNCBN_API int64_t hvd_syncbn_packet_count(const int64_t* packet);
+
+// Reduced packet -> stats (float64 mean[c], invstd[c]), coefficients for forward_apply, and the running statistics in
+// place: new = f32(old_weight) * old + f32(new_weight) * batch statistic; `unbiased` picks var*n/(n-1) (PyTorch) or var
+// (Keras). running_mean.data and running_var.data may be NULL. An empty global batch changes no running statistic.
+HVD_SYNCBN_API void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const int64_t* packet,
+                                              hvd_syncbn_vector gamma, hvd_syncbn_vector beta,
+                                              hvd_syncbn_vector running_mean, hvd_syncbn_vector running_var,
+                                              double old_weight, double new_weight, int32_t unbiased, double* stats,
+                                              void* coefficients);
+
+// y = relu?(normalised x + residual?). residual: NULL or shaped as x. relu: 0 or 1.
+HVD_SYNCBN_API void hvd_syncbn_forward_apply(const hvd_syncbn_shape* shape, const void* x, const void* residual,
+                                             int32_t relu, const void* coefficients, int64_t begin, int64_t end,
+                                             void* y);
+
+// Closed local packet of the backward direction -> this rank's dgamma and dbeta.
+HVD_SYNCBN_API void hvd_syncbn_backward_params(const hvd_syncbn_shape* shape, const int64_t* packet,
+                                               const double* stats, hvd_syncbn_vector dgamma, hvd_syncbn_vector dbeta);
+
+// Reduced packet of the backward direction -> coefficients for backward_apply.
+HVD_SYNCBN_API void hvd_syncbn_backward_finish(const hvd_syncbn_shape* shape, const int64_t* packet,
+                                               const double* stats, hvd_syncbn_vector gamma, void* coefficients);
+
+// dx, and dresidual (NULL: not wanted), which is dy masked by the activation. mask and y as in the moments: a masked
+// position took no part in the statistics, so its dx is a*dy alone.
+HVD_SYNCBN_API void hvd_syncbn_backward_apply(const hvd_syncbn_shape* shape, const void* x, const void* dy,
+                                              const void* y, const uint8_t* mask, const void* coefficients,
+                                              int64_t begin, int64_t end, void* dx, void* dresidual);
+
+// The instruction-set path in use ("baseline", "avx2", "avx512"), and every one that this machine can run,
+// comma-separated.
+HVD_SYNCBN_API const char* hvd_syncbn_isa(void);
+HVD_SYNCBN_API const char* hvd_syncbn_isas(void);
+// Switches the path for this process (tests); 0, or -1 where this machine cannot run it. HVD_SYNCBN_ISA does so at
+// load.
+HVD_SYNCBN_API int32_t hvd_syncbn_set_isa(const char* name);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // HVD_SYNCBN_CORE_H_

@@ -1,0 +1,252 @@
+"""The C interface of the core for Python, over numpy arrays: for tests, ``hvd-syncbn verify`` and ``doctor``.
+
+The frameworks do not come through here: their adapters link the same library. Each function is its C namesake in
+``csrc/include/hvd_syncbn/core.h`` run over all its units. 16-bit floats are numpy ``uint16`` arrays of their bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import sysconfig
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import hvd_syncbn
+from hvd_syncbn.protocol import DTYPES, HEADER, LIMBS
+
+LAYOUTS = ("channels_first", "channels_last")
+OK, RANKS_DISAGREE, ONE_VALUE, EMPTY = range(4)
+
+_STORAGE = {"float32": np.float32, "float64": np.float64, "float16": np.uint16, "bfloat16": np.uint16}
+
+
+class Shape(ctypes.Structure):
+    """The logical input ``x[n, c, s]`` of one rank: ``dtype`` and ``layout`` are codes."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        ("c", ctypes.c_int64),
+        ("s", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("layout", ctypes.c_int32),
+    )
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int32))
+
+
+def find(name: str) -> Path:
+    """The path of a built file below the installed package.
+
+    Raises:
+        ImportError: it was not built.
+    """
+    # An editable install keeps the sources in the checkout and what was built in site-packages.
+    folders = [*map(Path, hvd_syncbn.__path__), Path(sysconfig.get_path("platlib")) / "hvd_syncbn"]
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    raise ImportError(
+        f"hvd-syncbn was built without {name}: run `make setup` in its checkout, or reinstall it with "
+        "`pip install --no-build-isolation --no-deps` where the framework is installed. "
+        f"Looked in {', '.join(map(str, folders))}."
+    )
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The core library.
+
+    Raises:
+        ImportError: the package was not built.
+    """
+    lib = ctypes.CDLL(str(find("libhvd_syncbn.so")))
+    for name in ("coefficients_size", "moments_units", "apply_units"):
+        getattr(lib, f"hvd_syncbn_{name}").restype = ctypes.c_int64
+    for name in ("isa", "isas"):
+        getattr(lib, f"hvd_syncbn_{name}").restype = ctypes.c_char_p
+    return lib
+
+
+def packet_size(channels: int) -> int:
+    """int64 words in the packet of ``channels`` channels."""
+    return HEADER + channels * (1 + 2 * LIMBS)
+
+
+def isa() -> str:
+    """The instruction-set path in use."""
+    return str(library().hvd_syncbn_isa().decode())
+
+
+def isas() -> list[str]:
+    """Every instruction-set path that this machine can run."""
+    return str(library().hvd_syncbn_isas().decode()).split(",")
+
+
+def set_isa(name: str) -> None:
+    """Switches this process to another path.
+
+    Raises:
+        ValueError: this machine cannot run it.
+    """
+    if library().hvd_syncbn_set_isa(name.encode()) != 0:
+        raise ValueError(f"this machine runs the instruction-set paths {isas()}. Received: {name!r}")
+
+
+def shape(n: int, c: int, s: int, dtype: str, layout: str = "channels_first") -> Shape:
+    """A shape by names."""
+    return Shape(n, c, s, DTYPES.index(dtype), LAYOUTS.index(layout))
+
+
+def _pointer(array: NDArray[Any] | None) -> ctypes.c_void_p | None:
+    if array is None:
+        return None
+    if not array.flags.c_contiguous:
+        raise ValueError("the core takes contiguous arrays")
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def _vector(array: NDArray[Any] | None, dtype: str | None = None) -> _Vector:
+    if array is None:
+        return _Vector(None, 0)
+    return _Vector(_pointer(array), DTYPES.index(dtype or array.dtype.name))
+
+
+def _empty(shape: Shape) -> NDArray[Any]:
+    sizes = (shape.n, shape.c, shape.s) if shape.layout == 0 else (shape.n, shape.s, shape.c)
+    return np.empty(sizes, _STORAGE[DTYPES[shape.dtype]])
+
+
+def _ranges(units: int, splits: int) -> list[tuple[ctypes.c_int64, ctypes.c_int64]]:
+    edges = [units * i // splits for i in range(splits + 1)]
+    return [(ctypes.c_int64(b), ctypes.c_int64(e)) for b, e in itertools.pairwise(edges)]
+
+
+def forward_packet(
+    shape: Shape, x: NDArray[Any], eps: float, mask: NDArray[np.uint8] | None = None, splits: int = 1
+) -> NDArray[np.int64]:
+    """The closed forward packet of ``x``, its units cut into ``splits`` ranges."""
+    packet = np.zeros(packet_size(shape.c), np.int64)
+    ref = ctypes.byref(shape)
+    for begin, end in _ranges(library().hvd_syncbn_moments_units(ref), splits):
+        library().hvd_syncbn_forward_moments(ref, _pointer(x), _pointer(mask), begin, end, _pointer(packet))
+    count = shape.n * shape.s if mask is None else int(np.count_nonzero(mask))
+    library().hvd_syncbn_close_packet(ref, ctypes.c_double(eps), ctypes.c_int64(count), _pointer(packet))
+    return packet
+
+
+def backward_packet(
+    shape: Shape,
+    x: NDArray[Any],
+    dy: NDArray[Any],
+    stats: NDArray[np.float64],
+    eps: float,
+    y: NDArray[Any] | None = None,
+    count: int | None = None,
+    splits: int = 1,
+) -> NDArray[np.int64]:
+    """The closed backward packet."""
+    packet = np.zeros(packet_size(shape.c), np.int64)
+    ref = ctypes.byref(shape)
+    for begin, end in _ranges(library().hvd_syncbn_moments_units(ref), splits):
+        library().hvd_syncbn_backward_moments(
+            ref, _pointer(x), _pointer(dy), _pointer(y), _pointer(stats), begin, end, _pointer(packet)
+        )
+    count = shape.n * shape.s if count is None else count
+    library().hvd_syncbn_close_packet(ref, ctypes.c_double(eps), ctypes.c_int64(count), _pointer(packet))
+    return packet
+
+
+def check_packet(shape: Shape, eps: float, packet: NDArray[np.int64]) -> int:
+    """OK, RANKS_DISAGREE, ONE_VALUE or EMPTY."""
+    return int(library().hvd_syncbn_check_packet(ctypes.byref(shape), ctypes.c_double(eps), _pointer(packet)))
+
+
+def forward(
+    shape: Shape,
+    x: NDArray[Any],
+    packet: NDArray[np.int64],
+    eps: float,
+    gamma: NDArray[Any] | None = None,
+    beta: NDArray[Any] | None = None,
+    running_mean: NDArray[Any] | None = None,
+    running_var: NDArray[Any] | None = None,
+    weights: tuple[float, float] = (0.9, 0.1),
+    unbiased: bool = True,
+    residual: NDArray[Any] | None = None,
+    relu: bool = False,
+    splits: int = 1,
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """``(y, stats)`` from a reduced packet; running statistics change in place."""
+    lib, ref = library(), ctypes.byref(shape)
+    stats = np.empty((2, shape.c), np.float64)
+    coefficients = np.empty(lib.hvd_syncbn_coefficients_size(ref), np.uint8)
+    lib.hvd_syncbn_forward_finish(
+        ref,
+        ctypes.c_double(eps),
+        _pointer(packet),
+        _vector(gamma),
+        _vector(beta),
+        _vector(running_mean),
+        _vector(running_var),
+        ctypes.c_double(weights[0]),
+        ctypes.c_double(weights[1]),
+        ctypes.c_int32(unbiased),
+        _pointer(stats),
+        _pointer(coefficients),
+    )
+    y = _empty(shape)
+    for begin, end in _ranges(lib.hvd_syncbn_apply_units(ref), splits):
+        lib.hvd_syncbn_forward_apply(
+            ref, _pointer(x), _pointer(residual), ctypes.c_int32(relu), _pointer(coefficients), begin, end, _pointer(y)
+        )
+    return y, stats
+
+
+def parameter_gradients(
+    shape: Shape, packet: NDArray[np.int64], stats: NDArray[np.float64], dtype: str = "float32"
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """This rank's ``(dgamma, dbeta)`` from its own closed backward packet."""
+    dgamma, dbeta = np.empty(shape.c, _STORAGE[dtype]), np.empty(shape.c, _STORAGE[dtype])
+    library().hvd_syncbn_backward_params(
+        ctypes.byref(shape), _pointer(packet), _pointer(stats), _vector(dgamma, dtype), _vector(dbeta, dtype)
+    )
+    return dgamma, dbeta
+
+
+def backward(
+    shape: Shape,
+    x: NDArray[Any],
+    dy: NDArray[Any],
+    packet: NDArray[np.int64],
+    stats: NDArray[np.float64],
+    gamma: NDArray[Any] | None = None,
+    y: NDArray[Any] | None = None,
+    mask: NDArray[np.uint8] | None = None,
+    splits: int = 1,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """``(dx, dresidual)`` from a reduced packet."""
+    lib, ref = library(), ctypes.byref(shape)
+    coefficients = np.empty(lib.hvd_syncbn_coefficients_size(ref), np.uint8)
+    lib.hvd_syncbn_backward_finish(ref, _pointer(packet), _pointer(stats), _vector(gamma), _pointer(coefficients))
+    dx, dresidual = _empty(shape), _empty(shape)
+    for begin, end in _ranges(lib.hvd_syncbn_apply_units(ref), splits):
+        lib.hvd_syncbn_backward_apply(
+            ref,
+            _pointer(x),
+            _pointer(dy),
+            _pointer(y),
+            _pointer(mask),
+            _pointer(coefficients),
+            begin,
+            end,
+            _pointer(dx),
+            _pointer(dresidual),
+        )
+    return dx, dresidual

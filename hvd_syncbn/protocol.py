@@ -1,0 +1,419 @@
+"""The exact packed-moment protocol: its constants, and a reference that can be read top to bottom.
+
+The rules of the room:
+
+* This module and the C++ under ``csrc/`` are the only two places with a formula, and tests hold them to each other bit for bit.
+* Everything is Python ints and floats. A float here is an IEEE float64; what the protocol calls ``fma`` and every rounding to a
+  narrower type is done on integers, so nothing depends on the machine.
+* Arrays are float64 numpy arrays viewed as ``[n, c, s]`` (sample, channel, position) and hold values of the ``dtype`` that is
+  given beside them; numpy stores them and does no arithmetic.
+* It is slow (microseconds per element), for tests and for reading. ``docs/protocol.md`` says why each step is as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PROTOCOL_VERSION = 1
+PIECE = 4096
+LANES = 32
+LIMBS = 8
+LIMB_BITS = 40
+LSB_EXP = -160
+HEADER = 4
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+"""Element types; the position is the code that the digest and the C interface use."""
+
+Array = NDArray[np.float64]
+
+
+# --- Rounding ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Format:
+    precision: int  # bits of the significand, the hidden one included
+    lsb: int  # exponent of the least subnormal
+    limit: int  # values of 2**limit and more are infinite
+
+
+_FORMATS = {
+    "float64": _Format(53, -1074, 1024),
+    "float32": _Format(24, -149, 128),
+    "float16": _Format(11, -24, 16),
+    "bfloat16": _Format(8, -133, 128),
+}
+
+
+def _dyadic(value: float) -> tuple[int, int]:
+    """``value`` as ``(m, e)`` with ``value == m * 2**e``."""
+    fraction, exponent = math.frexp(value)
+    return int(fraction * 2.0**53), exponent - 53
+
+
+def _round_dyadic(m: int, e: int, dtype: str) -> float:
+    """``m * 2**e`` rounded to nearest, ties to even, as a value of ``dtype``."""
+    form = _FORMATS[dtype]
+    magnitude = abs(m)
+    drop = max(magnitude.bit_length() - form.precision, form.lsb - e)
+    if drop > 0:
+        rest = magnitude & ((1 << drop) - 1)
+        magnitude >>= drop
+        half = 1 << (drop - 1)
+        if rest > half or (rest == half and magnitude & 1):
+            magnitude += 1
+        e += drop
+    if magnitude.bit_length() + e > form.limit:
+        return -math.inf if m < 0 else math.inf
+    return math.copysign(math.ldexp(magnitude, e), -1.0 if m < 0 else 1.0)
+
+
+def round_to(value: float, dtype: str) -> float:
+    """A float64 rounded once to ``dtype``."""
+    if not math.isfinite(value) or value == 0.0 or dtype == "float64":
+        return value
+    return _round_dyadic(*_dyadic(value), dtype)
+
+
+def fma(a: float, b: float, c: float, dtype: str = "float64") -> float:
+    """``a * b + c`` rounded once."""
+    if not (math.isfinite(a) and math.isfinite(b) and math.isfinite(c)):
+        return a * b + c
+    (ma, ea), (mb, eb), (mc, ec) = _dyadic(a), _dyadic(b), _dyadic(c)
+    mp, ep = ma * mb, ea + eb
+    e = min(ep, ec)
+    total = (mp << (ep - e)) + (mc << (ec - e))
+    if total == 0:
+        negative = math.copysign(1, a) * math.copysign(1, b) < 0 and math.copysign(1, c) < 0 and mp == mc == 0
+        return -0.0 if negative else 0.0
+    return _round_dyadic(total, e, dtype)
+
+
+# --- Pieces (section 1) -----------------------------------------------------------------------------------------------
+
+
+def lane_sum(terms: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The two moments of one piece in the canonical order.
+
+    A term is ``(a, d)``, one element's contribution: ``a`` to the first moment, ``fma(a, d, .)`` to the second.
+    """
+    a = [0.0] * LANES
+    b = [0.0] * LANES
+    for i, (term, d) in enumerate(terms):
+        a[i % LANES] += term
+        b[i % LANES] = fma(term, d, b[i % LANES])
+    w = LANES // 2
+    while w:
+        for j in range(w):
+            a[j] += a[j + w]
+            b[j] += b[j + w]
+        w //= 2
+    return a[0], b[0]
+
+
+# --- Exact sums and the packet (section 2) ----------------------------------------------------------------------------
+
+
+def to_fixed(value: float) -> int | None:
+    """``value`` in units of ``2**LSB_EXP``, truncated toward minus infinity; None when it is out of range or not finite."""
+    if not math.isfinite(value) or abs(value) >= 2.0 ** (LIMBS * LIMB_BITS + LSB_EXP - 1):
+        return None
+    m, e = _dyadic(value)
+    shift = e - LSB_EXP
+    return m << shift if shift >= 0 else m >> -shift
+
+
+def to_limbs(value: int) -> list[int]:
+    """An exact sum in the packet's form: every limb but the last in ``[0, 2**LIMB_BITS)``."""
+    limbs = [(value >> (LIMB_BITS * i)) & ((1 << LIMB_BITS) - 1) for i in range(LIMBS - 1)]
+    return [*limbs, value >> (LIMB_BITS * (LIMBS - 1))]
+
+
+def from_limbs(limbs: Iterable[int]) -> int:
+    """The integer that limbs stand for, whatever their carries."""
+    return sum(int(limb) << (LIMB_BITS * i) for i, limb in enumerate(limbs))
+
+
+def digest(eps: float, dtype: str, channels: int) -> int:
+    """32 bits that differ where two ranks could not share a batch: FNV-1a over version, dtype, channel count, eps."""
+    data = struct.pack("<qqqd", PROTOCOL_VERSION, DTYPES.index(dtype), channels, eps)
+    value = 0xCBF29CE484222325
+    for byte in data:
+        value = ((value ^ byte) * 0x100000001B3) % 2**64
+    return (value ^ (value >> 32)) % 2**32
+
+
+def _wrap(value: int) -> int:
+    """The int64 with these low 64 bits."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+@dataclass
+class Packet:
+    """What one rank sends, or what all ranks sent, summed."""
+
+    participants: int
+    count: int
+    check: tuple[int, int]
+    nonfinite: list[int]
+    a: list[int]
+    b: list[int]
+
+    def words(self) -> list[int]:
+        """The packet as it travels: ``HEADER + C + 2 * C * LIMBS`` int64 words."""
+        limbs = [limb for moment in (self.a, self.b) for value in moment for limb in to_limbs(value)]
+        return [self.participants, self.count, *map(_wrap, self.check), *self.nonfinite, *limbs]
+
+    def __add__(self, other: Packet) -> Packet:
+        return Packet(
+            self.participants + other.participants,
+            self.count + other.count,
+            (self.check[0] + other.check[0], self.check[1] + other.check[1]),
+            [p + q for p, q in zip(self.nonfinite, other.nonfinite, strict=True)],
+            [p + q for p, q in zip(self.a, other.a, strict=True)],
+            [p + q for p, q in zip(self.b, other.b, strict=True)],
+        )
+
+    def agreed(self, eps: float, dtype: str) -> bool:
+        """Whether every participant sent this configuration."""
+        mine = digest(eps, dtype, len(self.a))
+        return self.check == (self.participants * mine, self.participants * mine**2)
+
+
+def _packet(terms: Sequence[Sequence[Sequence[tuple[float, float]]]], eps: float, dtype: str, count: int) -> Packet:
+    """A packet from ``terms[n][c]``, the terms of each row."""
+    channels = len(terms[0]) if terms else 0
+    mine = digest(eps, dtype, channels)
+    packet = Packet(1, count, (mine, mine**2), [0] * channels, [0] * channels, [0] * channels)
+    for sample in terms:
+        for c, row in enumerate(sample):
+            for start in range(0, len(row), PIECE):
+                for moment, value in zip((packet.a, packet.b), lane_sum(row[start : start + PIECE]), strict=True):
+                    fixed = to_fixed(value)
+                    if fixed is None:
+                        packet.nonfinite[c] += 1
+                    else:
+                        moment[c] += fixed
+    return packet
+
+
+def empty_packet(channels: int, eps: float, dtype: str) -> Packet:
+    """What a rank without samples sends."""
+    mine = digest(eps, dtype, channels)
+    return Packet(1, 0, (mine, mine**2), [0] * channels, [0] * channels, [0] * channels)
+
+
+def forward_packet(x: Array, eps: float, dtype: str, mask: NDArray[np.bool_] | None = None) -> Packet:
+    """The forward packet of one rank's ``x[n, c, s]``; ``mask[n, s]`` is False where a position does not count."""
+    n, channels, s = x.shape
+    if n == 0:
+        return empty_packet(channels, eps, dtype)
+    counts = np.ones((n, s), bool) if mask is None else mask
+    rows = [
+        [[(float(x[i, c, k]), float(x[i, c, k])) if counts[i, k] else (0.0, 0.0) for k in range(s)] for c in range(channels)]
+        for i in range(n)
+    ]
+    return _packet(rows, eps, dtype, int(counts.sum()))
+
+
+def backward_packet(
+    x: Array,
+    dy: Array,
+    statistics: Sequence[Statistics],
+    eps: float,
+    dtype: str,
+    y: Array | None = None,
+    count: int | None = None,
+) -> Packet:
+    """The backward packet of one rank; ``y`` is the output where the fused activation is relu.
+
+    ``count`` defaults to ``n * s``; with a mask it is the number of unmasked positions, though every ``dy`` takes part: a
+    masked position's output depends on the statistics, too.
+    """
+    n, channels, s = x.shape
+    if n == 0:
+        return empty_packet(channels, eps, dtype)
+
+    def term(i: int, c: int, k: int) -> tuple[float, float]:
+        g = float(dy[i, c, k])
+        if y is not None and y[i, c, k] <= 0.0:
+            g = 0.0
+        return g, float(x[i, c, k]) - statistics[c].mean
+
+    rows = [[[term(i, c, k) for k in range(s)] for c in range(channels)] for i in range(n)]
+    return _packet(rows, eps, dtype, n * s if count is None else count)
+
+
+# --- Finishing (section 3) --------------------------------------------------------------------------------------------
+
+DoubleDouble = tuple[float, float]
+
+
+def _two_sum(a: float, b: float) -> DoubleDouble:
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+def _quick_two_sum(a: float, b: float) -> DoubleDouble:
+    s = a + b
+    return s, b - (s - a)
+
+
+def _subtract(a: DoubleDouble, b: DoubleDouble) -> DoubleDouble:
+    s, e = _two_sum(a[0], -b[0])
+    t, f = _two_sum(a[1], -b[1])
+    s, e = _quick_two_sum(s, e + t)
+    return _quick_two_sum(s, e + f)
+
+
+def _multiply(a: DoubleDouble, b: DoubleDouble) -> DoubleDouble:
+    p = a[0] * b[0]
+    return _quick_two_sum(p, fma(a[1], b[0], fma(a[0], b[1], fma(a[0], b[0], -p))))
+
+
+def _divide(a: DoubleDouble, n: float) -> DoubleDouble:
+    q = a[0] / n
+    r = fma(-q, n, a[0]) + a[1]
+    return _quick_two_sum(q, r / n)
+
+
+def read_sum(value: int) -> DoubleDouble:
+    """An exact sum as a double-double, from its highest limb down."""
+    limbs = to_limbs(abs(value))
+    top = limbs[-1] >> LIMB_BITS << LIMB_BITS  # more bits than a float64 holds: the upper part goes first
+    hi, lo = math.ldexp(top, LIMB_BITS * (LIMBS - 1) + LSB_EXP), 0.0
+    for i in reversed(range(LIMBS)):
+        s, e = _two_sum(hi, math.ldexp(limbs[i] - (top if i == LIMBS - 1 else 0), LIMB_BITS * i + LSB_EXP))
+        hi, lo = _quick_two_sum(s, e + lo)
+    return (-hi, -lo) if value < 0 else (hi, lo)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The batch statistics of one channel, as float64: ``var`` is biased."""
+
+    mean: float
+    var: float
+    invstd: float
+
+
+def finish_forward(packet: Packet, eps: float) -> list[Statistics]:
+    """The statistics of every channel of a reduced packet."""
+    nan = math.nan
+    result = []
+    for bad, a, b in zip(packet.nonfinite, packet.a, packet.b, strict=True):
+        if bad or packet.count == 0:  # nothing to normalise gives parameter gradients of 0
+            result.append(Statistics(nan, nan, nan) if bad else Statistics(0.0, 0.0, 0.0))
+            continue
+        n = float(packet.count)
+        sum_a = read_sum(a)
+        mean = _divide(sum_a, n)
+        var = _divide(_subtract(read_sum(b), _multiply(sum_a, mean)), n)[0]
+        var = var if var > 0 else 0.0
+        invstd = 1 / math.sqrt(var + eps) if var + eps > 0 else math.inf
+        result.append(Statistics(mean[0], var, invstd))
+    return result
+
+
+def running(old: float, batch: float, old_weight: float, new_weight: float, dtype: str = "float32") -> float:
+    """The new value of a running statistic kept in ``dtype``; the weights are rounded to float32 first."""
+    return round_to(round_to(old_weight, "float32") * old + round_to(new_weight, "float32") * batch, dtype)
+
+
+def unbiased(var: float, count: int) -> float:
+    """PyTorch's running variance; Keras's is the biased one."""
+    return var * count / (count - 1)
+
+
+def parameter_gradients(packet: Packet, statistics: Sequence[Statistics], dtype: str = "float32") -> list[tuple[float, float]]:
+    """This rank's ``(dgamma, dbeta)`` of every channel, from its own packet, before the collective."""
+    result = []
+    for bad, a, b, stat in zip(packet.nonfinite, packet.a, packet.b, statistics, strict=True):
+        if bad or math.isnan(stat.mean):
+            result.append((math.nan, math.nan))
+        else:
+            result.append((round_to(stat.invstd * read_sum(b)[0], dtype), round_to(read_sum(a)[0], dtype)))
+    return result
+
+
+# --- Applying (section 4) ---------------------------------------------------------------------------------------------
+
+
+def _compute_type(dtype: str) -> str:
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _split_mean(mean: float, compute: str) -> DoubleDouble:
+    hi = round_to(mean, compute)
+    return hi, round_to(mean - hi, compute)
+
+
+def apply_forward(
+    x: Array,
+    statistics: Sequence[Statistics],
+    dtype: str,
+    gamma: Sequence[float] | None = None,
+    beta: Sequence[float] | None = None,
+    residual: Array | None = None,
+    relu: bool = False,
+) -> Array:
+    """``y[n, c, s]``, values of ``dtype``."""
+    compute = _compute_type(dtype)
+    y = np.empty_like(x)
+    for c, stat in enumerate(statistics):
+        mean_hi, mean_lo = _split_mean(stat.mean, compute)
+        scale = round_to((1.0 if gamma is None else float(gamma[c])) * stat.invstd, compute)
+        shift = round_to(0.0 if beta is None else float(beta[c]), compute)
+        for i, k in np.ndindex(x.shape[0], x.shape[2]):
+            d = round_to(round_to(float(x[i, c, k]) - mean_hi, compute) - mean_lo, compute)
+            v = fma(d, scale, shift, compute)
+            if residual is not None:
+                v = round_to(v + float(residual[i, c, k]), compute)
+            if relu and v <= 0.0:
+                v = 0.0
+            y[i, c, k] = round_to(v, dtype)
+    return y
+
+
+def apply_backward(
+    x: Array,
+    dy: Array,
+    packet: Packet,
+    statistics: Sequence[Statistics],
+    dtype: str,
+    gamma: Sequence[float] | None = None,
+    y: Array | None = None,
+    mask: NDArray[np.bool_] | None = None,
+) -> tuple[Array, Array]:
+    """``(dx, dresidual)`` from the reduced packet; ``y`` is the output where the fused activation is relu."""
+    compute = _compute_type(dtype)
+    dx, dresidual = np.empty_like(x), np.empty_like(x)
+    n = float(packet.count)
+    for c, stat in enumerate(statistics):
+        if packet.nonfinite[c] or packet.count == 0:
+            mean_hi = mean_lo = scale = c1 = c2 = math.nan
+        else:
+            mean_hi, mean_lo = _split_mean(stat.mean, compute)
+            scale = round_to((1.0 if gamma is None else float(gamma[c])) * stat.invstd, compute)
+            c1 = round_to(_divide(read_sum(packet.a[c]), n)[0], compute)
+            c2 = round_to(stat.invstd * stat.invstd * _divide(read_sum(packet.b[c]), n)[0], compute)
+        for i, k in np.ndindex(x.shape[0], x.shape[2]):
+            g = float(dy[i, c, k])
+            if y is not None and y[i, c, k] <= 0.0:
+                g = 0.0
+            dresidual[i, c, k] = round_to(g, dtype)
+            if mask is not None and not mask[i, k]:
+                dx[i, c, k] = round_to(round_to(scale * g, compute), dtype)
+                continue
+            d = round_to(round_to(float(x[i, c, k]) - mean_hi, compute) - mean_lo, compute)
+            t = round_to(g - fma(d, c2, c1, compute), compute)
+            dx[i, c, k] = round_to(round_to(scale * t, compute), dtype)
+    return dx, dresidual

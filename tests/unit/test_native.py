@@ -1,0 +1,126 @@
+"""The C++ core equals the pure-Python reference bit for bit, on every instruction-set path (docs/protocol.md, 6.1 and 6.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvd_syncbn import native, protocol
+from tests.arrays import hostile, logical, rounded, same_bits, storage
+
+# Sample counts, channels (vector widths and tails, more than one tile), positions (lanes and pieces, one off each way).
+SHAPES = [
+    (2, 3, 1),
+    (1, 1, 1),
+    (3, 17, 2),
+    (2, 5, 31),
+    (1, 33, 32),
+    (2, 16, 33),
+    (2, 9, 49),
+    (1, 2, 1023),
+    (1, 1, protocol.PIECE - 1),
+    (1, 2, protocol.PIECE),
+    (1, 1, protocol.PIECE + 1),
+    (2, 70, 5),
+    (1, 130, 3),
+    (0, 4, 7),
+    (2, 3, 0),
+]
+
+
+@pytest.fixture(params=native.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+def check(n: int, c: int, s: int, dtype: str, layout: str, seed: int, relu: bool, masked: bool, splits: int) -> None:
+    """One training step, both ways, from hostile data."""
+    rng = np.random.default_rng(seed)
+    eps = 1e-5
+    x = hostile(rng, (n, c, s), dtype, nonfinite=bool(seed % 3 == 0))
+    residual = hostile(rng, (n, c, s), dtype, nonfinite=False)
+    dy = hostile(rng, (n, c, s), dtype, nonfinite=bool(seed % 5 == 0))
+    mask = rng.random((n, s)) < 0.7 if masked else None
+    param_type = "float64" if dtype == "float64" else "float32"
+    gamma, beta = (rounded(rng.standard_normal(c), param_type) for _ in range(2))
+    mean0, var0 = (rounded(rng.standard_normal(c), "float32") for _ in range(2))
+    shape = native.shape(n, c, s, dtype, layout)
+    xs, rs, dys = (storage(v, dtype, layout) for v in (x, residual, dy))
+    ms = None if mask is None else mask.astype(np.uint8)
+    gs, bs = (v.astype(param_type) for v in (gamma, beta))
+
+    packet = native.forward_packet(shape, xs, eps, ms, splits)
+    expected = protocol.forward_packet(x, eps, dtype, mask)
+    if n == 0:
+        expected = protocol.empty_packet(c, eps, dtype)
+    assert packet.tolist() == expected.words()
+    assert expected.agreed(eps, dtype)
+
+    statistics = protocol.finish_forward(expected, eps)
+    mean, var = mean0.astype(np.float32), var0.astype(np.float32)
+    y, stats = native.forward(shape, xs, packet, eps, gs, bs, mean, var, (0.9, 0.1), True, rs, relu, splits)
+    assert same_bits(stats, np.array([[t.mean for t in statistics], [t.invstd for t in statistics]]).reshape(2, c))
+    y_expected = protocol.apply_forward(x, statistics, dtype, gamma, beta, residual, relu)
+    assert same_bits(y, storage(y_expected, dtype, layout))
+    if expected.count > 1:
+        for got, old, batch in (
+            (mean, mean0, [t.mean for t in statistics]),
+            (var, var0, [protocol.unbiased(t.var, expected.count) for t in statistics]),
+        ):
+            want = [protocol.running(float(o), b, 0.9, 0.1) for o, b in zip(old, batch, strict=True)]
+            assert same_bits(got, np.array(want, np.float32).reshape(c))
+
+    ys, y_reference = (y, logical(y, dtype, layout)) if relu else (None, None)
+    packet = native.backward_packet(shape, xs, dys, stats, eps, ys, expected.count, splits)
+    expected = protocol.backward_packet(x, dy, statistics, eps, dtype, y_reference, expected.count)
+    if n == 0:
+        expected = protocol.empty_packet(c, eps, dtype)
+    assert packet.tolist() == expected.words()
+    for narrow in ("float32", "float16", "bfloat16", "float64"):
+        gradients = native.parameter_gradients(shape, packet, stats, narrow)
+        want_gradients = np.array(protocol.parameter_gradients(expected, statistics, narrow)).reshape(c, 2)
+        for got, column in zip(gradients, want_gradients.T, strict=True):
+            assert same_bits(got, storage(column.reshape(1, c, 1), narrow).reshape(c))
+    dx, dresidual = native.backward(shape, xs, dys, packet, stats, gs, ys, ms, splits)
+    dx_expected, dresidual_expected = protocol.apply_backward(x, dy, expected, statistics, dtype, gamma, y_reference, mask)
+    assert same_bits(dx, storage(dx_expected, dtype, layout))
+    assert same_bits(dresidual, storage(dresidual_expected, dtype, layout))
+
+
+@pytest.mark.parametrize("layout", native.LAYOUTS)
+@pytest.mark.parametrize("dtype", protocol.DTYPES)
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_step_equals_reference(isa: str, sizes: tuple[int, int, int], dtype: str, layout: str) -> None:
+    seed = sum(sizes) + protocol.DTYPES.index(dtype)
+    check(*sizes, dtype, layout, seed, relu=bool(seed % 2), masked=seed % 4 == 1, splits=1 + seed % 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 4),
+    c=st.integers(1, 80),
+    s=st.integers(1, 70),
+    dtype=st.sampled_from(protocol.DTYPES),
+    layout=st.sampled_from(native.LAYOUTS),
+    seed=st.integers(0, 2**32),
+    relu=st.booleans(),
+    masked=st.booleans(),
+    splits=st.integers(1, 7),
+    path=st.sampled_from(native.isas()),
+)
+def test_any_step_equals_reference(
+    n: int, c: int, s: int, dtype: str, layout: str, seed: int, relu: bool, masked: bool, splits: int, path: str
+) -> None:
+    before = native.isa()
+    native.set_isa(path)
+    try:
+        check(n, min(c, 1 + 3000 // (n * s + 1)), s, dtype, layout, seed, relu, masked, splits)
+    finally:
+        native.set_isa(before)
