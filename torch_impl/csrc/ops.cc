@@ -1,0 +1,201 @@
+// PyTorch operators over the core: they own tensors, memory and threads, and no arithmetic.
+//
+//   forward_moments(x) -> packet                         then hvd_syncbn::allreduce_(packet), registered from Python
+//   forward_apply(x, packet, ...) -> (y, stats)
+//   backward_moments(x, dy, y?) -> (packet, dweight, dbias)
+//   backward_apply(x, dy, y?, packet) -> (dx, dresidual)
+//
+// Shape functions are in torch_impl/ops.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "hvd_syncbn/core.h"
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+int32_t dtype_code(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return HVD_SYNCBN_FLOAT32;
+    case at::kDouble:
+      return HVD_SYNCBN_FLOAT64;
+    case at::kHalf:
+      return HVD_SYNCBN_FLOAT16;
+    case at::kBFloat16:
+      return HVD_SYNCBN_BFLOAT16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected float32, float64, float16 or bfloat16. Received: ", type);
+  }
+}
+
+// An input brought to one of the core's two layouts; no copy where it is in one already.
+struct Input {
+  Tensor tensor;
+  hvd_syncbn_shape shape;
+};
+
+Input input(const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() >= 2, "expected an input of at least 2 dimensions. Received: ", x.dim());
+  hvd_syncbn_shape shape = {x.size(0), x.size(1), 1, dtype_code(x.scalar_type()), HVD_SYNCBN_CHANNELS_FIRST};
+  for (int64_t d = 2; d < x.dim(); ++d) shape.s *= x.size(d);
+  if (x.is_contiguous()) return {x, shape};
+  if (x.movedim(1, -1).is_contiguous()) {
+    shape.layout = HVD_SYNCBN_CHANNELS_LAST;
+    return {x, shape};
+  }
+  return {x.contiguous(), shape};
+}
+
+// Another tensor of x's shape, in x's layout.
+Tensor like(const Input& x, const Tensor& other) {
+  if (x.shape.layout == HVD_SYNCBN_CHANNELS_FIRST) return other.contiguous();
+  return other.movedim(1, -1).contiguous().movedim(-1, 1);
+}
+
+hvd_syncbn_vector vector(const hvd_syncbn_shape& shape, const OptionalTensor& tensor) {
+  if (!tensor.has_value() || !tensor->defined()) return {nullptr, 0};
+  TORCH_CHECK_VALUE(tensor->numel() == shape.c && tensor->is_contiguous(), "expected a contiguous vector of ", shape.c,
+                    " channels. Received: ", tensor->sizes());
+  return {tensor->data_ptr(), dtype_code(tensor->scalar_type())};
+}
+
+const void* data(const OptionalTensor& tensor) {
+  return tensor.has_value() && tensor->defined() ? tensor->const_data_ptr() : nullptr;
+}
+
+// Tasks of at least 64 KiB: below that, handing work over costs more than doing it.
+int64_t grain(int64_t unit_bytes) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, unit_bytes)); }
+
+Tensor empty_packet(int64_t channels) {
+  return at::zeros({hvd_syncbn_packet_size(channels)}, at::TensorOptions().dtype(at::kLong));
+}
+
+Tensor coefficients(const hvd_syncbn_shape& shape) {
+  return at::empty({hvd_syncbn_coefficients_size(&shape)}, at::TensorOptions().dtype(at::kByte));
+}
+
+Tensor forward_moments(const Tensor& x, double eps) {
+  const Input in = input(x);
+  Tensor packet = empty_packet(in.shape.c);
+  int64_t* const words = packet.mutable_data_ptr<int64_t>();
+  at::parallel_for(0, hvd_syncbn_moments_units(&in.shape), grain(hvd_syncbn_moments_unit_bytes(&in.shape)),
+                   [&](int64_t begin, int64_t end) {
+                     hvd_syncbn_forward_moments(&in.shape, in.tensor.const_data_ptr(), nullptr, begin, end, words);
+                   });
+  hvd_syncbn_close_packet(&in.shape, eps, in.shape.n * in.shape.s, words);
+  return packet;
+}
+
+// What the header of a reduced packet says. `name` is the layer's, for the message.
+void check(const hvd_syncbn_shape& shape, double eps, const Tensor& packet, const std::string& name) {
+  TORCH_CHECK_VALUE(packet.numel() == hvd_syncbn_packet_size(shape.c), "expected a packet of ", shape.c,
+                    " channels. Received: ", packet.numel(), " words");
+  const int32_t status = hvd_syncbn_check_packet(&shape, eps, packet.const_data_ptr<int64_t>());
+  TORCH_CHECK_VALUE(status != HVD_SYNCBN_RANKS_DISAGREE, "the ranks disagree about layer '", name,
+                    "': number of channels, eps, dtype and hvd-syncbn version have to be the same on every rank. "
+                    "This rank has: ",
+                    shape.c, " channels, eps ", eps);
+  TORCH_CHECK_VALUE(status != HVD_SYNCBN_ONE_VALUE,
+                    "Expected more than 1 value per channel when training, got 1 over all ranks in layer '", name, "'");
+}
+
+std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, const OptionalTensor& weight,
+                                         const OptionalTensor& bias, const OptionalTensor& residual,
+                                         const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                         double old_weight, double new_weight, bool unbiased, double eps, bool relu,
+                                         const std::string& name) {
+  const Input in = input(x);
+  const int64_t* const words = packet.const_data_ptr<int64_t>();
+  check(in.shape, eps, packet, name);
+  Tensor stats = at::empty({2, in.shape.c}, at::TensorOptions().dtype(at::kDouble));
+  Tensor scratch = coefficients(in.shape);
+  hvd_syncbn_forward_finish(&in.shape, eps, words, vector(in.shape, weight), vector(in.shape, bias),
+                            vector(in.shape, running_mean), vector(in.shape, running_var), old_weight, new_weight,
+                            unbiased, stats.mutable_data_ptr<double>(), scratch.mutable_data_ptr());
+  const OptionalTensor added = residual.has_value() ? OptionalTensor(like(in, *residual)) : std::nullopt;
+  Tensor y = at::empty_like(in.tensor);
+  void* const out = y.mutable_data_ptr();
+  at::parallel_for(0, hvd_syncbn_apply_units(&in.shape), grain(hvd_syncbn_apply_unit_bytes(&in.shape)),
+                   [&](int64_t begin, int64_t end) {
+                     hvd_syncbn_forward_apply(&in.shape, in.tensor.const_data_ptr(), data(added), relu,
+                                              scratch.const_data_ptr(), begin, end, out);
+                   });
+  return {y, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_moments(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
+                                                    const Tensor& stats, double eps, at::ScalarType parameter_dtype) {
+  const Input in = input(x);
+  const Tensor g = like(in, dy);
+  Tensor packet = empty_packet(in.shape.c);
+  int64_t* const words = packet.mutable_data_ptr<int64_t>();
+  at::parallel_for(0, hvd_syncbn_moments_units(&in.shape), grain(2 * hvd_syncbn_moments_unit_bytes(&in.shape)),
+                   [&](int64_t begin, int64_t end) {
+                     hvd_syncbn_backward_moments(&in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(), data(y),
+                                                 stats.const_data_ptr<double>(), begin, end, words);
+                   });
+  hvd_syncbn_close_packet(&in.shape, eps, in.shape.n * in.shape.s, words);
+  const auto options = at::TensorOptions().dtype(parameter_dtype);
+  Tensor dweight = at::empty({in.shape.c}, options), dbias = at::empty({in.shape.c}, options);
+  hvd_syncbn_backward_params(&in.shape, words, stats.const_data_ptr<double>(), vector(in.shape, dweight),
+                             vector(in.shape, dbias));
+  return {packet, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
+                                          const Tensor& packet, const Tensor& stats, const OptionalTensor& weight,
+                                          double eps, bool want_residual, const std::string& name) {
+  const Input in = input(x);
+  const int64_t* const words = packet.const_data_ptr<int64_t>();
+  check(in.shape, eps, packet, name);
+  const Tensor g = like(in, dy);
+  Tensor scratch = coefficients(in.shape);
+  hvd_syncbn_backward_finish(&in.shape, words, stats.const_data_ptr<double>(), vector(in.shape, weight),
+                             scratch.mutable_data_ptr());
+  Tensor dx = at::empty_like(in.tensor);
+  Tensor dresidual = want_residual ? at::empty_like(in.tensor) : at::empty({0}, in.tensor.options());
+  void* const dx_out = dx.mutable_data_ptr();
+  void* const dresidual_out = want_residual ? dresidual.mutable_data_ptr() : nullptr;
+  at::parallel_for(0, hvd_syncbn_apply_units(&in.shape), grain(2 * hvd_syncbn_apply_unit_bytes(&in.shape)),
+                   [&](int64_t begin, int64_t end) {
+                     hvd_syncbn_backward_apply(&in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(), data(y),
+                                               nullptr, scratch.const_data_ptr(), begin, end, dx_out, dresidual_out);
+                   });
+  return {dx, dresidual};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(hvd_syncbn, m) {
+  m.def("forward_moments(Tensor x, float eps) -> Tensor");
+  m.def(
+      "forward_apply(Tensor x, Tensor packet, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? "
+      "running_mean, "
+      "Tensor(b!)? running_var, float old_weight, float new_weight, bool unbiased, float eps, bool relu, str name) "
+      "-> (Tensor y, Tensor stats)");
+  m.def(
+      "backward_moments(Tensor x, Tensor dy, Tensor? y, Tensor stats, float eps, ScalarType parameter_dtype) -> "
+      "(Tensor packet, Tensor dweight, Tensor dbias)");
+  m.def(
+      "backward_apply(Tensor x, Tensor dy, Tensor? y, Tensor packet, Tensor stats, Tensor? weight, float eps, "
+      "bool want_residual, str name) -> (Tensor dx, Tensor dresidual)");
+}
+
+TORCH_LIBRARY_IMPL(hvd_syncbn, CPU, m) {
+  m.impl("forward_moments", forward_moments);
+  m.impl("forward_apply", forward_apply);
+  m.impl("backward_moments", backward_moments);
+  m.impl("backward_apply", backward_apply);
+}

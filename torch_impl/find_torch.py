@@ -1,0 +1,15 @@
+"""Prints what CMake needs of the installed PyTorch, separated by semicolons: version, library folder, ABI, include folders."""
+
+import os
+
+import torch
+from torch.utils import cpp_extension
+
+folder = os.path.dirname(torch.__file__)
+print(
+    torch.__version__,
+    os.path.join(folder, "lib"),
+    int(torch._C._GLIBCXX_USE_CXX11_ABI),
+    *cpp_extension.include_paths(),
+    sep=";",
+)

@@ -1,0 +1,145 @@
+"""``SyncBatchNorm``, and its twin without the collective."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from hvd_syncbn.torch_impl.functional import ACTIVATIONS, check_input, local_batch_norm, normalize
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_made_by_hand = itertools.count()
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalization of this rank's batch alone, for inputs of any dimension.
+
+    What ``revert_sync_batchnorm`` makes of a ``SyncBatchNorm`` that was not converted from another class.
+    """
+
+    activation: str | None = None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected an input of at least 2 dimensions. Received: shape {tuple(input.shape)}")
+
+    def _momentum(self) -> float:
+        """Counts this batch and returns its weight in the running statistics."""
+        if self.num_batches_tracked is None:
+            return 0.0 if self.momentum is None else self.momentum
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """As ``SyncBatchNorm``."""
+        self._check_input_dim(input)
+        batch = self.training or self.running_mean is None
+        tracks = self.training and self.track_running_stats
+        return local_batch_norm(
+            input,
+            self.running_mean if tracks or not batch else None,
+            self.running_var if tracks or not batch else None,
+            self.weight,
+            self.bias,
+            batch,
+            self._momentum() if tracks else 0.0,
+            self.eps,
+            residual,
+            self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments of ``nn.BatchNorm``, and the activation."""
+        text = str(super().extra_repr())
+        return text if self.activation is None else f"{text}, activation={self.activation}"
+
+
+class SyncBatchNorm(BatchNorm):
+    r"""Batch normalization over the batch of all Horovod ranks, with the bits of one rank that had it all.
+
+    Outputs, input gradients and running statistics depend on the global batch alone: the same bits for any number of ranks
+    and any split of the samples, contiguous or channels last. One ``hvd.allreduce`` forward and one backward. It takes the
+    place of ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``, with the same ``state_dict``.
+
+    Parameter gradients are this rank's share, as ``hvd.DistributedOptimizer`` expects them. Evaluation needs no Horovod. It
+    cannot be differentiated twice.
+
+    Args:
+        num_features: number of channels :math:`C`.
+        eps: added to the variance.
+        momentum: weight of the batch in the running statistics; None for the average over all batches.
+        affine: whether there are a weight and a bias to learn.
+        track_running_stats: whether running statistics are kept.
+        process_set: ``horovod.ProcessSet`` of the ranks that share the batch; None is all of them.
+        activation: None, or ``"relu"``, fused in both directions.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Shape:
+        - input: :math:`(N, C, *)`, float32, float64, float16 or bfloat16; `N` may differ between ranks and be 0
+        - residual: as input, added before the activation
+        - output: as input
+
+    Example::
+
+        hvd.init()
+        model = convert_sync_batchnorm(torchvision_style_model)
+        layer = SyncBatchNorm(64, activation="relu")
+        y = layer(x, residual=shortcut)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_set: Any = None,
+        activation: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"expected an activation of {ACTIVATIONS}. Received: {activation!r}")
+        self.process_set = process_set
+        self.activation = activation
+        # Layers are made in the same order on every rank, so the counter agrees; conversion names them by their path.
+        self.collective_name = f"{type(self).__name__}{next(_made_by_hand)}"
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalises ``input``; see the class for shapes, ``sync_batch_norm`` for errors."""
+        self._check_input_dim(input)
+        residual = check_input(input, self.num_features, residual, self.activation)
+        if not self.training:
+            return super().forward(input, residual)
+        momentum = self._momentum() if self.track_running_stats else 0.0
+        return normalize(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            (1 - momentum, momentum),
+            True,
+            self.eps,
+            residual,
+            self.activation,
+            self.process_set,
+            self.collective_name,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments of ``nn.BatchNorm``, the activation, and the process set."""
+        text = super().extra_repr()
+        return text if self.process_set is None else f"{text}, process_set={self.process_set}"
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_set: Any = None) -> torch.nn.Module:
+        """``hvd_syncbn.torch.convert_sync_batchnorm``, where ``torch.nn.SyncBatchNorm`` has it."""
+        from hvd_syncbn.torch_impl.convert import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module, process_set)

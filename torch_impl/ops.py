@@ -1,0 +1,113 @@
+"""The operators ``torch.ops.hvd_syncbn.*``: loads the native ones, gives them shape functions, adds the collective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_syncbn import horovod, native
+
+GLOBAL = 0  # Horovod's id of the set of all ranks
+
+_process_sets: dict[int, Any] = {}
+
+
+def _load() -> None:
+    folder = native.find("torch_impl/libhvd_syncbn_torch.so").parent
+    built_for = (folder / "built_for.txt").read_text()
+    if built_for != torch.__version__:
+        raise ImportError(
+            f"hvd-syncbn was built for PyTorch {built_for}, and this is {torch.__version__}. Run `make setup` in its checkout, "
+            "or reinstall it with `pip install --no-build-isolation --no-deps`."
+        )
+    torch.ops.load_library(str(folder / "libhvd_syncbn_torch.so"))
+
+
+_load()
+torch.library.define("hvd_syncbn::allreduce_", "(Tensor(a!) packet, str name, int process_set) -> ()")
+
+
+def process_set_id(process_set: Any) -> int:
+    """The id by which operators know a ``horovod.ProcessSet``; None is the set of all ranks."""
+    if process_set is None:
+        return GLOBAL
+    number = process_set.process_set_id
+    if number is None:
+        raise ValueError(
+            "the process set is not registered: pass it to `hvd.init(process_sets=[...])` or `hvd.add_process_set(...)` "
+            f"first. Received: {process_set}"
+        )
+    _process_sets[number] = process_set
+    return int(number)
+
+
+@torch.library.impl("hvd_syncbn::allreduce_", ["CPU", "CUDA"])
+def _allreduce_(packet: Tensor, name: str, process_set: int) -> None:
+    hvd = horovod.require("torch")
+    ranks = None if process_set == GLOBAL else _process_sets[process_set]
+    if horovod.size(hvd, ranks) == 1:
+        return
+    try:
+        hvd.allreduce_(packet, name=name, op=hvd.Sum, process_set=ranks or hvd.global_process_set)
+    except hvd.mpi_ops.HorovodInternalError as error:
+        if horovod.is_mismatch(error):
+            raise ValueError(horovod.disagreement(name, f"Horovod says: {error}")) from error
+        raise
+
+
+def _like(x: Tensor) -> Tensor:
+    """What the native operators return for an ``x``: channels last if x is so, else contiguous."""
+    if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
+        return torch.empty_like(x.movedim(1, -1)).movedim(-1, 1)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _packet(x: Tensor) -> Tensor:
+    return x.new_empty(native.packet_size(x.shape[1]), dtype=torch.int64)
+
+
+@torch.library.register_fake("hvd_syncbn::forward_moments")
+def _forward_moments(x: Tensor, eps: float) -> Tensor:
+    return _packet(x)
+
+
+@torch.library.register_fake("hvd_syncbn::forward_apply")
+def _forward_apply(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("hvd_syncbn::backward_moments")
+def _backward_moments(
+    x: Tensor, dy: Tensor, y: Tensor | None, stats: Tensor, eps: float, parameter_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    vector = x.new_empty(x.shape[1], dtype=parameter_dtype)
+    return _packet(x), vector, torch.empty_like(vector)
+
+
+@torch.library.register_fake("hvd_syncbn::backward_apply")
+def _backward_apply(
+    x: Tensor,
+    dy: Tensor,
+    y: Tensor | None,
+    packet: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    want_residual: bool,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    return _like(x), _like(x) if want_residual else x.new_empty(0)
+
+
+@torch.library.register_fake("hvd_syncbn::allreduce_")
+def _fake_allreduce_(packet: Tensor, name: str, process_set: int) -> None:
+    return None
+
+
+forward_moments = torch.ops.hvd_syncbn.forward_moments
+forward_apply = torch.ops.hvd_syncbn.forward_apply
+backward_moments = torch.ops.hvd_syncbn.backward_moments
+backward_apply = torch.ops.hvd_syncbn.backward_apply
+allreduce_ = torch.ops.hvd_syncbn.allreduce_
