@@ -310,14 +310,16 @@ def finish_forward(packet: Packet, eps: float) -> list[Statistics]:
     nan = math.nan
     result = []
     for bad, a, b in zip(packet.nonfinite, packet.a, packet.b, strict=True):
-        if bad or packet.count == 0:  # nothing to normalise gives parameter gradients of 0
-            result.append(Statistics(nan, nan, nan) if bad else Statistics(0.0, 0.0, 0.0))
+        if bad:
+            result.append(Statistics(nan, nan, nan))
             continue
-        n = float(packet.count)
-        sum_a = read_sum(a)
-        mean = _divide(sum_a, n)
-        var = _divide(_subtract(read_sum(b), _multiply(sum_a, mean)), n)[0]
-        var = var if var > 0 else 0.0
+        mean, var = (0.0, 0.0), 0.0  # nobody has a value, or all are masked: as Keras has it
+        if packet.count:
+            n = float(packet.count)
+            sum_a = read_sum(a)
+            mean = _divide(sum_a, n)
+            var = _divide(_subtract(read_sum(b), _multiply(sum_a, mean)), n)[0]
+            var = var if var > 0 else 0.0
         invstd = 1 / math.sqrt(var + eps) if var + eps > 0 else math.inf
         result.append(Statistics(mean[0], var, invstd))
     return result
@@ -398,11 +400,13 @@ def apply_backward(
     dx, dresidual = np.empty_like(x), np.empty_like(x)
     n = float(packet.count)
     for c, stat in enumerate(statistics):
-        if packet.nonfinite[c] or packet.count == 0:
+        if packet.nonfinite[c]:
             mean_hi = mean_lo = scale = c1 = c2 = math.nan
         else:
             mean_hi, mean_lo = _split_mean(stat.mean, compute)
             scale = round_to((1.0 if gamma is None else float(gamma[c])) * stat.invstd, compute)
+            c1 = c2 = 0.0
+        if packet.count and not packet.nonfinite[c]:
             c1 = round_to(_divide(read_sum(packet.a[c]), n)[0], compute)
             c2 = round_to(stat.invstd * stat.invstd * _divide(read_sum(packet.b[c]), n)[0], compute)
         for i, k in np.ndindex(x.shape[0], x.shape[2]):

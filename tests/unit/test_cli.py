@@ -35,9 +35,7 @@ class TestDoctor:
         monkeypatch.setenv("HOROVOD_CYCLE_TIME", "0.1")
         assert "HOROVOD_CYCLE_TIME 0.1 ms" in run(capsys, "doctor")[1]
 
-    def test_horovod_for_another_version(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_horovod_for_another_version(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(horovod_build, "check", lambda: ["Horovod was built for torch 2.12.0."])
         status, out = run(capsys, "doctor")
         assert status == 1

@@ -57,9 +57,7 @@ class TestSubstitutions:
 
     @pytest.mark.parametrize("change", horovod_build.SUBSTITUTIONS, ids=lambda change: change.file)
     @pytest.mark.parametrize("text", ["something else\n", None])
-    def test_other_text_is_refused_by_name(
-        self, source: Path, change: horovod_build.Substitution, text: str | None
-    ) -> None:
+    def test_other_text_is_refused_by_name(self, source: Path, change: horovod_build.Substitution, text: str | None) -> None:
         path = source / change.file
         if text is None:
             path.write_text(path.read_text() * 2)
@@ -115,9 +113,7 @@ class TestSdist:
         assert (root / "setup.py").read_text() == "text"
 
 
-def fake_pip(
-    monkeypatch: pytest.MonkeyPatch, download: Callable[[Path], object], status: int = 0, said: str = ""
-) -> None:
+def fake_pip(monkeypatch: pytest.MonkeyPatch, download: Callable[[Path], object], status: int = 0, said: str = "") -> None:
     def run(command: list[str], **_kwargs: object) -> subprocess.CompletedProcess[str]:
         download(Path(command[command.index("--dest") + 1]))
         return subprocess.CompletedProcess(command, status, stdout="", stderr=said)
@@ -162,9 +158,7 @@ class TestCacheKey:
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
-    def test_changes_with_source_and_platform(
-        self, target: str, value: object, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_changes_with_source_and_platform(self, target: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
         before = self.key()
         monkeypatch.setattr(target, value)
         assert self.key() != before
@@ -306,9 +300,7 @@ class TestRunning:
         pid_file = tmp_path / "pid"
         script = f"sleep 600 & echo $! > {pid_file}; echo '[  1%] Building x.o'; wait"
         with (tmp_path / "log").open("w") as log, pytest.raises(KeyboardInterrupt):
-            horovod_build.run_logged(
-                ["/bin/sh", "-c", script], cwd=tmp_path, env=dict(os.environ), log=log, report=interrupted
-            )
+            horovod_build.run_logged(["/bin/sh", "-c", script], cwd=tmp_path, env=dict(os.environ), log=log, report=interrupted)
         deadline = time.monotonic() + 5
         while _running(int(pid_file.read_text())):
             assert time.monotonic() < deadline
@@ -330,9 +322,7 @@ class TestRunning:
         lock = tmp_path / "lock"
         code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True)"
         code += "; sys.stdin.read()"
-        with subprocess.Popen(
-            [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as first:
+        with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
             assert first.stdout is not None and first.stdout.readline() == b"held\n"
             said = io.StringIO()
             console = Console(file=said)

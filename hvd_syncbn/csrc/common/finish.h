@@ -83,7 +83,7 @@ HVD_SYNCBN_HD Statistics statistics(const int64_t* packet, int64_t c, int64_t ch
     const double nan = canonical_nan<double>();
     return {nan, nan, nan};
   }
-  if (packet[1] == 0) return {0, 0, 0};  // nothing to normalise, and parameter gradients of 0
+  if (packet[1] == 0) return {0, 0, 1 / sqrt(eps)};  // nobody has a value, or all are masked: as Keras has it
   const DoubleDouble a = read_sum(packet + moment_a_at(c, channel));
   const DoubleDouble b = read_sum(packet + moment_b_at(c, channel));
   const DoubleDouble mean = divide(a, n);
@@ -127,7 +127,7 @@ HVD_SYNCBN_HD BackwardCoefficients<T> backward_coefficients(const int64_t* packe
     const T nan = canonical_nan<T>();
     return {nan, nan, nan, nan, nan};
   }
-  if (packet[1] == 0) return {0, 0, 0, 0, 0};
+  if (packet[1] == 0) return {forward.mean_hi, forward.mean_lo, forward.scale, 0, 0};
   const double mean_dy = divide(read_sum(packet + moment_a_at(c, channel)), n).hi;
   const double mean_dyd = divide(read_sum(packet + moment_b_at(c, channel)), n).hi;
   return {forward.mean_hi, forward.mean_lo, forward.scale, static_cast<T>(mean_dy),

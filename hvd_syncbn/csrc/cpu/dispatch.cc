@@ -162,7 +162,7 @@ int64_t hvd_syncbn_coefficients_size(const hvd_syncbn_shape* shape) {
 }
 
 int64_t hvd_syncbn_moments_units(const hvd_syncbn_shape* shape) {
-  return ceil_div(shape->c, kTile) * shape->n * ceil_div(shape->s, kPiece);
+  return ceil_div(shape->c, tile_width(*shape)) * shape->n * ceil_div(shape->s, kPiece);
 }
 
 int64_t hvd_syncbn_apply_units(const hvd_syncbn_shape* shape) {
@@ -171,7 +171,7 @@ int64_t hvd_syncbn_apply_units(const hvd_syncbn_shape* shape) {
 }
 
 int64_t hvd_syncbn_moments_unit_bytes(const hvd_syncbn_shape* shape) {
-  const int64_t channels = shape->c < kTile ? shape->c : kTile;
+  const int64_t tile = tile_width(*shape), channels = shape->c < tile ? shape->c : tile;
   return channels * (shape->s < kPiece ? shape->s : kPiece) * element_size(shape->dtype);
 }
 

@@ -84,7 +84,7 @@ HVD_SYNCBN_INLINE Moments row_piece(const Terms& terms, int64_t offset, int leng
 // Channels last: positions [row, row + length) of channels [first, first + width). One lane at a time takes up to kRows
 // of its positions, so the sums of a lane travel between cache and registers once per kRows elements, and memory is
 // read in kRows streams.
-constexpr int kRows = 8;
+constexpr int kRows = 4;
 
 template <class V, int kVectors, class Terms>
 HVD_SYNCBN_INLINE int lane_columns(const Terms& terms, const int64_t* offsets, int rows, bool start, int c, int width,
@@ -114,7 +114,7 @@ HVD_SYNCBN_INLINE int lane_columns(const Terms& terms, const int64_t* offsets, i
 
 template <class Terms>
 HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length, int64_t channels, int64_t first,
-                                    int width, const double* mean, double (*a)[kTile], double (*b)[kTile]) {
+                                    int width, const double* mean, double (*a)[kMaxTile], double (*b)[kMaxTile]) {
   const int lanes = length < kLanes ? length : kLanes;  // adding the +0.0 of a lane without positions changes nothing
   for (int base = 0; base < length; base += kLanes * kRows) {
     for (int j = 0; j < lanes; ++j) {
@@ -144,15 +144,16 @@ template <class Terms, class RowPiece>
 HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, const RowPiece& row, const double* mean,
                             int64_t begin, int64_t end, int64_t* packet) {
   const int64_t pieces = (shape.s + kPiece - 1) / kPiece;
+  const int tile_channels = tile_width(shape);
   const int64_t units_of_tile = shape.n * pieces;
   const bool last = shape.layout == HVD_SYNCBN_CHANNELS_LAST || shape.s == 1;
   TileSums sums;
-  double a[kLanes][kTile], b[kLanes][kTile];
+  double a[kLanes][kMaxTile], b[kLanes][kMaxTile];
   while (begin < end) {
     const int64_t tile = begin / units_of_tile;
     const int64_t stop = end < (tile + 1) * units_of_tile ? end : (tile + 1) * units_of_tile;
-    const int64_t first = tile * kTile;
-    const int width = static_cast<int>(shape.c - first < kTile ? shape.c - first : kTile);
+    const int64_t first = tile * tile_channels;
+    const int width = static_cast<int>(shape.c - first < tile_channels ? shape.c - first : tile_channels);
     sums.begin(width);
     for (; begin < stop; ++begin) {
       const int64_t unit = begin - tile * units_of_tile;

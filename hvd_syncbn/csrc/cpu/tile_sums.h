@@ -40,15 +40,16 @@ HVD_SYNCBN_INLINE unsigned outside(S64 v, S64 limit, S64 rest, S64 rounded_rest)
 
 class TileSums {
  public:
-  // width: channels in use, at most kTile.
+  // width: channels in use, at most kMaxTile.
   void begin(int width) {
     width_ = width;
     added_ = 0;
-    memset(limbs_, 0, sizeof(limbs_));
-    memset(nonfinite_, 0, sizeof(nonfinite_));
-    memset(high_, 0, sizeof(high_));
-    memset(low_, 0, sizeof(low_));
+    flushes_ = 0;
+    memset(nonfinite_, 0, width * sizeof(nonfinite_[0]));
     for (int m = 0; m < 2; ++m) {
+      memset(limbs_[m], 0, width * sizeof(limbs_[m][0]));
+      memset(high_[m], 0, width * sizeof(double));
+      memset(low_[m], 0, width * sizeof(double));
       for (int c = 0; c < width; ++c) place(m, c, -20);
     }
   }
@@ -164,10 +165,10 @@ class TileSums {
   int width_ = 0;
   int added_ = 0;
   int64_t flushes_ = 0;
-  int64_t limbs_[2][kTile][kLimbs];
-  int64_t nonfinite_[kTile];
-  double high_[2][kTile], low_[2][kTile];
-  double limit_[2][kTile], round_high_[2][kTile], round_low_[2][kTile];
+  int64_t limbs_[2][kMaxTile][kLimbs];
+  int64_t nonfinite_[kMaxTile];
+  double high_[2][kMaxTile], low_[2][kMaxTile];
+  double limit_[2][kMaxTile], round_high_[2][kMaxTile], round_low_[2][kMaxTile];
 };
 
 }  // namespace HVD_SYNCBN_PATH
