@@ -21,7 +21,7 @@ def _module(framework: str) -> Any:
         raise RuntimeError(
             f"training with hvd-syncbn needs Horovod for {label}, and it is not installed. Run `hvd-syncbn build-horovod`."
         ) from error
-    except ImportError as error:
+    except Exception as error:  # a library built for another version fails in a framework's own ways
         raise RuntimeError(
             f"Horovod is installed but does not load for {label} (built without it, or for another version). "
             f"Run `hvd-syncbn build-horovod`. Its own words: {str(error).splitlines()[0]}"
@@ -59,7 +59,7 @@ def size(hvd: Any, process_set: Any) -> int:
             f"first. Received: {process_set}"
         )
     if process_set.included() is False:
-        raise ValueError(f"rank {hvd.rank()} trains a layer whose process set it is not in. Received: {process_set}")
+        raise ValueError(f"rank {hvd.rank()} is not in the process set that it should share with. Received: {process_set}")
     return int(ranks)
 
 

@@ -1,0 +1,220 @@
+"""What the protocol promises, proven on the core without a framework (docs/protocol.md, 2, 5 and 6.2)."""
+
+from __future__ import annotations
+
+import ctypes
+import decimal
+import threading
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from hvd_syncbn import native, protocol
+from tests.arrays import hostile, rounded, same_bits, storage
+
+EPS = 1e-5
+
+
+def step(
+    x: NDArray[Any], dy: NDArray[Any], dtype: str, parts: list[tuple[list[int], str, int]]
+) -> tuple[list[NDArray[Any]], list[NDArray[Any]], NDArray[Any], NDArray[Any]]:
+    """One training step of ranks that hold `parts`: (samples, layout, splits). `(y, dx)` per part, running statistics."""
+    channels, positions = x.shape[1:]
+    gamma, beta = (np.random.default_rng(5).standard_normal((2, channels))).astype(np.float32)
+    shapes = [native.shape(len(p[0]), channels, positions, dtype, p[1]) for p in parts]
+    xs = [storage(x[p[0]], dtype, p[1]) for p in parts]
+    dys = [storage(dy[p[0]], dtype, p[1]) for p in parts]
+    splits = [p[2] for p in parts]
+    total = sum(native.forward_packet(*args, EPS, splits=k) for *args, k in zip(shapes, xs, splits, strict=True))
+    running = [np.zeros(channels, np.float32), np.ones(channels, np.float32)]
+    ys = []
+    for shape, part, k in zip(shapes, xs, splits, strict=True):
+        local = [np.zeros(channels, np.float32), np.ones(channels, np.float32)]
+        y, stats = native.forward(shape, part, total, EPS, gamma, beta, *local, relu=True, splits=k)
+        ys.append(y)
+        running = local
+    total = sum(
+        native.backward_packet(*args, stats, EPS, y=y, splits=k)
+        for *args, y, k in zip(shapes, xs, dys, ys, splits, strict=True)
+    )
+    dxs = [
+        native.backward(shape, part, g, total, stats, gamma, y=y, splits=k)[0]
+        for shape, part, g, y, k in zip(shapes, xs, dys, ys, splits, strict=True)
+    ]
+    return ys, dxs, running[0], running[1]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.data(),
+    st.integers(1, 24),
+    st.integers(1, 40),
+    st.integers(1, 50),
+    st.sampled_from(protocol.DTYPES),
+    st.integers(0, 2**32),
+)
+def test_any_partition_permutation_and_world_size(
+    data: st.DataObject, samples: int, channels: int, positions: int, dtype: str, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = hostile(rng, (samples, channels, positions), dtype, nonfinite=bool(seed % 2))
+    dy = hostile(rng, (samples, channels, positions), dtype, nonfinite=False)
+    whole = step(x, dy, dtype, [(list(range(samples)), "channels_first", 1)])
+
+    ranks = data.draw(st.integers(1, 40))  # most of them empty where there are more ranks than samples
+    owner = data.draw(st.lists(st.integers(0, ranks - 1), min_size=samples, max_size=samples))
+    order = rng.permutation(samples)
+    parts = []
+    for rank in range(ranks):
+        mine = [int(i) for i in order if owner[i] == rank]
+        parts.append((mine, str(rng.choice(native.LAYOUTS)), int(rng.integers(1, 4))))
+    ys, dxs, *running = step(x, dy, dtype, parts)
+    assert same_bits(running[0], whole[2]) and same_bits(running[1], whole[3])
+    for (mine, layout, _), y, dx in zip(parts, ys, dxs, strict=True):
+        for got, want in ((y, whole[0][0]), (dx, whole[1][0])):
+            got = got.transpose(0, 2, 1) if layout == "channels_last" else got
+            assert same_bits(got, want[mine])
+
+
+def test_threads_may_add_to_one_packet() -> None:
+    x = np.random.default_rng(0).standard_normal((64, 33, 50)).astype(np.float32)
+    shape = native.shape(64, 33, 50, "float32")
+    want = native.forward_packet(shape, x, EPS)
+    lib = native.library()
+    units = lib.hvd_syncbn_moments_units(ctypes.byref(shape))
+    for _ in range(20):
+        packet = np.zeros_like(want)
+        start = threading.Barrier(4)
+
+        def add(part: int, packet: NDArray[np.int64] = packet, start: threading.Barrier = start) -> None:
+            start.wait()
+            lib.hvd_syncbn_forward_moments(
+                ctypes.byref(shape),
+                ctypes.c_void_p(x.ctypes.data),
+                None,
+                ctypes.c_int64(units * part // 4),
+                ctypes.c_int64(units * (part + 1) // 4),
+                ctypes.c_void_p(packet.ctypes.data),
+            )
+
+        threads = [threading.Thread(target=add, args=(part,)) for part in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        lib.hvd_syncbn_close_packet(
+            ctypes.byref(shape), ctypes.c_double(EPS), ctypes.c_int64(64 * 50), ctypes.c_void_p(packet.ctypes.data)
+        )
+        assert same_bits(packet, want)
+
+
+@pytest.mark.parametrize("value", [0.1, -3.0, 2.0**38, -(2.0**-60), 2.0**-149])
+@pytest.mark.parametrize("alternating", [False, True])
+def test_millions_of_pieces_carry(value: float, alternating: bool) -> None:
+    """Past every count at which carries are propagated: 2^22 values and more, one piece each."""
+    n = 5_000_001
+    x = np.full((n, 1, 1), value, np.float32)
+    if alternating:
+        x[::2] *= -1
+        x[::3] *= np.float32(2.0**40)  # far from its neighbours: leaves the window of the fast path every time
+    packet = native.forward_packet(native.shape(n, 1, 1, "float32"), x, EPS)
+    values, counts = np.unique(x, return_counts=True)
+    for moment, power in ((5, 1), (13, 2)):
+        exact = 0
+        for v, count in zip(values.tolist(), counts.tolist(), strict=True):
+            fixed = protocol.to_fixed(v**power)
+            assert fixed is not None
+            exact += fixed * count
+        assert packet[moment : moment + 8].tolist() == protocol.to_limbs(exact)
+
+
+def test_ranks_that_disagree_are_found() -> None:
+    channels = 3
+    x = np.ones((2, channels, 4), np.float32)
+    mine = native.shape(2, channels, 4, "float32")
+    packet = native.forward_packet(mine, x, EPS)
+    assert native.check_packet(mine, EPS, packet) == native.OK
+    assert native.check_packet(mine, EPS, packet * 512) == native.OK
+    half = native.forward_packet(native.shape(2, channels, 4, "float16"), x.astype(np.float16).view(np.uint16), EPS)
+    other_eps = native.forward_packet(mine, x, 1e-3)
+    for others in ([half], [other_eps], [other_eps, half], [packet, packet, other_eps]):
+        total = sum(others, start=packet.copy())
+        assert native.check_packet(mine, EPS, total) == native.RANKS_DISAGREE
+        assert native.check_packet(mine, 1e-3, total) == native.RANKS_DISAGREE
+    nobody = native.forward_packet(native.shape(0, channels, 4, "float32"), x[:0], EPS)
+    assert native.check_packet(mine, EPS, nobody + nobody) == native.EMPTY
+    one = native.forward_packet(native.shape(1, channels, 1, "float32"), x[:1, :, :1].copy(), EPS)
+    assert native.check_packet(mine, EPS, one + nobody) == native.ONE_VALUE
+    # A rank that has joined contributes zeros, and is no participant.
+    assert native.check_packet(mine, EPS, packet + np.zeros_like(packet)) == native.OK
+
+
+def test_squares_tell_what_the_sum_does_not() -> None:
+    """Digests d - 1, d, d + 1 have the sum of three d."""
+    shape = native.shape(1, 1, 2, "float32")
+    packet = native.forward_packet(shape, np.ones((1, 1, 2), np.float32), EPS)
+    d = int(packet[2])
+    total = packet * 3
+    assert native.check_packet(shape, EPS, total) == native.OK
+    total[3] = protocol._wrap((d - 1) ** 2 + d**2 + (d + 1) ** 2)
+    assert native.check_packet(shape, EPS, total) == native.RANKS_DISAGREE
+
+
+def _rational(values: NDArray[np.float32]) -> tuple[Fraction, Fraction, Decimal]:
+    """Exact mean and variance of float32 values, and 1 / sqrt(var + eps) to 60 digits."""
+    exact = [Fraction(float(v)) for v in values]
+    mean = sum(exact, Fraction(0)) / len(exact)
+    var = sum((v * v for v in exact), Fraction(0)) / len(exact) - mean * mean
+    with decimal.localcontext() as context:
+        context.prec = 60
+        total = var + Fraction(EPS)
+        return mean, var, 1 / (Decimal(total.numerator) / Decimal(total.denominator)).sqrt()
+
+
+@pytest.mark.parametrize("layout", native.LAYOUTS)
+@pytest.mark.parametrize(("ratio", "tolerance"), [(0.0, 1e-10), (1.0, 1e-10), (1e2, 1e-10), (1e4, 1e-6), (1e6, 1e-2)])
+@pytest.mark.parametrize("sizes", [(8, 2, 300), (2, 2, 5000), (300, 4, 1)], ids=str)
+def test_accuracy(sizes: tuple[int, int, int], ratio: float, tolerance: float, layout: str) -> None:
+    """The targets of section 5, against exact rationals. The distance is the piece sums' float64 rounding."""
+    n, c, s = sizes
+    x = (np.random.default_rng(int(ratio) + n).standard_normal(sizes) + ratio).astype(np.float32)
+    shape = native.shape(n, c, s, "float32", layout)
+    stored = storage(x.astype(np.float64), "float32", layout)
+    packet = native.forward_packet(shape, stored, EPS)
+    y, stats = native.forward(shape, stored, packet, EPS)
+    y = y.transpose(0, 2, 1) if layout == "channels_last" else y
+    for channel in range(c):
+        mean, var, invstd = _rational(x[:, channel].reshape(-1))
+        scale = max(abs(mean), Fraction(np.sqrt(float(var))))
+        assert abs(Fraction(float(stats[0, channel])) - mean) <= Fraction(1e-14) * scale
+        error = abs(Decimal(float(stats[1, channel])) - invstd)
+        assert error <= Decimal(tolerance) * invstd
+        if ratio <= 1e4:
+            exact = np.array([float((Fraction(float(v)) - mean) * Fraction(invstd)) for v in x[:, channel].reshape(-1)])
+            ulps = np.abs(y[:, channel].reshape(-1) - exact) / (np.maximum(np.abs(exact), 1) * 2.0**-23)
+            assert ulps.max() <= 2
+
+
+def test_paths_of_other_machines_are_refused() -> None:
+    with pytest.raises(ValueError, match="Received: 'mmx'"):
+        native.set_isa("mmx")
+
+
+@pytest.mark.parametrize("dtype", protocol.DTYPES)
+def test_rounding_of_the_reference(dtype: str) -> None:
+    """The reference's own rounding against numpy's (and ml_dtypes'), ties, subnormals and overflow included."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate(
+        [hostile(rng, (4000,), "float64", False), rng.standard_normal(4000) * 2.0 ** rng.integers(-160, 130, 4000)]
+    )
+    if dtype == "bfloat16":  # ml_dtypes rounds float64 twice, through float32
+        values = rounded(values, "float32")
+    want = rounded(values, dtype)
+    got = np.array([protocol.round_to(v, dtype) for v in values.tolist()])
+    assert same_bits(got, want)
