@@ -1,0 +1,241 @@
+"""The Keras-Horovod glue in one process: what it does to an optimizer, its errors, and that nothing else changes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("horovod.tensorflow")
+
+import horovod.tensorflow as hvd
+import keras
+import tensorflow as tf
+from hvd_syncbn.tf_impl.keras_horovod import (
+    BroadcastVariablesCallback,
+    DistributedOptimizer,
+    MetricAverageCallback,
+)
+
+pytestmark = pytest.mark.timeout(120)
+LossScaleOptimizer = keras.mixed_precision.LossScaleOptimizer
+
+
+@keras.saving.register_keras_serializable("test_keras_horovod")
+class Halved(keras.optimizers.SGD):
+    """An optimizer of a user's own."""
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        super().update_step(gradient / 2, variable, learning_rate)
+
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9, clipnorm=0.5),
+    "adamw": lambda: keras.optimizers.AdamW(keras.optimizers.schedules.CosineDecay(0.1, 9), weight_decay=0.1, use_ema=True),
+    "accumulating": lambda: keras.optimizers.Adam(0.1, gradient_accumulation_steps=2),
+    "scaled": lambda: LossScaleOptimizer(keras.optimizers.RMSprop(0.01), initial_scale=4.0),
+    "several": lambda: keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), {".*bias": keras.optimizers.Adam(0.01)})
+    ),
+    "custom": lambda: Halved(0.1),
+}
+
+
+@pytest.fixture(autouse=True)
+def horovod(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Horovod with one rank, and no collectives."""
+    hvd.init()
+
+    def unexpected(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a collective, with one rank")
+
+    for name in ("allreduce", "grouped_allreduce", "grouped_allgather", "broadcast", "allgather_object"):
+        monkeypatch.setattr(hvd, name, unexpected)
+
+
+def make_model(optimizer: Any) -> Any:
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "tanh"), keras.layers.Dense(1)])
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
+    model.compile(optimizer=optimizer, loss="mse")
+    return model
+
+
+def fit(model: Any, epochs: int = 2, batch: int = 4, **kwargs: Any) -> Any:
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(16, 4)), rng.normal(size=(16, 1))
+    return model.fit(x, y, batch_size=batch, epochs=epochs, shuffle=False, verbose=0, **kwargs)
+
+
+def state(model: Any) -> list[np.ndarray]:
+    return [v.numpy() for v in [*model.weights, *model.optimizer.variables]]
+
+
+def assert_same(model: Any, other: Any) -> None:
+    for a, b in zip(state(model), state(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_is_the_wrapped_optimizer(make: Any) -> None:
+    optimizer, plain = make(), make()
+    distributed = DistributedOptimizer(optimizer)
+    assert distributed is optimizer
+    assert isinstance(distributed, type(plain))
+    assert type(distributed).__name__ == type(plain).__name__
+    serialized, expected = keras.optimizers.serialize(distributed), keras.optimizers.serialize(plain)
+    assert serialized["config"].keys() == expected["config"].keys()  # not the values: Keras counts names
+    assert serialized | {"config": None} == expected | {"config": None}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_one_rank_trains_as_without(make: Any) -> None:
+    plain, distributed = make_model(make()), make_model(DistributedOptimizer(make()))
+    fit(plain)
+    fit(distributed, callbacks=[BroadcastVariablesCallback(), MetricAverageCallback()])
+    assert_same(plain, distributed)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_save_load_wrap_and_continue(make: Any, tmp_path: Path) -> None:
+    def interrupted(wrap: Any) -> Any:
+        model = make_model(wrap(make()))
+        fit(model, epochs=2)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert type(loaded.optimizer) is type(make())
+        assert_same(loaded, model)
+        wrap(loaded.optimizer)
+        fit(loaded, epochs=4, initial_epoch=2)
+        return loaded
+
+    assert_same(interrupted(DistributedOptimizer), interrupted(lambda optimizer: optimizer))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "tf.function"])
+def test_backward_passes_per_step(compiled: bool) -> None:
+    """Two batches, one update with their mean gradient, also with a gradient missing and in a loop of one's own."""
+    used, unused = keras.Variable([1.0, 2.0]), keras.Variable([3.0])
+    optimizer = DistributedOptimizer(keras.optimizers.SGD(1.0), backward_passes_per_step=2)
+
+    def step(gradient: Any) -> None:
+        optimizer.apply([gradient, None], [used, unused])
+
+    run = tf.function(step) if compiled else step
+    seen = []
+    for value in (1.0, 3.0, 0.0, 4.0, 5.0):
+        run(tf.constant([value, 0.0]))
+        seen.append(float(used.numpy()[0]))
+    assert seen == [1.0, -1.0, -1.0, -3.0, -3.0]
+    assert int(optimizer.iterations) == 2
+    assert unused.numpy() == 3.0
+
+
+def test_backward_passes_equal_a_larger_batch() -> None:
+    def make() -> Any:
+        rate = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
+        return LossScaleOptimizer(keras.optimizers.Adam(rate, use_ema=True), initial_scale=8.0)
+
+    larger, smaller = make_model(make()), make_model(DistributedOptimizer(make(), backward_passes_per_step=2))
+    fit(larger, batch=8)
+    fit(smaller, batch=4)
+    assert int(smaller.optimizer.iterations) == int(larger.optimizer.iterations) == 4
+    for a, b in zip(state(smaller), state(larger), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # float32: the mean of two means
+
+
+def test_broadcast_builds_the_model_before_the_first_step() -> None:
+    """For several inputs, and leaves the batch size open: the last batch is smaller."""
+
+    class Sum(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+
+        def call(self, inputs: dict[str, Any]) -> Any:
+            return self.dense(inputs["a"]) + self.dense(inputs["b"])
+
+    order = []
+
+    class Observed(BroadcastVariablesCallback):
+        def _broadcast(self) -> None:
+            super()._broadcast()
+            order.append((len(self.model.weights), len(self.model.optimizer.variables)))
+
+    model = Sum()
+    model.compile(optimizer=DistributedOptimizer(keras.optimizers.SGD(momentum=0.9)), loss="mse")
+    data = {"a": np.ones((5, 3)), "b": np.ones((5, 3))}
+    model.fit(data, np.ones((5, 1)), batch_size=2, verbose=0, callbacks=[Observed()])
+    model.fit(data, np.ones((5, 1)), batch_size=2, verbose=0, callbacks=[Observed()])
+    assert order == [(2, 4), (2, 4)]
+    assert int(model.optimizer.iterations) == 6
+
+
+def test_elastic_job_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is traced with one rank has to serve more of them later."""
+    optimizer = DistributedOptimizer(keras.optimizers.SGD())
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    with pytest.raises(AssertionError, match="a collective"):
+        optimizer.apply([tf.ones(1)], [keras.Variable([0.0])])
+
+
+def test_metrics_keep_their_kind() -> None:
+    logs: dict[str, Any] = {"loss": np.float32(0.5), "by_class": np.array([1.0, 2.0])}
+    MetricAverageCallback().on_epoch_end(0, logs)
+    assert type(logs["loss"]) is float
+    np.testing.assert_array_equal(logs["by_class"], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", None, keras.optimizers.SGD, object()])
+def test_not_an_optimizer(optimizer: Any) -> None:
+    with pytest.raises(TypeError, match="Received: "):
+        DistributedOptimizer(optimizer)
+
+
+def test_distributed_already() -> None:
+    inner = DistributedOptimizer(keras.optimizers.SGD())
+    for optimizer in (inner, LossScaleOptimizer(inner)):
+        with pytest.raises(ValueError, match=r"already. Received: "):
+            DistributedOptimizer(optimizer)
+
+
+@pytest.mark.parametrize("passes", [0, -1, 1.5, None])
+def test_bad_backward_passes_per_step(passes: Any) -> None:
+    with pytest.raises(ValueError, match=f"Received: backward_passes_per_step={passes}"):
+        DistributedOptimizer(keras.optimizers.SGD(), backward_passes_per_step=passes)
+
+
+def test_not_initialized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hvd, "is_initialized", lambda: False)
+    for use in (
+        lambda: DistributedOptimizer(keras.optimizers.SGD()),
+        lambda: MetricAverageCallback().on_epoch_end(0, {}),
+        lambda: fit(make_model("sgd"), callbacks=[BroadcastVariablesCallback()]),
+    ):
+        with pytest.raises(RuntimeError, match=r"init\(\)"):
+            use()
+
+
+OTHER_BACKEND = """
+import sys
+import keras
+from hvd_syncbn.tf_impl.keras_horovod import DistributedOptimizer
+try:
+    DistributedOptimizer(keras.optimizers.SGD())
+except RuntimeError as error:
+    assert str(error).endswith("Received: KERAS_BACKEND=torch"), error
+else:
+    raise AssertionError("accepted")
+assert not any(name.startswith("horovod") for name in sys.modules)
+"""
+
+
+def test_other_backend() -> None:
+    pytest.importorskip("torch")
+    env = os.environ | {"KERAS_BACKEND": "torch", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", OTHER_BACKEND], env=env, check=True, timeout=110)

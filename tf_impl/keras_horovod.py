@@ -1,0 +1,369 @@
+"""Keras 3 under Horovod: an optimizer that averages gradients, and two callbacks for `model.fit`.
+
+The rules of this room:
+
+* A distributed optimizer is the user's own object with one method more: its state, its config, its name in a file and
+  `isinstance` stay those of the wrapped class. So what is saved knows nothing of Horovod, and what is loaded (built,
+  with its state) can be wrapped again.
+* `Optimizer.apply` is the only hook: gradients are averaged before anything else sees them, hence clipping, weight
+  decay, EMA and the decision of a LossScaleOptimizer come out alike on every rank.
+* Collectives have names of their own, never those of Keras, which count the objects of a process and so may differ
+  between ranks.
+* Keras may run on PyTorch, where `hvd_syncbn.keras` serves without this: TensorFlow is not imported there.
+
+Custom training loops need none of this: `apply_gradients` of a distributed optimizer averages there, too, or take
+`hvd.DistributedGradientTape`. That asks its sources for `.ref()`, which only the backing `tf.Variable`s have:
+
+```python
+with hvd.DistributedGradientTape(tf.GradientTape()) as tape:
+    loss = loss_fn(y, model(x, training=True))
+gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+```
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import keras
+import numpy as np
+
+from hvd_syncbn import horovod
+
+if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+if TYPE_CHECKING:
+    from horovod.common.process_sets import ProcessSet
+
+    Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices | None
+
+_instances = itertools.count()
+
+
+def _horovod() -> Any:
+    """Return Horovod, or say what is missing and how to get it."""
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            "training Keras under Horovod needs its TensorFlow backend: set KERAS_BACKEND=tensorflow. "
+            f"Received: KERAS_BACKEND={keras.backend.backend()}"
+        )
+    return horovod.require("tensorflow")
+
+
+class _Averager:
+    """Averages lists of gradients over the ranks of a process set."""
+
+    def __init__(self, name: str, process_set: ProcessSet | None, compression: Any, sparse_as_dense: bool) -> None:
+        hvd = _horovod()
+        self.name = name
+        self.process_set = process_set or hvd.global_process_set
+        self.compression = compression or hvd.Compression.none
+        self.sparse_as_dense = sparse_as_dense
+        self.is_alone()  # raises if this rank has no business in the process set
+
+    def is_alone(self) -> bool:
+        """Tell whether there is nobody to talk to. An elastic job may grow after a step was traced: never alone."""
+        alone = horovod.size(_horovod(), self.process_set) == 1
+        return alone and not int(os.environ.get("HOROVOD_ELASTIC", "0"))
+
+    def _options(self, what: str) -> dict[str, Any]:
+        """Return what every collective is called with."""
+        from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+        if GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+            raise RuntimeError(
+                "XLA cannot compile Horovod's collectives: pass `jit_compile=False` to `compile()` or `tf.function`. "
+                "Received: jit_compile=True"
+            )
+        return {"name": f"{self.name}.{what}", "ignore_name_scope": True, "process_set": self.process_set}
+
+    def all_ranks(self, condition: tf.Tensor) -> tf.Tensor:
+        """Return whether a condition holds on every rank."""
+        if self.is_alone():
+            return condition
+        hvd = _horovod()
+        return hvd.allreduce(tf.cast(condition, tf.float32), op=hvd.Min, **self._options("finite")) > 0
+
+    def average(self, gradients: Sequence[Gradient]) -> list[Gradient]:
+        """Return the average over the ranks of each gradient; where there is none, there is none on any rank."""
+        averaged = list(gradients)
+        if self.is_alone():
+            return averaged
+        groups: dict[tuple[Any, ...], list[int]] = {}  # Horovod wants one dtype in a group
+        for i, gradient in enumerate(averaged):
+            if gradient is None:
+                continue
+            if self.sparse_as_dense:
+                averaged[i] = gradient = tf.convert_to_tensor(gradient)
+            index_dtype = gradient.indices.dtype if isinstance(gradient, tf.IndexedSlices) else None
+            groups.setdefault((gradient.dtype, index_dtype), []).append(i)
+        for n, ((dtype, index_dtype), positions) in enumerate(groups.items()):
+            # Horovod's TensorFlow part does not know bfloat16.
+            group = [tf.cast(averaged[i], tf.float32 if dtype == tf.bfloat16 else dtype) for i in positions]
+            reduced = self._average_sparse(group, n) if index_dtype else self._average_dense(group, n)
+            for i, gradient in zip(positions, reduced, strict=True):
+                averaged[i] = tf.cast(gradient, dtype)
+        return averaged
+
+    def _average_dense(self, group: list[tf.Tensor], n: int) -> list[tf.Tensor]:
+        hvd, options = _horovod(), self._options(f"gradients.{n}")
+        averaged: list[tf.Tensor] = hvd.grouped_allreduce(group, op=hvd.Average, compression=self.compression, **options)
+        return averaged
+
+    def _average_sparse(self, group: list[tf.IndexedSlices], n: int) -> list[tf.IndexedSlices]:
+        # Not left to grouped_allreduce: that gives slices the dense shapes of other gradients, and no names.
+        hvd = _horovod()
+        values = hvd.grouped_allgather([g.values for g in group], **self._options(f"values.{n}"))
+        indices = hvd.grouped_allgather([g.indices for g in group], **self._options(f"indices.{n}"))
+        size = hvd.size_op(self.process_set.process_set_id)
+        return [
+            tf.IndexedSlices(v / tf.cast(size, v.dtype), i, g.dense_shape)
+            for v, i, g in zip(values, indices, group, strict=True)
+        ]
+
+
+class _Distributed(keras.optimizers.Optimizer):
+    """What a distributed optimizer does differently; comes before the wrapped class."""
+
+    # Of the class that DistributedOptimizer makes for one optimizer: on the instance, Keras would track and save them.
+    _averager: _Averager
+    _passes: int
+    _accumulators: list[tf.Variable]
+
+    def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Average the gradients, then do as the wrapped optimizer does."""
+        if self._passes > 1:
+            self._accumulate(list(grads), trainable_variables)
+        else:
+            super().apply(self._averager.average(grads), trainable_variables)
+
+    def _accumulate(self, grads: list[Gradient], trainable_variables: Sequence[Any] | None) -> None:
+        if trainable_variables is not None and not self.built:  # creates variables, impossible in a branch
+            self.build(list(trainable_variables))
+        present = {i: tf.convert_to_tensor(g) / self._passes for i, g in enumerate(grads) if g is not None}
+        if not self._accumulators:
+            with tf.init_scope():
+                zeros = [tf.zeros(g.shape, g.dtype) for g in present.values()]
+                self._accumulators.extend(tf.Variable(z, trainable=False) for z in [*zeros, tf.constant(0)])
+        *means, count = self._accumulators
+        for mean, gradient in zip(means, present.values(), strict=True):
+            mean.assign_add(gradient)
+        count.assign_add(1)
+        apply = super().apply
+
+        def update() -> None:
+            local = dict(zip(present, means, strict=True))
+            gradients = [local[i].read_value() if i in local else None for i in range(len(grads))]
+            apply(self._averager.average(gradients), trainable_variables)
+            for variable in self._accumulators:
+                variable.assign(tf.zeros_like(variable))
+
+        tf.cond(count == self._passes, update, lambda: None)
+
+
+def _on_all_ranks(check_finite: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    @functools.wraps(check_finite)
+    def agreed(self: keras.optimizers.LossScaleOptimizer, grads: Sequence[Gradient]) -> tf.Tensor:
+        finite, inner = check_finite(self, grads), self.inner_optimizer
+        return inner._averager.all_ranks(finite) if isinstance(inner, _Distributed) else finite
+
+    return agreed
+
+
+# Under mixed_float16 `compile()` puts a LossScaleOptimizer around ours, and that looks at gradients not averaged yet:
+# a rank that skips the step alone would leave the others waiting. Nothing but this method can know better.
+keras.optimizers.LossScaleOptimizer.check_finite = _on_all_ranks(keras.optimizers.LossScaleOptimizer.check_finite)
+
+
+def DistributedOptimizer(
+    optimizer: keras.optimizers.Optimizer,
+    name: str | None = None,
+    *,
+    process_set: ProcessSet | None = None,
+    backward_passes_per_step: int = 1,
+    compression: Any = None,
+    sparse_as_dense: bool = False,
+) -> keras.optimizers.Optimizer:
+    """Make a Keras 3 optimizer average its gradients over all ranks.
+
+    The optimizer itself is changed and returned, so that one loaded with a model keeps its state. Wrap before the
+    model is trained, and create and wrap the same optimizers in the same order on all ranks. A model saved with it
+    holds the plain optimizer and loads where there is no Horovod; to continue, wrap `model.optimizer` again.
+
+    Under float16, `DistributedOptimizer(LossScaleOptimizer(...))` is faster than the other way round, which is what
+    `compile()` makes of it by itself: outside, a LossScaleOptimizer costs one more (small) collective per step.
+
+    Args:
+        optimizer: Any `keras.optimizers.Optimizer`, built or not.
+        name: The prefix of the names of the collectives, the same on all ranks. Defaults to a counted one.
+        process_set: The `hvd.ProcessSet` to average over. Defaults to all ranks.
+        backward_passes_per_step: The number of batches whose gradients are averaged locally before one exchange and
+            one update. Everything that counts steps (schedules, EMA) counts updates, as with a larger batch; the
+            optimizer must always be applied to the same variables. Sparse gradients become dense.
+        compression: One of `hvd.Compression`, for dense gradients. Defaults to none.
+        sparse_as_dense: Whether to add up `tf.IndexedSlices` into dense gradients instead of gathering the slices of
+            all ranks; faster where most rows are touched.
+
+    Raises:
+        TypeError: If `optimizer` is not a Keras 3 optimizer.
+        ValueError: If it is distributed already, or `backward_passes_per_step` is less than 1.
+        RuntimeError: If Horovod is missing or not initialized, or Keras does not run on TensorFlow.
+
+    Example:
+
+    ```python
+    hvd.init()
+    model.compile(optimizer=DistributedOptimizer(keras.optimizers.SGD(0.01 * hvd.size())), loss="mse")
+    model.fit(x, y, callbacks=[BroadcastVariablesCallback(), MetricAverageCallback()])
+    ```
+    """
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            f"`optimizer` must be a `keras.optimizers.Optimizer` of Keras 3. Received: {optimizer!r} "
+            f"(of type {type(optimizer)})"
+        )
+    if isinstance(optimizer, _Distributed) or isinstance(getattr(optimizer, "inner_optimizer", None), _Distributed):
+        raise ValueError(f"`optimizer` is a DistributedOptimizer already. Received: {optimizer!r}")
+    if not isinstance(backward_passes_per_step, int) or backward_passes_per_step < 1:
+        raise ValueError(
+            f"`backward_passes_per_step` must be an integer >= 1. Received: backward_passes_per_step={backward_passes_per_step}"
+        )
+    name = name or f"hvd_syncbn.DistributedOptimizer{next(_instances)}"
+    wrapped = type(optimizer)
+    members = {
+        "_averager": _Averager(name, process_set, compression, sparse_as_dense),
+        "_passes": backward_passes_per_step,
+        "_accumulators": [],
+        # Keras writes the class it finds here into a file: still the wrapped one.
+        "__class__": property(lambda self: wrapped),
+    }
+    # Past Keras's own __setattr__, which would take the class for a state to track.
+    object.__setattr__(optimizer, "__class__", type(wrapped.__name__, (_Distributed, wrapped), members))
+    return optimizer
+
+
+def _gather(value: object, name: str, process_set: ProcessSet | None) -> tuple[list[Any], Any, ProcessSet]:
+    """Return the values of all ranks, Horovod and the process set."""
+    hvd = _horovod()
+    process_set = process_set or hvd.global_process_set
+    if horovod.size(hvd, process_set) == 1:
+        return [value], hvd, process_set
+    return hvd.allgather_object(value, name=f"hvd_syncbn.{name}", process_set=process_set), hvd, process_set
+
+
+class BroadcastVariablesCallback(keras.callbacks.Callback):
+    """Gives all ranks the weights and the optimizer's state of one rank, whenever training starts.
+
+    Metrics and random seeds stay each rank's own: equal seeds would drop the same units everywhere. It also turns
+    off XLA for the model, which `compile()` turns on by itself where there is a GPU and which cannot compile
+    Horovod's collectives.
+
+    Args:
+        root_rank: The rank whose variables are taken.
+        process_set: The `hvd.ProcessSet` to broadcast in. Defaults to all ranks.
+
+    Raises:
+        ValueError: When training starts, on every rank, if the ranks' models or optimizers differ.
+
+    Example:
+
+    ```python
+    model.fit(x, y, callbacks=[BroadcastVariablesCallback()])
+    ```
+    """
+
+    def __init__(self, root_rank: int = 0, process_set: ProcessSet | None = None) -> None:
+        super().__init__()
+        self.root_rank = root_rank
+        self.process_set = process_set
+
+    def set_model(self, model: keras.Model) -> None:
+        """Turn off XLA: `fit()` calls this before it makes the training function."""
+        super().set_model(model)
+        model.jit_compile = False
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Broadcast, or leave it to the first step if the model waits for data to be built."""
+        model, layers = self.model, self.model.layers
+        if model.built or (layers and all(layer.built for layer in layers)):
+            self._broadcast()
+            return
+        train_function = model.train_function
+
+        def build_first(iterator: Any) -> Any:
+            model.train_function = train_function
+            x, _, _ = keras.utils.unpack_x_y_sample_weight(iterator.element_spec)
+            model(tf.nest.map_structure(lambda spec: keras.KerasTensor((None, *spec.shape[1:]), spec.dtype.name), x))
+            self._broadcast()
+            return train_function(iterator)
+
+        # Not after that step: its gradients would be those of different models.
+        model.train_function = build_first
+
+    def _broadcast(self) -> None:
+        variables = list(self.model.weights)
+        if self.model.optimizer is not None:
+            if not self.model.optimizer.built:
+                self.model.optimizer.build(self.model.trainable_variables)
+            variables += self.model.optimizer.variables
+        layout = [(tuple(v.shape), str(v.dtype)) for v in variables]
+        layouts, hvd, process_set = _gather(layout, "layout", self.process_set)
+        for by_rank in itertools.zip_longest(*layouts):
+            if any(layout != by_rank[0] for layout in by_rank):
+                raise ValueError(
+                    "The model and its optimizer must have the same variables on all ranks. "
+                    f"Received: {[len(layout) for layout in layouts]} variables by rank, the first that differs has "
+                    f"(shape, dtype) {list(by_rank)}"
+                )
+        if len(layouts) == 1:
+            return
+        with tf.device("CPU:0"):
+            for variable in variables:
+                # As signed integers, since Horovod's TensorFlow part knows neither bfloat16 nor uint32.
+                value = np.asarray(variable.value.numpy())
+                bits = hvd.broadcast(value.view(f"i{value.itemsize}"), self.root_rank, process_set=process_set)
+                variable.assign(np.asarray(bits.numpy()).view(value.dtype))
+
+
+class MetricAverageCallback(keras.callbacks.Callback):
+    """Averages the logs of an epoch over all ranks.
+
+    Must come before the callbacks that decide by them: `EarlyStopping`, `ModelCheckpoint`, `ReduceLROnPlateau`.
+    Otherwise ranks decide differently, and one that stops alone leaves the others waiting.
+
+    Args:
+        process_set: The `hvd.ProcessSet` to average over. Defaults to all ranks.
+
+    Raises:
+        ValueError: At the end of an epoch, on every rank, if not all of them have logged the same names.
+
+    Example:
+
+    ```python
+    model.fit(x, y, callbacks=[MetricAverageCallback(), keras.callbacks.EarlyStopping(monitor="loss")])
+    ```
+    """
+
+    def __init__(self, process_set: ProcessSet | None = None) -> None:
+        super().__init__()
+        self.process_set = process_set
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Put the averages in place of this rank's values, for the callbacks that follow."""
+        # None means no logs, but the other ranks may have some: take part all the same.
+        logs = {} if logs is None else logs
+        everyone, _, _ = _gather(logs, "metrics", self.process_set)
+        if any(other.keys() != logs.keys() for other in everyone):
+            raise ValueError(
+                "All ranks must log the same metrics (is there validation data on all of them?). "
+                f"Received: by rank: {[sorted(other) for other in everyone]}"
+            )
+        for key in logs:
+            mean = np.mean([other[key] for other in everyone], axis=0, dtype="float64")
+            logs[key] = mean if np.ndim(mean) else float(mean)
