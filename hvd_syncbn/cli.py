@@ -1,4 +1,4 @@
-"""The command line: ``hvd-syncbn doctor | build-horovod``."""
+"""The command line: ``hvd-syncbn doctor | verify | build-horovod``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hvd_syncbn import __version__, horovod_build
+from hvd_syncbn import __version__, horovod_build, verify
 
 # A probe runs in a process of its own: a library built for something else may crash, and doctor must tell so.
 _PROBE = """
@@ -163,6 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "Look at the installation and say how to repair what is wrong."
     command = commands.add_parser("doctor", help=text, description=text)
     command.set_defaults(run=lambda _args: doctor())
+
+    text = "Run one training step in every framework and layout that is here, and tell whether the bits are equal."
+    command = commands.add_parser("verify", help=text, description=text)
+    command.set_defaults(run=lambda _args: verify.verify())
 
     text = horovod_build.DESCRIPTION
     command = commands.add_parser("build-horovod", help=text, description=text, epilog=horovod_build.EPILOG)

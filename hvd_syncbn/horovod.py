@@ -10,8 +10,8 @@ _LABELS = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
 
 
 @cache
-def _module(framework: str) -> Any:
-    """``horovod.<framework>``, or one error that says what to run."""
+def load(framework: str) -> Any:
+    """``horovod.<framework>``, or one ``RuntimeError`` that says what to run."""
     label = _LABELS[framework]
     try:
         return importlib.import_module(f"horovod.{framework}")
@@ -35,7 +35,7 @@ def require(framework: str) -> Any:
         RuntimeError: Horovod is missing, was built without the framework, or ``init()`` was not called; the message holds the
             command that fixes it.
     """
-    hvd = _module(framework)
+    hvd = load(framework)
     if not hvd.is_initialized():
         raise RuntimeError(
             f"Horovod is not initialised: call `horovod.{framework}.init()` before training "

@@ -1,0 +1,93 @@
+"""The same as digits_torch.py in Keras 3, with `model.fit`; `demo.py` runs it three ways.
+
+    horovodrun -np 2 -H localhost:2 python examples/digits_keras.py --layer sync --epochs 3 --out out/run.npz
+
+A Keras 3 job under Horovod needs three things of hvd-syncbn: the layer (or `convert_sync_batchnorm(model)`), the
+`DistributedOptimizer`, and the callbacks.
+"""
+
+from __future__ import annotations
+
+import digits
+import horovod.tensorflow as hvd
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hvd_syncbn.keras import (
+    BroadcastVariablesCallback,
+    DistributedOptimizer,
+    MetricAverageCallback,
+    SyncBatchNormalization,
+    revert_sync_batchnorm,
+)
+
+
+def build() -> keras.Model:
+    """The network of digits_torch.py, channels last."""
+    layers = keras.layers
+    image = keras.Input((8, 8, 1))
+    x = layers.Conv2D(16, 3, padding="same", use_bias=False)(image)
+    x = SyncBatchNormalization(activation="relu", momentum=0.9)(x)
+    x = layers.Conv2D(32, 3, strides=2, padding="same", use_bias=False)(x)
+    x = SyncBatchNormalization(activation="relu", momentum=0.9)(x)
+    y = layers.Conv2D(32, 3, padding="same", use_bias=False)(x)
+    x = SyncBatchNormalization(activation="relu", momentum=0.9)(y, residual=x)
+    x = layers.Dense(64, use_bias=False)(layers.Flatten()(x))
+    x = SyncBatchNormalization(activation="relu", momentum=0.9)(x)
+    return keras.Model(image, layers.Dense(digits.CLASSES)(x))
+
+
+class Results(keras.callbacks.Callback):
+    """Loss of the training set as it was seen, accuracy on the test set, after every epoch."""
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__()
+        self.epochs = epochs
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Keeps and prints them."""
+        self.losses.append(float((logs or {})["loss"]))
+        self.accuracies.append(float((logs or {})["val_accuracy"]))
+        if hvd.rank() == 0:
+            print(f"epoch {epoch + 1}/{self.epochs} loss {self.losses[-1]:.4f} accuracy {self.accuracies[-1]:.4f}", flush=True)
+
+
+def main() -> None:
+    """One rank."""
+    args = digits.arguments()
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    hvd.init()
+    keras.utils.set_random_seed(digits.SEED)
+    x_train, y_train, x_test, y_test = digits.data()
+
+    model = build()
+    if args.layer == "local":
+        model = revert_sync_batchnorm(model)
+    optimizer = DistributedOptimizer(keras.optimizers.SGD(0.002, momentum=0.9))
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), ["accuracy"])
+
+    # All epochs in one stream: this rank's samples of every global batch.
+    batches = np.concatenate([digits.epoch_order(epoch, len(x_train)) for epoch in range(args.epochs)])
+    mine = digits.share(batches, hvd.rank(), hvd.size())
+    stream = tf.data.Dataset.from_tensor_slices(mine).map(
+        lambda samples: (tf.gather(x_train, samples), tf.gather(y_train, samples))
+    )
+    results = Results(args.epochs)
+    model.fit(
+        stream,
+        epochs=args.epochs,
+        steps_per_epoch=len(batches) // args.epochs,
+        validation_data=(x_test, y_test),
+        validation_batch_size=256,
+        callbacks=[BroadcastVariablesCallback(), MetricAverageCallback(), results],
+        verbose=0,
+    )
+    if hvd.rank() == 0:
+        digits.save(args.out, results.losses, results.accuracies, model.get_weights(), {})
+
+
+if __name__ == "__main__":
+    main()
