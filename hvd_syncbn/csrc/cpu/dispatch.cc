@@ -9,7 +9,6 @@
 #include <xmmintrin.h>
 #endif
 
-#include "../common/dtypes.h"
 #include "../common/finish.h"
 #include "kernels.h"
 
@@ -23,10 +22,14 @@ struct Path {
   decltype(&baseline::backward_moments) backward_moments;
   decltype(&baseline::forward_apply) forward_apply;
   decltype(&baseline::backward_apply) backward_apply;
+  decltype(&baseline::forward_finish) forward_finish;
+  decltype(&baseline::backward_params) backward_params;
+  decltype(&baseline::backward_finish) backward_finish;
 };
 
-#define HVD_SYNCBN_KERNELS(path) \
-  path::forward_moments, path::backward_moments, path::forward_apply, path::backward_apply
+#define HVD_SYNCBN_KERNELS(path)                                                                                  \
+  path::forward_moments, path::backward_moments, path::forward_apply, path::backward_apply, path::forward_finish, \
+      path::backward_params, path::backward_finish
 
 // Best last.
 const Path kPaths[] = {
@@ -63,6 +66,8 @@ std::atomic<const Path*>& current() {
   return path;
 }
 
+const Path& path() { return *current().load(std::memory_order_relaxed); }
+
 // TensorFlow's threads flush denormals to zero, PyTorch's may. Ours must not, and must leave them as they were.
 class IeeeArithmetic {
  public:
@@ -83,62 +88,6 @@ class IeeeArithmetic {
   uint64_t saved_;
 #endif
 };
-
-double read(const hvd_syncbn_vector& vector, int64_t i, double absent) {
-  if (vector.data == nullptr) return absent;
-  switch (vector.dtype) {
-    case HVD_SYNCBN_FLOAT32:
-      return static_cast<const float*>(vector.data)[i];
-    case HVD_SYNCBN_FLOAT64:
-      return static_cast<const double*>(vector.data)[i];
-    case HVD_SYNCBN_FLOAT16:
-      return widen(static_cast<const Half*>(vector.data)[i]);
-    default:
-      return widen(static_cast<const BFloat16*>(vector.data)[i]);
-  }
-}
-
-void write(const hvd_syncbn_vector& vector, int64_t i, double value) {
-  if (vector.data == nullptr) return;
-  switch (vector.dtype) {
-    case HVD_SYNCBN_FLOAT32:
-      return narrow(value, static_cast<float*>(vector.data) + i);
-    case HVD_SYNCBN_FLOAT64:
-      return narrow(value, static_cast<double*>(vector.data) + i);
-    case HVD_SYNCBN_FLOAT16:
-      return narrow(value, static_cast<Half*>(vector.data) + i);
-    default:
-      return narrow(value, static_cast<BFloat16*>(vector.data) + i);
-  }
-}
-
-// The coefficients lie as arrays of c values, one after another.
-template <class T>
-void write_forward_coefficients(int64_t c, const double* stats, const hvd_syncbn_vector& gamma,
-                                const hvd_syncbn_vector& beta, T* out) {
-  for (int64_t i = 0; i < c; ++i) {
-    const ForwardCoefficients<T> k =
-        forward_coefficients<T>(stats[i], stats[c + i], read(gamma, i, 1.0), read(beta, i, 0.0));
-    out[i] = k.mean_hi;
-    out[c + i] = k.mean_lo;
-    out[2 * c + i] = k.scale;
-    out[3 * c + i] = k.shift;
-  }
-}
-
-template <class T>
-void write_backward_coefficients(int64_t c, const int64_t* packet, const double* stats, const hvd_syncbn_vector& gamma,
-                                 T* out) {
-  for (int64_t i = 0; i < c; ++i) {
-    const BackwardCoefficients<T> k =
-        backward_coefficients<T>(packet, c, i, stats[i], stats[c + i], read(gamma, i, 1.0));
-    out[i] = k.mean_hi;
-    out[c + i] = k.mean_lo;
-    out[2 * c + i] = k.scale;
-    out[3 * c + i] = k.c1;
-    out[4 * c + i] = k.c2;
-  }
-}
 
 bool channels_innermost(const hvd_syncbn_shape* shape) {
   return shape->layout == HVD_SYNCBN_CHANNELS_LAST || shape->s == 1;
@@ -183,13 +132,13 @@ int64_t hvd_syncbn_apply_unit_bytes(const hvd_syncbn_shape* shape) {
 void hvd_syncbn_forward_moments(const hvd_syncbn_shape* shape, const void* x, const uint8_t* mask, int64_t begin,
                                 int64_t end, int64_t* packet) {
   const IeeeArithmetic ieee;
-  current().load(std::memory_order_relaxed)->forward_moments(*shape, x, mask, begin, end, packet);
+  path().forward_moments(*shape, x, mask, begin, end, packet);
 }
 
 void hvd_syncbn_backward_moments(const hvd_syncbn_shape* shape, const void* x, const void* dy, const void* y,
                                  const double* stats, int64_t begin, int64_t end, int64_t* packet) {
   const IeeeArithmetic ieee;
-  current().load(std::memory_order_relaxed)->backward_moments(*shape, x, dy, y, stats, begin, end, packet);
+  path().backward_moments(*shape, x, dy, y, stats, begin, end, packet);
 }
 
 void hvd_syncbn_close_packet(const hvd_syncbn_shape* shape, double eps, int64_t count, int64_t* packet) {
@@ -221,49 +170,26 @@ void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const 
                                hvd_syncbn_vector running_var, double old_weight, double new_weight, int32_t unbiased,
                                double* stats, void* coefficients) {
   const IeeeArithmetic ieee;
-  const int64_t c = shape->c;
-  const double n = static_cast<double>(packet[1]);
-  const double keep = static_cast<float>(old_weight), take = static_cast<float>(new_weight);
-  for (int64_t i = 0; i < c; ++i) {
-    const Statistics s = statistics(packet, c, i, eps);
-    stats[i] = s.mean;
-    stats[c + i] = s.invstd;
-    if (packet[1] == 0) continue;
-    const double var = unbiased ? hvd_syncbn::unbiased(s.var, n) : s.var;
-    write(running_mean, i, running(keep, read(running_mean, i, 0.0), take, s.mean));
-    write(running_var, i, running(keep, read(running_var, i, 0.0), take, var));
-  }
-  if (shape->dtype == HVD_SYNCBN_FLOAT64) {
-    write_forward_coefficients<double>(c, stats, gamma, beta, static_cast<double*>(coefficients));
-  } else {
-    write_forward_coefficients<float>(c, stats, gamma, beta, static_cast<float*>(coefficients));
-  }
+  path().forward_finish(*shape, eps, packet, gamma, beta, running_mean, running_var, old_weight, new_weight, unbiased,
+                        stats, coefficients);
 }
 
 void hvd_syncbn_forward_apply(const hvd_syncbn_shape* shape, const void* x, const void* residual, int32_t relu,
                               const void* coefficients, int64_t begin, int64_t end, void* y) {
   const IeeeArithmetic ieee;
-  current().load(std::memory_order_relaxed)->forward_apply(*shape, x, residual, relu, coefficients, begin, end, y);
+  path().forward_apply(*shape, x, residual, relu, coefficients, begin, end, y);
 }
 
 void hvd_syncbn_backward_params(const hvd_syncbn_shape* shape, const int64_t* packet, const double* stats,
                                 hvd_syncbn_vector dgamma, hvd_syncbn_vector dbeta) {
   const IeeeArithmetic ieee;
-  for (int64_t i = 0; i < shape->c; ++i) {
-    const ParameterGradients g = parameter_gradients(packet, shape->c, i, stats[i], stats[shape->c + i]);
-    write(dgamma, i, g.dgamma);
-    write(dbeta, i, g.dbeta);
-  }
+  path().backward_params(*shape, packet, stats, dgamma, dbeta);
 }
 
 void hvd_syncbn_backward_finish(const hvd_syncbn_shape* shape, const int64_t* packet, const double* stats,
                                 hvd_syncbn_vector gamma, void* coefficients) {
   const IeeeArithmetic ieee;
-  if (shape->dtype == HVD_SYNCBN_FLOAT64) {
-    write_backward_coefficients<double>(shape->c, packet, stats, gamma, static_cast<double*>(coefficients));
-  } else {
-    write_backward_coefficients<float>(shape->c, packet, stats, gamma, static_cast<float*>(coefficients));
-  }
+  path().backward_finish(*shape, packet, stats, gamma, coefficients);
 }
 
 void hvd_syncbn_backward_apply(const hvd_syncbn_shape* shape, const void* x, const void* dy, const void* y,

@@ -25,6 +25,8 @@ struct ForwardTerms {
     *b = sizeof(T) == sizeof(double) ? fused(v, v, *b) : *b + v * v;
 #endif
   }
+  HVD_SYNCBN_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2); }
+  HVD_SYNCBN_INLINE bool masked() const { return mask != nullptr; }
   HVD_SYNCBN_INLINE bool counts(int64_t row) const { return mask == nullptr || mask[row] != 0; }
 };
 

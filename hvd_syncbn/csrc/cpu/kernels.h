@@ -29,6 +29,14 @@ inline int tile_width(const hvd_syncbn_shape& shape) {
   void backward_apply(const hvd_syncbn_shape& shape, const void* x, const void* dy, const void* y,                    \
                       const uint8_t* mask, const void* coefficients, int64_t begin, int64_t end, void* dx,            \
                       void* dresidual);                                                                               \
+  void forward_finish(const hvd_syncbn_shape& shape, double eps, const int64_t* packet,                               \
+                      const hvd_syncbn_vector& gamma, const hvd_syncbn_vector& beta,                                  \
+                      const hvd_syncbn_vector& running_mean, const hvd_syncbn_vector& running_var, double old_weight, \
+                      double new_weight, int32_t unbiased, double* stats, void* coefficients);                        \
+  void backward_params(const hvd_syncbn_shape& shape, const int64_t* packet, const double* stats,                     \
+                       const hvd_syncbn_vector& dgamma, const hvd_syncbn_vector& dbeta);                              \
+  void backward_finish(const hvd_syncbn_shape& shape, const int64_t* packet, const double* stats,                     \
+                       const hvd_syncbn_vector& gamma, void* coefficients);                                           \
   }
 
 HVD_SYNCBN_DECLARE_KERNELS(baseline)
