@@ -6,6 +6,7 @@ copied but are the same objects, so optimizers and hook handles made before stay
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
 # What a SyncBatchNorm has beside a BatchNorm.
 _OURS = ("process_set", "collective_name", "_converted_from")
+_NAMES = {cls.__name__ for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, _BatchNorm)}
 
 
 def _is_plain(cls: type) -> bool:
@@ -31,9 +33,10 @@ def _synchronized(cls: type) -> type:
         return SyncBatchNorm
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        return _rebuild, (cls,), self.__dict__
+        return _rebuild, (cls,), *object.__reduce_ex__(self, protocol)[2:]
 
-    return type(f"Sync{cls.__name__}", (cls, SyncBatchNorm), {"__reduce_ex__": reduce, "__doc__": cls.__doc__})
+    namespace = {"__reduce_ex__": reduce, "__doc__": cls.__doc__, "_fused": None}
+    return type(f"Sync{cls.__name__}", (cls, SyncBatchNorm), namespace)
 
 
 def _rebuild(cls: type) -> nn.Module:
@@ -42,11 +45,21 @@ def _rebuild(cls: type) -> nn.Module:
 
 
 def _normalizes_by_itself(cls: type[nn.Module]) -> bool:
-    """Whether a subclass calls a batch norm function instead of ``super().forward``."""
+    """Whether ``super().forward`` of a subclass would not lead to ours: it calls something else, or not that alone."""
     if _is_plain(cls):
         return False
-    code = getattr(cls.forward, "__code__", None)
-    return code is not None and any("batch_norm" in name or name == "sync_batch_norm" for name in code.co_names)
+    for base in cls.__mro__:
+        if base is _BatchNorm or _is_plain(base):
+            return "forward" in vars(base) and base not in (_BatchNorm, BatchNorm)
+        for name, method in vars(base).items():
+            code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+            if code is None or name == "__init__":
+                continue
+            if any("batch_norm" in used for used in code.co_names):
+                return True
+            if name == "forward" and ("super" not in code.co_names or _NAMES.intersection(code.co_names)):
+                return True
+    return False
 
 
 def _blank(cls: Any) -> nn.Module:
@@ -78,8 +91,8 @@ def convert_sync_batchnorm(module: nn.Module, process_set: Any = None) -> nn.Mod
 
     Parameters, buffers, training flag, ``requires_grad``, hooks and devices are kept; a layer that is used in two places
     stays one layer. Collectives are named by the layer's path in ``module``. A subclass of ``nn.BatchNorm*`` keeps its own
-    methods and normalises over all ranks where it calls ``super().forward``; one that calls ``F.batch_norm`` itself is left
-    alone, with a warning. ``nn.SyncBatchNorm`` and Horovod's are converted as well.
+    methods and normalises over all ranks where it calls ``super().forward``; one that does not, or that calls
+    ``F.batch_norm``, is left alone, with a warning. ``nn.SyncBatchNorm`` and Horovod's are converted as well.
 
     Args:
         module: changed in place, apart from ``module`` itself where it is a batch norm.
@@ -107,14 +120,15 @@ def convert_sync_batchnorm(module: nn.Module, process_set: Any = None) -> nn.Mod
         cls: Any = type(old)
         if _normalizes_by_itself(cls):
             warnings.warn(
-                f"{path!r} stays as it is: {cls.__name__}.forward calls a batch norm function of its own, so its statistics "
-                "will be this rank's alone",
+                f"{path!r} stays as it is: {cls.__name__} normalises by itself and not by super().forward, so its "
+                "statistics will be this rank's alone",
                 stacklevel=3,
             )
             return old
         new = _as(_synchronized(cls), old)
         new.__dict__.pop("process_group", None)  # torch.nn.SyncBatchNorm's
-        new.__dict__.setdefault("activation", None)
+        if _is_plain(cls):
+            new.__dict__.setdefault("activation", None)
         new.__dict__.update(process_set=process_set, collective_name=path or f"{cls.__name__}", _converted_from=cls)
         return new
 
@@ -139,11 +153,15 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
             return old
         cls = old.__dict__.get("_converted_from", BatchNorm)
         own = cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) or not _is_plain(cls)
-        new = _as(cls if own and old.activation is None else BatchNorm, old)
+        if own and not _is_plain(cls):
+            new = _as(cls, old)
+        elif own and old.activation is None:
+            new = _as(cls, old)
+            new.__dict__.pop("activation")
+        else:
+            new = _as(BatchNorm, old)
         for name in _OURS:
             new.__dict__.pop(name, None)
-        if own and old.activation is None:
-            new.__dict__.pop("activation", None)
         return new
 
     return _replace(module, change, "", {})

@@ -26,7 +26,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        weights: tuple[float, float],
+        weights: tuple[float, float] | Tensor,
         unbiased: bool,
         eps: float,
         relu: bool,
@@ -35,9 +35,11 @@ class _SyncBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         packet = ops.forward_moments(x, eps)
         ops.allreduce_(packet, f"hvd_syncbn.{name}.forward", process_set)
-        y, stats = ops.forward_apply(
-            x, packet, weight, bias, residual, running_mean, running_var, *weights, unbiased, eps, relu, name
-        )
+        tensors = x, packet, weight, bias, residual, running_mean, running_var
+        if isinstance(weights, Tensor):
+            y, stats = ops.forward_apply_average(*tensors, weights, unbiased, eps, relu, name)
+        else:
+            y, stats = ops.forward_apply(*tensors, *weights, unbiased, eps, relu, name)
         ctx.save_for_backward(x, weight, stats, y if relu else None)
         ctx.eps, ctx.process_set, ctx.name = eps, process_set, name
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -96,7 +98,7 @@ def normalize(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weights: tuple[float, float],
+    weights: tuple[float, float] | Tensor,
     unbiased: bool,
     eps: float,
     residual: Tensor | None,
@@ -108,14 +110,16 @@ def normalize(
 
     Args:
         weights: of the old running statistic and of the batch's, before they are rounded to float32: ``(1 - momentum,
-            momentum)`` as PyTorch spells momentum, the other way round as Keras does.
+            momentum)`` as PyTorch spells momentum, the other way round as Keras does. Or, for the average over all batches,
+            the number of batches before this one.
         unbiased: whether the running variance takes ``var * n / (n - 1)`` (PyTorch) or ``var`` (Keras).
     """
     return _SyncBatchNorm.apply(
         x,
         weight,
         bias,
-        residual,
+        # torch.compile does not take one tensor in two places of an autograd function.
+        residual.view_as(residual) if residual is x else residual,
         running_mean,
         running_var,
         weights,
@@ -184,8 +188,13 @@ def sync_batch_norm(
         RuntimeError: training without an initialised Horovod, and differentiating twice.
         HorovodInternalError: another rank failed.
     """
-    vector = next((v for v in (weight, bias, running_mean, running_var) if v is not None), None)
-    residual = check_input(x, None if vector is None else vector.shape[0], residual, activation)
+    residual = check_input(x, None, residual, activation)
+    for label, vector in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+        if vector is not None and vector.shape != x.shape[1:2]:
+            raise ValueError(
+                f"expected a {label} of the input's {x.shape[1]} channels (dimension 1 of {tuple(x.shape)}). "
+                f"Received: shape {tuple(vector.shape)}"
+            )
     if not training:
         return local_batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps, residual, activation)
     return normalize(

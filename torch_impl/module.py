@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from hvd_syncbn.torch_impl.functional import ACTIVATIONS, check_input, local_batch_norm, normalize
+from hvd_syncbn.torch_impl.ops import batch_weight
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,41 +20,54 @@ class BatchNorm(_BatchNorm):
     What ``revert_sync_batchnorm`` makes of a ``SyncBatchNorm`` that was not converted from another class.
     """
 
-    activation: str | None = None
+    activation: str | None  # without a value here, which would hide a submodule of that name in somebody's subclass
+
+    @property
+    def _fused(self) -> str | None:
+        """The activation. Conversion puts None here in a subclass of somebody's, whose own ``activation`` may be anything."""
+        return getattr(self, "activation", None)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected an input of at least 2 dimensions. Received: shape {tuple(input.shape)}")
 
-    def _momentum(self) -> float:
-        """Counts this batch and returns its weight in the running statistics."""
-        if self.num_batches_tracked is None:
-            return 0.0 if self.momentum is None else self.momentum
-        self.num_batches_tracked.add_(1)
-        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+    def _momentum(self) -> float | Tensor:
+        """This batch's weight in the running statistics; for their average, the number of batches before it."""
+        if self.momentum is not None:
+            return self.momentum
+        return 0.0 if self.num_batches_tracked is None else self.num_batches_tracked
+
+    def _count(self) -> None:
+        """Counts a batch that went well."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """As ``SyncBatchNorm``."""
         self._check_input_dim(input)
         batch = self.training or self.running_mean is None
         tracks = self.training and self.track_running_stats
-        return local_batch_norm(
+        momentum = self._momentum() if tracks else 0.0
+        y = local_batch_norm(
             input,
             self.running_mean if tracks or not batch else None,
             self.running_var if tracks or not batch else None,
             self.weight,
             self.bias,
             batch,
-            self._momentum() if tracks else 0.0,
+            batch_weight(momentum) if isinstance(momentum, Tensor) else momentum,
             self.eps,
             residual,
-            self.activation,
+            self._fused,
         )
+        if tracks:
+            self._count()
+        return y
 
     def extra_repr(self) -> str:
         """The arguments of ``nn.BatchNorm``, and the activation."""
         text = str(super().extra_repr())
-        return text if self.activation is None else f"{text}, activation={self.activation}"
+        return text if self._fused is None else f"{text}, activation={self._fused}"
 
 
 class SyncBatchNorm(BatchNorm):
@@ -113,24 +127,28 @@ class SyncBatchNorm(BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalises ``input``; see the class for shapes, ``sync_batch_norm`` for errors."""
         self._check_input_dim(input)
-        residual = check_input(input, self.num_features, residual, self.activation)
+        residual = check_input(input, self.num_features, residual, self._fused)
         if not self.training:
             return super().forward(input, residual)
-        momentum = self._momentum() if self.track_running_stats else 0.0
-        return normalize(
+        tracks = self.track_running_stats
+        momentum = self._momentum() if tracks else 0.0
+        y = normalize(
             input,
             self.weight,
             self.bias,
-            self.running_mean,
-            self.running_var,
-            (1 - momentum, momentum),
+            self.running_mean if tracks else None,
+            self.running_var if tracks else None,
+            momentum if isinstance(momentum, Tensor) else (1 - momentum, momentum),
             True,
             self.eps,
             residual,
-            self.activation,
+            self._fused,
             self.process_set,
             self.collective_name,
         )
+        if tracks:
+            self._count()
+        return y
 
     def extra_repr(self) -> str:
         """The arguments of ``nn.BatchNorm``, the activation, and the process set."""

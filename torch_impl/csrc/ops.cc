@@ -64,6 +64,10 @@ Tensor like(const Input& x, const Tensor& other) {
   return other.movedim(1, -1).contiguous().movedim(-1, 1);
 }
 
+OptionalTensor like(const Input& x, const OptionalTensor& other) {
+  return other.has_value() && other->defined() ? OptionalTensor(like(x, *other)) : std::nullopt;
+}
+
 hvd_syncbn_vector vector(const hvd_syncbn_shape& shape, const OptionalTensor& tensor) {
   if (!tensor.has_value() || !tensor->defined()) return {nullptr, 0};
   TORCH_CHECK_VALUE(tensor->numel() == shape.c && tensor->is_contiguous(), "expected a contiguous vector of ", shape.c,
@@ -124,7 +128,7 @@ std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, 
   hvd_syncbn_forward_finish(&in.shape, eps, words, vector(in.shape, weight), vector(in.shape, bias),
                             vector(in.shape, running_mean), vector(in.shape, running_var), old_weight, new_weight,
                             unbiased, stats.mutable_data_ptr<double>(), scratch.mutable_data_ptr());
-  const OptionalTensor added = residual.has_value() ? OptionalTensor(like(in, *residual)) : std::nullopt;
+  const OptionalTensor added = like(in, residual);
   Tensor y = at::empty_like(in.tensor);
   void* const out = y.mutable_data_ptr();
   at::parallel_for(0, hvd_syncbn_apply_units(&in.shape), grain(hvd_syncbn_apply_unit_bytes(&in.shape)),
@@ -139,12 +143,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_moments(const Tensor& x, const Tenso
                                                     const Tensor& stats, double eps, at::ScalarType parameter_dtype) {
   const Input in = input(x);
   const Tensor g = like(in, dy);
+  const OptionalTensor output = like(in, y);
   Tensor packet = empty_packet(in.shape.c);
   int64_t* const words = packet.mutable_data_ptr<int64_t>();
   at::parallel_for(0, hvd_syncbn_moments_units(&in.shape), grain(2 * hvd_syncbn_moments_unit_bytes(&in.shape)),
                    [&](int64_t begin, int64_t end) {
-                     hvd_syncbn_backward_moments(&in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(), data(y),
-                                                 stats.const_data_ptr<double>(), begin, end, words);
+                     hvd_syncbn_backward_moments(&in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(),
+                                                 data(output), stats.const_data_ptr<double>(), begin, end, words);
                    });
   hvd_syncbn_close_packet(&in.shape, eps, in.shape.n * in.shape.s, words);
   const auto options = at::TensorOptions().dtype(parameter_dtype);
@@ -161,6 +166,7 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, con
   const int64_t* const words = packet.const_data_ptr<int64_t>();
   check(in.shape, eps, packet, name);
   const Tensor g = like(in, dy);
+  const OptionalTensor output = like(in, y);
   Tensor scratch = coefficients(in.shape);
   hvd_syncbn_backward_finish(&in.shape, words, stats.const_data_ptr<double>(), vector(in.shape, weight),
                              scratch.mutable_data_ptr());
@@ -170,7 +176,7 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, con
   void* const dresidual_out = want_residual ? dresidual.mutable_data_ptr() : nullptr;
   at::parallel_for(0, hvd_syncbn_apply_units(&in.shape), grain(2 * hvd_syncbn_apply_unit_bytes(&in.shape)),
                    [&](int64_t begin, int64_t end) {
-                     hvd_syncbn_backward_apply(&in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(), data(y),
+                     hvd_syncbn_backward_apply(&in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(), data(output),
                                                nullptr, scratch.const_data_ptr(), begin, end, dx_out, dresidual_out);
                    });
   return {dx, dresidual};

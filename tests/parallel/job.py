@@ -1,0 +1,134 @@
+"""Runs a group of checks under one `horovodrun`, and hands each check's outcome to pytest.
+
+A group is a module `tests/parallel/checks_<group>.py` of functions `check_*()`. All ranks run all of them in the order of the
+file, with Horovod initialised. A check raises, or returns something JSON can hold. A rank in which a check raises ends there:
+its peers would wait for it in the next collective; they end with an error, and the remaining checks count as failed.
+
+As a program (`python -m tests.parallel.job GROUP FOLDER`) this module is one rank.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+FRAMEWORKS = {"torch": "torch", "tensorflow": "tensorflow", "keras": "tensorflow"}
+
+
+def checks(group: str) -> list[str]:
+    """The names of a group's checks, read without importing a framework."""
+    text = (Path(__file__).parent / f"checks_{group}.py").read_text()
+    return re.findall(r"^def (check_\w+)", text, re.MULTILINE)
+
+
+@dataclass
+class Job:
+    """What a finished job left: per rank, check -> {"value": ...} or {"error": traceback}; and all that was printed."""
+
+    ranks: list[dict[str, dict[str, Any]]]
+    output: str
+
+    def values(self, check: str) -> list[Any]:
+        """What every rank returned from a check; fails the test if one did not get that far."""
+        for rank, outcomes in enumerate(self.ranks):
+            outcome = outcomes.get(check)
+            if outcome is None:
+                errors = [f"rank {r}: {o['error']}" for r, all_ in enumerate(self.ranks) for o in all_.values() if "error" in o]
+                raise AssertionError(f"rank {rank} never finished {check}.\n" + "\n".join(errors or [self.output[-8000:]]))
+            if "error" in outcome:
+                raise AssertionError(f"rank {rank}:\n{outcome['error']}")
+        return [outcomes[check]["value"] for outcomes in self.ranks]
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kills a process and everything below it, by process id: horovodrun's ranks are in sessions of their own."""
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=10)
+
+
+@cache
+def run(group: str, ranks: int, timeout: float = 240, **environment: str) -> Job:
+    """Runs a group once per session and rank count; `ranks=1` runs without horovodrun, as a user would."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "tests.parallel.job", group, folder]
+        if ranks > 1:
+            horovodrun = Path(sys.executable).parent / "horovodrun"
+            # As many slots as ranks: horovodrun starts one process per slot.
+            command = [str(horovodrun), "--gloo", "-np", str(ranks), "-H", f"localhost:{ranks}", *command]
+        env = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+            "TF_NUM_INTRAOP_THREADS": "1",
+            "TF_NUM_INTEROP_THREADS": "2",
+            "HOROVOD_CYCLE_TIME": "0.1",
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env | environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            output = process.communicate()[0] + f"\n(ended after {timeout} s)"
+        except BaseException:
+            _end(process)
+            raise
+        outcomes: list[dict[str, dict[str, Any]]] = []
+        for rank in range(ranks):
+            path = Path(folder) / f"{rank}.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            outcomes.append({entry.pop("check"): entry for entry in map(json.loads, lines)})
+        return Job(outcomes, output)
+
+
+def main() -> None:
+    """One rank."""
+    group, folder = sys.argv[1:]
+    framework = FRAMEWORKS[group.split("_")[0]]
+    hvd = importlib.import_module(f"horovod.{framework}")
+    hvd.init()
+    if framework == "torch":
+        import torch
+
+        torch.set_num_threads(1)
+    module = importlib.import_module(f"tests.parallel.checks_{group}")
+    with open(Path(folder) / f"{hvd.rank()}.jsonl", "w") as log:
+        for check in checks(group):
+            try:
+                entry = {"check": check, "value": getattr(module, check)()}
+            except BaseException:
+                entry = {"check": check, "error": traceback.format_exc()}
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+            if "error" in entry:
+                os._exit(1)
+    hvd.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,387 @@
+"""Conversion of models to SyncBatchNorm and back: what is kept, what is left alone, what survives copying."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+import torch.nn.functional as F
+from horovod.torch.sync_batch_norm import SyncBatchNorm as HorovodSyncBatchNorm
+from torch import Tensor, nn
+
+from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from tests.torch_tools import assert_same, randn, randomize, step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def horovod() -> None:
+    hvd.init()
+
+
+def unchanged(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(method)
+    def wrapper(*args: Any) -> Tensor:
+        return method(*args)
+
+    return wrapper
+
+
+class Doubled(nn.BatchNorm2d):
+    """Somebody's subclass: own attributes, one of them with a name of ours, and `super().forward`."""
+
+    def __init__(self, features: int, scale: float = 2.0) -> None:
+        super().__init__(features)
+        self.scale = scale
+        self.activation = nn.LeakyReLU(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.scale * super().forward(x))
+
+
+class Named(Doubled):
+    """A subclass of a subclass, with a string for an activation."""
+
+    def __init__(self, features: int) -> None:
+        nn.BatchNorm2d.__init__(self, features)
+        self.scale = 3.0
+        self.activation = "relu"
+
+    @unchanged
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.scale * super(Doubled, self).forward(x)
+        return F.relu(y - 1) if self.activation == "relu" else y
+
+
+class Model(nn.Module):
+    """Every kind of layer in every kind of place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.blocks = nn.ModuleDict({"a": nn.ModuleList([nn.BatchNorm2d(4), Doubled(4)])})
+        self.twice = nn.BatchNorm2d(4)
+        self.again = self.twice
+        self.named = Named(4)
+        self.head = nn.Linear(4, 3)
+        self.last = nn.BatchNorm1d(3, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks["a"]:
+            x = block(x)
+        x = self.named(self.again(self.twice(x) + 1))
+        return self.last(self.head(x.mean((2, 3))))
+
+
+PATHS = {
+    "stem.1": nn.BatchNorm2d,
+    "blocks.a.0": nn.BatchNorm2d,
+    "blocks.a.1": Doubled,
+    "twice": nn.BatchNorm2d,
+    "named": Named,
+    "last": nn.BatchNorm1d,
+}
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    return randomize(Model())
+
+
+X = randn(1, 6, 3, 7, 7)
+DY = randn(2, 6, 3)
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def assert_is_same_model(ours: nn.Module, theirs: nn.Module) -> None:
+    """One training step of each; the tolerance is PyTorch's float32 rounding, through seven layers."""
+    torch.testing.assert_close(step(ours, X, DY), step(theirs, X, DY), rtol=1e-4, atol=1e-4)
+
+
+def test_whole_model() -> None:
+    converted = convert_sync_batchnorm(model())
+    for path, cls in PATHS.items():
+        layer = converted.get_submodule(path)
+        assert isinstance(layer, SyncBatchNorm)
+        assert layer.collective_name == path
+        assert (type(layer) is SyncBatchNorm) == (cls is not Doubled and cls is not Named)
+        assert isinstance(layer, cls) == (cls in (Doubled, Named))
+    assert sum(isinstance(layer, SyncBatchNorm) for layer in converted.modules()) == len(PATHS)
+    assert_is_same_model(converted, model())
+
+
+def test_the_same_objects() -> None:
+    original = model()
+    original.stem[1].weight.requires_grad_(False)
+    original.blocks["a"][1].eval()
+    before, children = tensors(original), [name for name, _ in original.named_modules(remove_duplicate=False)]
+    for change in (convert_sync_batchnorm, revert_sync_batchnorm):
+        changed = change(original)
+        assert changed is original
+        after = tensors(changed)
+        assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+        assert [name for name, _ in changed.named_modules(remove_duplicate=False)] == children
+        assert changed.twice is changed.again
+        assert not changed.stem[1].weight.requires_grad and changed.stem[1].bias.requires_grad
+        assert not changed.blocks["a"][1].training and changed.stem[1].training
+
+
+def test_optimizer_made_before() -> None:
+    original = model()
+    optimizer = torch.optim.SGD(original.parameters(), lr=0.1)
+    converted = convert_sync_batchnorm(original)
+    before = converted.twice.weight.clone()
+    converted(X).backward(DY)
+    optimizer.step()
+    assert not torch.equal(converted.twice.weight, before)
+
+
+def test_back_and_forth() -> None:
+    original = model()
+    names = list(vars(original.twice))
+    state = copy.deepcopy(original.state_dict())
+    reverted = revert_sync_batchnorm(convert_sync_batchnorm(original))
+    for path, cls in PATHS.items():
+        assert type(reverted.get_submodule(path)) is cls
+    assert list(vars(reverted.twice)) == names
+    assert_same(dict(reverted.state_dict()), dict(state))
+    assert_same(step(reverted, X, DY), step(model(), X, DY))
+
+
+def test_hooks() -> None:
+    calls: list[str] = []
+    original = nn.Sequential(nn.BatchNorm2d(3))
+    handles = [
+        original[0].register_forward_pre_hook(lambda *_: calls.append("before")),
+        original[0].register_forward_hook(lambda *_: calls.append("forward")),
+        original[0].register_full_backward_hook(lambda *_: calls.append("backward")),
+        original[0].register_state_dict_post_hook(lambda *_: calls.append("state")),
+    ]
+
+    def run(change: Callable[[nn.Module], nn.Module]) -> list[str]:
+        calls.clear()
+        layer = change(original)[0]
+        layer(X.clone().requires_grad_()).sum().backward()
+        layer.state_dict()
+        return list(calls)
+
+    assert run(convert_sync_batchnorm) == ["before", "forward", "backward", "state"]
+    assert isinstance(original[0], SyncBatchNorm)
+    handles[1].remove()  # taken before the conversion, good after it
+    assert run(convert_sync_batchnorm) == ["before", "backward", "state"]
+    late = original[0].register_forward_hook(lambda *_: calls.append("late"))
+    assert run(revert_sync_batchnorm) == ["before", "late", "backward", "state"]
+    late.remove()
+    handles[0].remove()
+    assert run(revert_sync_batchnorm) == ["backward", "state"]
+
+
+def test_root() -> None:
+    for cls, shape in ((nn.BatchNorm1d, (4, 3)), (nn.BatchNorm2d, (4, 3, 5, 5)), (nn.BatchNorm3d, (4, 3, 2, 2, 5))):
+        original = randomize(cls(3))
+        converted = convert_sync_batchnorm(original)
+        assert type(converted) is SyncBatchNorm
+        assert converted.weight is original.weight and converted.collective_name == cls.__name__
+        x = randn(1, *shape)
+        torch.testing.assert_close(converted(x), randomize(cls(3))(x), rtol=1e-5, atol=1e-5)
+        assert type(revert_sync_batchnorm(converted)) is cls
+    plain = nn.Linear(3, 3)
+    assert convert_sync_batchnorm(plain) is plain and revert_sync_batchnorm(plain) is plain
+
+
+def test_process_set_and_converting_twice() -> None:
+    ranks = hvd.ProcessSet([0])
+    converted = convert_sync_batchnorm(model(), process_set=ranks)
+    layers = [layer for layer in converted.modules() if isinstance(layer, SyncBatchNorm)]
+    assert len(layers) == len(PATHS) and all(layer.process_set is ranks for layer in layers)
+    # Again, for all ranks, as a part of something larger.
+    outer = SyncBatchNorm.convert_sync_batchnorm(nn.ModuleDict({"net": converted}))
+    again = [layer for layer in outer.modules() if isinstance(layer, SyncBatchNorm)]
+    assert all(new is old for new, old in zip(again, layers, strict=True))
+    assert all(layer.process_set is None for layer in again)
+    assert {layer.collective_name for layer in again} == {f"net.{path}" for path in PATHS}
+    assert_is_same_model(outer["net"], model())
+
+
+def test_other_synchronized_layers() -> None:
+    original = nn.Sequential(nn.SyncBatchNorm(3), HorovodSyncBatchNorm(3))
+    weights = [layer.weight for layer in original]
+    converted = convert_sync_batchnorm(original)
+    assert [type(layer) for layer in converted] == [SyncBatchNorm] * 2
+    assert all(layer.weight is weight for layer, weight in zip(converted, weights, strict=True))
+    assert not hasattr(converted[0], "process_group")
+    want = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    torch.testing.assert_close(converted(X), want(X), rtol=1e-5, atol=1e-5)
+    converted.load_state_dict(want.state_dict())
+    # Back to layers that work here, as a batch norm of this rank.
+    reverted = revert_sync_batchnorm(converted)
+    assert not any(isinstance(layer, (SyncBatchNorm, nn.SyncBatchNorm, HorovodSyncBatchNorm)) for layer in reverted)
+    assert_same(dict(reverted.state_dict()), dict(want.state_dict()))
+    assert_same(step(reverted, X, X), step(want, X, X))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"track_running_stats": False}, {"affine": False}], ids=str)
+def test_revert_a_layer_made_by_hand(options: dict[str, Any], activation: str | None) -> None:
+    """It becomes PyTorch's batch norm, then the addition, then the activation: those bytes."""
+
+    def separate(x: Tensor, residual: Tensor) -> Tensor:
+        y = reference(x) + residual
+        return F.relu(y) if activation else y
+
+    reference = randomize(nn.BatchNorm2d(3, **options))
+    layer = revert_sync_batchnorm(randomize(SyncBatchNorm(3, activation=activation, **options)))
+    assert not isinstance(layer, SyncBatchNorm) and ("activation=relu" in repr(layer)) == (activation == "relu")
+    for seed in range(3):
+        x, residual = randn(seed, 4, 3, 5, 5), randn(seed + 7, 4, 3, 5, 5)
+        assert_same(layer(x, residual), separate(x, residual))
+    assert_same(dict(layer.state_dict()), dict(reference.state_dict()))
+    reference.eval(), layer.eval()
+    assert_same(layer(x, residual), separate(x, residual))
+    # And to where it came from.
+    again = convert_sync_batchnorm(layer)
+    assert type(again) is SyncBatchNorm and again.activation == activation
+
+
+def by_function(self: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+
+class CallsFunction(nn.BatchNorm2d):
+    forward = by_function
+
+
+class CallsFunctionByMethod(nn.BatchNorm2d):
+    """In a method of its own."""
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return torch.batch_norm(x, self.weight, self.bias, None, None, True, 0.1, 1e-5, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if not self.training else self.normalize(x)
+
+
+class CallsFunctionBehindDecorator(nn.BatchNorm2d):
+    @unchanged
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, training=True) if self.training else super().forward(x)
+
+
+class Inherits(CallsFunctionByMethod):
+    pass
+
+
+class CallsClassByName(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, x) if self.training else super().forward(x)
+
+
+class ByHand(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean((0, 2, 3), keepdim=True)
+
+
+class OfTheirSync(nn.SyncBatchNorm):
+    """`super().forward` is that of torch.nn.SyncBatchNorm, whatever it is mixed with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "cls", [CallsFunction, CallsFunctionByMethod, CallsFunctionBehindDecorator, Inherits, CallsClassByName, ByHand, OfTheirSync]
+)
+def test_subclass_that_normalizes_by_itself(cls: type[nn.Module]) -> None:
+    original = nn.Sequential(nn.BatchNorm2d(3), cls(3))
+    with pytest.warns(UserWarning, match=rf"'1' stays as it is: {cls.__name__} ") as caught:
+        converted = convert_sync_batchnorm(original)
+    assert len(caught) == 1
+    assert type(converted[1]) is cls and type(converted[0]) is SyncBatchNorm
+
+
+def test_no_warning_without_reason() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_sync_batchnorm(model())
+
+
+def test_lazy() -> None:
+    lazy = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ModuleDict({"norm": nn.LazyBatchNorm2d()}))
+    with pytest.raises(ValueError, match=r"'1\.norm'.*run a batch through.*Received: LazyBatchNorm2d"):
+        convert_sync_batchnorm(lazy)
+    lazy[1]["norm"](lazy[0](X))
+    assert type(convert_sync_batchnorm(lazy)[1]["norm"]) is SyncBatchNorm
+
+
+def saved_and_loaded(module: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = [copy.deepcopy, saved_and_loaded, lambda module: pickle.loads(pickle.dumps(module))]
+
+
+@pytest.mark.parametrize("duplicate", COPIES, ids=["deepcopy", "torch.save", "pickle"])
+def test_copies(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    original = convert_sync_batchnorm(model(), process_set=hvd.global_process_set)
+    other = duplicate(original)
+    for path in PATHS:
+        layer, twin = original.get_submodule(path), other.get_submodule(path)
+        assert type(twin) is type(layer) and twin is not layer
+        assert twin.collective_name == path and twin.process_set.ranks == layer.process_set.ranks
+        assert all(a is not b for a, b in zip(twin.parameters(), layer.parameters(), strict=True))
+    assert other.twice is other.again
+    assert_same(step(other, X, DY), step(original, X, DY))
+    for path, cls in PATHS.items():
+        assert type(revert_sync_batchnorm(other).get_submodule(path)) is cls
+
+
+@pytest.mark.parametrize("duplicate", COPIES, ids=["deepcopy", "torch.save", "pickle"])
+def test_copies_of_a_layer_made_by_hand(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    layer = randomize(SyncBatchNorm(3, eps=0.1, momentum=None, activation="relu"))
+    other = duplicate(layer)
+    assert repr(other) == repr(layer) and other.collective_name == layer.collective_name
+    assert_same(step(other, X, X), step(layer, X, X))
+
+
+class Guarded(nn.BatchNorm2d):
+    """A subclass that says itself what to pickle."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.cache = lambda: None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "cache"}
+
+
+def test_subclass_with_a_state_of_its_own() -> None:
+    other = saved_and_loaded(convert_sync_batchnorm(randomize(Guarded(3))))
+    assert isinstance(other, Guarded) and isinstance(other, SyncBatchNorm) and not hasattr(other, "cache")
+    assert_same(step(other, X, X), step(randomize(SyncBatchNorm(3)), X, X))
+
+
+def test_names_of_layers_made_by_hand() -> None:
+    """Made in the same order, named alike: by class and a counter."""
+    first, second = SyncBatchNorm(3), SyncBatchNorm(3)
+    number = int(first.collective_name.removeprefix("SyncBatchNorm"))
+    assert second.collective_name == f"SyncBatchNorm{number + 1}"
+
+
+def test_converted_2d_still_checks_its_input() -> None:
+    """Where a subclass is kept, so is what it accepts."""
+    with pytest.raises(ValueError, match="4D"):
+        convert_sync_batchnorm(Doubled(3))(torch.zeros(4, 3))

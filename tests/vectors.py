@@ -1,0 +1,3 @@
+"""Moved."""
+
+from hvd_syncbn.vectors import *  # noqa: F403
