@@ -1,0 +1,8 @@
+"""Synchronized batch normalization for TensorFlow. See :func:`sync_batch_norm`."""
+
+from hvd_syncbn.tf_impl import ops
+from hvd_syncbn.tf_impl.functional import sync_batch_norm
+
+__all__ = ["sync_batch_norm"]
+
+ops.library()  # a missing or stale build shows here, not in the first training step

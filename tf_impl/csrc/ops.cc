@@ -1,0 +1,444 @@
+// The layer's four ops: one before and one after the collective, in each direction.
+//
+//   HvdSyncbnForwardMoments  -> [allreduce] -> HvdSyncbnForwardApply
+//   HvdSyncbnBackwardMoments -> [allreduce] -> HvdSyncbnBackwardApply
+//
+// Here is what TensorFlow owns: tensors, memory, threads and errors. Every number comes from the core
+// (hvd_syncbn/core.h). No kernel waits for another rank; only Horovod's own asynchronous op does.
+//
+// TensorFlow has no optional inputs: a list of at most one tensor stands for one.
+// epsilon travels as the bits of its float64, because a "float" attribute would round it.
+// All four are declared stateful so that the graph optimizer never folds, merges or prunes them, and the collective
+// with them: an empty batch of known shape is a constant to it, and the other ranks would wait for that rank.
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "hvd_syncbn/core.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/util/work_sharder.h"
+
+namespace hvd_syncbn {
+namespace {
+
+using tensorflow::DataType;
+using tensorflow::OpInputList;
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+using tensorflow::shape_inference::DimensionHandle;
+using tensorflow::shape_inference::InferenceContext;
+using tensorflow::shape_inference::ShapeHandle;
+using Status = absl::Status;
+
+// ---- Registration
+
+#define HVD_SYNCBN_COMMON_ATTRS                                 \
+  Attr("T: {half, bfloat16, float, double}")                    \
+      .Attr("data_format: {'channels_first', 'channels_last'}") \
+      .Attr("epsilon_bits: int")
+
+Status Channels(InferenceContext* c, DimensionHandle* channels) {
+  std::string data_format;
+  TF_RETURN_IF_ERROR(c->GetAttr("data_format", &data_format));
+  ShapeHandle x;
+  TF_RETURN_IF_ERROR(c->WithRankAtLeast(c->input(0), 2, &x));
+  *channels = c->RankKnown(x) ? c->Dim(x, data_format == "channels_first" ? 1 : -1) : c->UnknownDim();
+  return absl::OkStatus();
+}
+
+Status Packet(InferenceContext* c, ShapeHandle* packet) {
+  DimensionHandle channels;
+  TF_RETURN_IF_ERROR(Channels(c, &channels));
+  *packet =
+      c->Vector(c->ValueKnown(channels) ? c->MakeDim(hvd_syncbn_packet_size(c->Value(channels))) : c->UnknownDim());
+  return absl::OkStatus();
+}
+
+REGISTER_OP("HvdSyncbnForwardMoments")
+    .HVD_SYNCBN_COMMON_ATTRS.Attr("masks: int >= 0")
+    .Input("x: T")
+    .Input("mask: masks * bool")
+    .Output("packet: int64")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      ShapeHandle packet;
+      TF_RETURN_IF_ERROR(Packet(c, &packet));
+      c->set_output(0, packet);
+      return absl::OkStatus();
+    });
+
+// `mask` is there for the gradient. `stats` is float64: mean and 1 / standard deviation of each channel.
+REGISTER_OP("HvdSyncbnForwardApply")
+    .HVD_SYNCBN_COMMON_ATTRS.Attr("U: {half, bfloat16, float, double}")
+    .Attr("gammas: int >= 0")
+    .Attr("betas: int >= 0")
+    .Attr("residuals: int >= 0")
+    .Attr("masks: int >= 0")
+    .Attr("relu: bool")
+    .Attr("old_weight: float")
+    .Attr("new_weight: float")
+    .Attr("unbiased_variance: bool")
+    .Attr("layer: string")
+    .Attr("process_set_id: int")
+    .Input("x: T")
+    .Input("packet: int64")
+    .Input("moving_mean: U")
+    .Input("moving_variance: U")
+    .Input("gamma: gammas * U")
+    .Input("beta: betas * U")
+    .Input("residual: residuals * T")
+    .Input("mask: masks * bool")
+    .Output("y: T")
+    .Output("stats: double")
+    .Output("new_moving_mean: U")
+    .Output("new_moving_variance: U")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      DimensionHandle channels;
+      TF_RETURN_IF_ERROR(Channels(c, &channels));
+      c->set_output(0, c->input(0));
+      c->set_output(1, c->Matrix(2, channels));
+      c->set_output(2, c->Vector(channels));
+      c->set_output(3, c->Vector(channels));
+      return absl::OkStatus();
+    });
+
+// dgamma and dbeta are this rank's own: Horovod's optimizers average parameter gradients themselves.
+REGISTER_OP("HvdSyncbnBackwardMoments")
+    .HVD_SYNCBN_COMMON_ATTRS.Attr("U: {half, bfloat16, float, double}")
+    .Attr("ys: int >= 0")
+    .Attr("masks: int >= 0")
+    .Input("x: T")
+    .Input("dy: T")
+    .Input("stats: double")
+    .Input("y: ys * T")
+    .Input("mask: masks * bool")
+    .Output("packet: int64")
+    .Output("dgamma: U")
+    .Output("dbeta: U")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      DimensionHandle channels;
+      ShapeHandle packet;
+      TF_RETURN_IF_ERROR(Channels(c, &channels));
+      TF_RETURN_IF_ERROR(Packet(c, &packet));
+      c->set_output(0, packet);
+      c->set_output(1, c->Vector(channels));
+      c->set_output(2, c->Vector(channels));
+      return absl::OkStatus();
+    });
+
+REGISTER_OP("HvdSyncbnBackwardApply")
+    .HVD_SYNCBN_COMMON_ATTRS.Attr("gamma_types: list({half, bfloat16, float, double}) >= 0")
+    .Attr("ys: int >= 0")
+    .Attr("masks: int >= 0")
+    .Attr("residuals: int >= 0")
+    .Attr("layer: string")
+    .Input("x: T")
+    .Input("dy: T")
+    .Input("packet: int64")
+    .Input("stats: double")
+    .Input("gamma: gamma_types")
+    .Input("y: ys * T")
+    .Input("mask: masks * bool")
+    .Output("dx: T")
+    .Output("dresidual: residuals * T")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      for (int i = 0; i < c->num_outputs(); ++i) c->set_output(i, c->input(0));
+      return absl::OkStatus();
+    });
+
+// ---- Kernels
+
+template <class... Parts>
+Status InvalidArgument(const Parts&... parts) {
+  return absl::InvalidArgumentError(absl::StrCat(parts...));
+}
+
+int32_t CoreDtype(DataType dtype) {
+  switch (dtype) {
+    case tensorflow::DT_FLOAT:
+      return HVD_SYNCBN_FLOAT32;
+    case tensorflow::DT_DOUBLE:
+      return HVD_SYNCBN_FLOAT64;
+    case tensorflow::DT_HALF:
+      return HVD_SYNCBN_FLOAT16;
+    default:
+      return HVD_SYNCBN_BFLOAT16;
+  }
+}
+
+hvd_syncbn_vector Vector(const Tensor* tensor) {
+  return tensor == nullptr ? hvd_syncbn_vector{nullptr, 0}
+                           : hvd_syncbn_vector{tensor->data(), CoreDtype(tensor->dtype())};
+}
+
+template <class T>
+T* Data(const Tensor* tensor) {
+  return tensor == nullptr ? nullptr : static_cast<T*>(tensor->data());
+}
+
+// What the four kernels share: the shape of x, the checks that a graph leaves to run time, the threads.
+class LayerOp : public OpKernel {
+ public:
+  explicit LayerOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
+    std::string data_format;
+    int64_t bits;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("data_format", &data_format));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("epsilon_bits", &bits));
+    layout_ = data_format == "channels_first" ? HVD_SYNCBN_CHANNELS_FIRST : HVD_SYNCBN_CHANNELS_LAST;
+    std::memcpy(&epsilon_, &bits, sizeof(epsilon_));
+  }
+
+ protected:
+  // x as the core sees it.
+  Status CoreShape(const Tensor& x, hvd_syncbn_shape* shape) const {
+    if (x.dims() < 2) return InvalidArgument("Expected x with at least 2 dims. Received: ", x.shape().DebugString());
+    const bool first = layout_ == HVD_SYNCBN_CHANNELS_FIRST;
+    int64_t spatial = 1;
+    for (int i = first ? 2 : 1; i < (first ? x.dims() : x.dims() - 1); ++i) spatial *= x.dim_size(i);
+    *shape = {x.dim_size(0), x.dim_size(first ? 1 : x.dims() - 1), spatial, CoreDtype(x.dtype()), layout_};
+    return absl::OkStatus();
+  }
+
+  static Status Expect(const char* name, const Tensor& tensor, const TensorShape& expected) {
+    if (tensor.shape() == expected) return absl::OkStatus();
+    return InvalidArgument("Expected ", name, " of shape ", expected.DebugString(),
+                           ". Received: ", tensor.shape().DebugString());
+  }
+
+  // An input that is always there.
+  static Status Input(OpKernelContext* ctx, const char* name, const TensorShape& expected, const Tensor** tensor) {
+    TF_RETURN_IF_ERROR(ctx->input(name, tensor));
+    return Expect(name, **tensor, expected);
+  }
+
+  // An input that may be missing: null then.
+  static Status OptionalInput(OpKernelContext* ctx, const char* name, const TensorShape& expected,
+                              const Tensor** tensor) {
+    OpInputList list;
+    TF_RETURN_IF_ERROR(ctx->input_list(name, &list));
+    *tensor = list.size() == 0 ? nullptr : &list[0];
+    return *tensor == nullptr ? absl::OkStatus() : Expect(name, **tensor, expected);
+  }
+
+  // The mask of shape [n, spatial...], and how many positions count.
+  static Status Mask(OpKernelContext* ctx, const hvd_syncbn_shape& shape, const uint8_t** mask, int64_t* count) {
+    OpInputList list;
+    TF_RETURN_IF_ERROR(ctx->input_list("mask", &list));
+    *count = shape.n * shape.s;
+    *mask = nullptr;
+    if (list.size() == 0) return absl::OkStatus();
+    if (list[0].NumElements() != *count) {
+      return InvalidArgument("Expected a mask of ", *count, " positions. Received: ", list[0].shape().DebugString());
+    }
+    *mask = Data<const uint8_t>(&list[0]);
+    *count -= std::count(*mask, *mask + *count, 0);
+    return absl::OkStatus();
+  }
+
+  // Does `work` on [0, units) with TensorFlow's threads. A unit costs about a cycle per byte that it reads.
+  static void Run(OpKernelContext* ctx, int64_t units, int64_t unit_bytes, std::function<void(int64_t, int64_t)> work) {
+    const auto& threads = *ctx->device()->tensorflow_cpu_worker_threads();
+    tensorflow::Shard(threads.num_threads, threads.workers, units, unit_bytes, std::move(work));
+  }
+
+  double epsilon_;
+  int32_t layout_;
+};
+
+// The ops after the collective know their layer's name: they are where disagreement shows.
+class ApplyOp : public LayerOp {
+ public:
+  explicit ApplyOp(OpKernelConstruction* ctx) : LayerOp(ctx) { OP_REQUIRES_OK(ctx, ctx->GetAttr("layer", &layer_)); }
+
+ protected:
+  // Reads the reduced packet's header. Where no rank counted a position, `*packet` becomes that of a single 0: it
+  // normalises the masked positions, which nothing else would, as Keras does.
+  Status CheckPacket(const Tensor& x, const hvd_syncbn_shape& shape, const int64_t** packet,
+                     std::vector<int64_t>* stand_in, bool* empty) const {
+    *empty = false;
+    switch (hvd_syncbn_check_packet(&shape, epsilon_, *packet)) {
+      case HVD_SYNCBN_RANKS_DISAGREE:
+        return InvalidArgument(
+            "the ranks disagree about layer '", layer_,
+            "': number of channels, epsilon, dtype and hvd-syncbn version have to be the same on every "
+            "rank. Received on this rank: channels=",
+            shape.c, ", epsilon=", epsilon_, ", dtype=", tensorflow::DataTypeString(x.dtype()));
+      case HVD_SYNCBN_ONE_VALUE:
+        return InvalidArgument("Expected more than 1 value per channel when training, over all ranks (layer '", layer_,
+                               "'). Received on this rank: input of shape ", x.shape().DebugString());
+      case HVD_SYNCBN_EMPTY:
+        stand_in->assign(hvd_syncbn_packet_size(shape.c), 0);
+        (*stand_in)[1] = 1;
+        *packet = stand_in->data();
+        *empty = true;
+    }
+    return absl::OkStatus();
+  }
+
+  static Status Coefficients(OpKernelContext* ctx, const hvd_syncbn_shape& shape, Tensor* coefficients) {
+    return ctx->allocate_temp(tensorflow::DT_UINT8, {hvd_syncbn_coefficients_size(&shape)}, coefficients);
+  }
+
+  std::string layer_;
+};
+
+class ForwardMomentsOp : public LayerOp {
+ public:
+  using LayerOp::LayerOp;
+
+  void Compute(OpKernelContext* ctx) override {
+    const Tensor& x = ctx->input(0);
+    hvd_syncbn_shape shape;
+    OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
+    const uint8_t* mask;
+    int64_t count;
+    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask, &count));
+    Tensor* output;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {hvd_syncbn_packet_size(shape.c)}, &output));
+
+    int64_t* const packet = Data<int64_t>(output);
+    std::memset(packet, 0, output->TotalBytes());
+    Run(ctx, hvd_syncbn_moments_units(&shape), hvd_syncbn_moments_unit_bytes(&shape),
+        [&](int64_t begin, int64_t end) { hvd_syncbn_forward_moments(&shape, x.data(), mask, begin, end, packet); });
+    hvd_syncbn_close_packet(&shape, epsilon_, count, packet);
+  }
+};
+
+class ForwardApplyOp : public ApplyOp {
+ public:
+  explicit ForwardApplyOp(OpKernelConstruction* ctx) : ApplyOp(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("relu", &relu_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("old_weight", &old_weight_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("new_weight", &new_weight_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("unbiased_variance", &unbiased_));
+  }
+
+  void Compute(OpKernelContext* ctx) override {
+    const Tensor& x = ctx->input(0);
+    hvd_syncbn_shape shape;
+    OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
+    const TensorShape per_channel({shape.c});
+    const Tensor *reduced, *moving_mean, *moving_variance, *gamma, *beta, *residual;
+    OP_REQUIRES_OK(ctx, Input(ctx, "packet", {hvd_syncbn_packet_size(shape.c)}, &reduced));
+    OP_REQUIRES_OK(ctx, Input(ctx, "moving_mean", per_channel, &moving_mean));
+    OP_REQUIRES_OK(ctx, Input(ctx, "moving_variance", per_channel, &moving_variance));
+    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "gamma", per_channel, &gamma));
+    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "beta", per_channel, &beta));
+    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "residual", x.shape(), &residual));
+
+    const int64_t* packet = Data<const int64_t>(reduced);
+    std::vector<int64_t> stand_in;
+    bool empty;
+    OP_REQUIRES_OK(ctx, CheckPacket(x, shape, &packet, &stand_in, &empty));
+
+    Tensor *y, *stats, *new_mean, *new_variance;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output("y", x.shape(), &y));
+    OP_REQUIRES_OK(ctx, ctx->allocate_output("stats", {2, shape.c}, &stats));
+    OP_REQUIRES_OK(ctx, ctx->allocate_output("new_moving_mean", per_channel, &new_mean));
+    OP_REQUIRES_OK(ctx, ctx->allocate_output("new_moving_variance", per_channel, &new_variance));
+    std::memcpy(new_mean->data(), moving_mean->data(), moving_mean->TotalBytes());
+    std::memcpy(new_variance->data(), moving_variance->data(), moving_variance->TotalBytes());
+
+    Tensor coefficients;
+    OP_REQUIRES_OK(ctx, Coefficients(ctx, shape, &coefficients));
+    hvd_syncbn_forward_finish(&shape, epsilon_, packet, Vector(gamma), Vector(beta), Vector(empty ? nullptr : new_mean),
+                              Vector(empty ? nullptr : new_variance), old_weight_, new_weight_, unbiased_,
+                              Data<double>(stats), coefficients.data());
+    Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
+      hvd_syncbn_forward_apply(&shape, x.data(), Data<const void>(residual), relu_, coefficients.data(), begin, end,
+                               y->data());
+    });
+  }
+
+ private:
+  bool relu_, unbiased_;
+  float old_weight_, new_weight_;
+};
+
+class BackwardMomentsOp : public LayerOp {
+ public:
+  using LayerOp::LayerOp;
+
+  void Compute(OpKernelContext* ctx) override {
+    const Tensor& x = ctx->input(0);
+    hvd_syncbn_shape shape;
+    OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
+    const Tensor *dy, *stats, *y;
+    OP_REQUIRES_OK(ctx, Input(ctx, "dy", x.shape(), &dy));
+    OP_REQUIRES_OK(ctx, Input(ctx, "stats", {2, shape.c}, &stats));
+    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "y", x.shape(), &y));
+    const uint8_t* mask;  // only counted: dy of every position counts
+    int64_t count;
+    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask, &count));
+    Tensor *output, *dgamma, *dbeta;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output("packet", {hvd_syncbn_packet_size(shape.c)}, &output));
+    OP_REQUIRES_OK(ctx, ctx->allocate_output("dgamma", {shape.c}, &dgamma));
+    OP_REQUIRES_OK(ctx, ctx->allocate_output("dbeta", {shape.c}, &dbeta));
+
+    int64_t* const packet = Data<int64_t>(output);
+    std::memset(packet, 0, output->TotalBytes());
+    Run(ctx, hvd_syncbn_moments_units(&shape), hvd_syncbn_moments_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
+      hvd_syncbn_backward_moments(&shape, x.data(), dy->data(), Data<const void>(y), Data<const double>(stats), begin,
+                                  end, packet);
+    });
+    hvd_syncbn_close_packet(&shape, epsilon_, count, packet);
+    hvd_syncbn_backward_params(&shape, packet, Data<const double>(stats), Vector(dgamma), Vector(dbeta));
+  }
+};
+
+class BackwardApplyOp : public ApplyOp {
+ public:
+  using ApplyOp::ApplyOp;
+
+  void Compute(OpKernelContext* ctx) override {
+    const Tensor& x = ctx->input(0);
+    hvd_syncbn_shape shape;
+    OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
+    const Tensor *dy, *reduced, *stats, *gamma, *y;
+    OP_REQUIRES_OK(ctx, Input(ctx, "dy", x.shape(), &dy));
+    OP_REQUIRES_OK(ctx, Input(ctx, "packet", {hvd_syncbn_packet_size(shape.c)}, &reduced));
+    OP_REQUIRES_OK(ctx, Input(ctx, "stats", {2, shape.c}, &stats));
+    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "gamma", TensorShape({shape.c}), &gamma));
+    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "y", x.shape(), &y));
+    const uint8_t* mask;
+    int64_t count;
+    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask, &count));
+
+    const int64_t* packet = Data<const int64_t>(reduced);
+    std::vector<int64_t> stand_in;
+    bool empty;
+    OP_REQUIRES_OK(ctx, CheckPacket(x, shape, &packet, &stand_in, &empty));
+
+    Tensor *dx, *dresidual = nullptr;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, x.shape(), &dx));
+    if (ctx->num_outputs() > 1) OP_REQUIRES_OK(ctx, ctx->allocate_output(1, x.shape(), &dresidual));
+
+    Tensor coefficients;
+    OP_REQUIRES_OK(ctx, Coefficients(ctx, shape, &coefficients));
+    hvd_syncbn_backward_finish(&shape, packet, Data<const double>(stats), Vector(gamma), coefficients.data());
+    Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
+      hvd_syncbn_backward_apply(&shape, x.data(), dy->data(), Data<const void>(y), mask, coefficients.data(), begin,
+                                end, dx->data(), Data<void>(dresidual));
+    });
+  }
+};
+
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardMoments").Device(tensorflow::DEVICE_CPU), ForwardMomentsOp);
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardApply").Device(tensorflow::DEVICE_CPU), ForwardApplyOp);
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardMoments").Device(tensorflow::DEVICE_CPU), BackwardMomentsOp);
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardApply").Device(tensorflow::DEVICE_CPU), BackwardApplyOp);
+
+}  // namespace
+}  // namespace hvd_syncbn

@@ -1,0 +1,15 @@
+"""Prints what CMake needs of the installed TensorFlow, separated by semicolons: version, include folder, flags."""
+
+import os
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import tensorflow as tf
+
+print(
+    tf.__version__,
+    tf.sysconfig.get_include(),
+    *tf.sysconfig.get_compile_flags(),
+    *tf.sysconfig.get_link_flags(),
+    sep=";",
+)

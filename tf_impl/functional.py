@@ -1,0 +1,333 @@
+"""``sync_batch_norm``: one training or evaluation step of the layer as a pure function, and its gradient.
+
+Forward and backward are the same: local exact moments (an op) -> one allreduce -> finish and apply (an op). Evaluation is plain
+TensorFlow, so an exported model needs neither Horovod nor the op library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import tensorflow as tf
+from hvd_syncbn.tf_impl import ops
+
+from hvd_syncbn import horovod
+
+_FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+_ACTIVATIONS = (None, "relu")
+
+# An op holds the id of its process set, and its gradient needs the set. None is the set of all ranks.
+_process_sets: dict[int, Any] = {0: None}
+
+
+def sync_batch_norm(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    *,
+    training: bool,
+    momentum: float = 0.99,
+    epsilon: float = 1e-3,
+    axis: int = -1,
+    mask: Any = None,
+    residual: Any = None,
+    activation: str | None = None,
+    unbiased_variance: bool = False,
+    process_set: Any = None,
+    name: str | None = None,
+) -> tuple[Any, Any, Any]:
+    """Batch normalization over the batch of all ranks together.
+
+    In training the output, the input gradient and the new moving statistics have the same bits however the batch is dealt
+    out to the ranks. It takes one Horovod allreduce forward and one backward, none where one rank is alone. The gradients of
+    `gamma` and `beta` are this rank's part of the sum: `hvd.DistributedGradientTape` or
+    `hvd_syncbn.keras.DistributedOptimizer` averages them with the other parameters' gradients.
+
+    It can be differentiated once. Inside a `tf.while_loop` set `parallel_iterations=1`: Horovod takes a name once at a time.
+
+    Args:
+        x: Tensor of at least 2 dims: float16, bfloat16, float32 or float64.
+        gamma: Scale of each channel, or `None` for 1.
+        beta: Offset of each channel, or `None` for 0.
+        moving_mean: Moving mean of each channel. `gamma`, `beta` and the moving statistics have one dtype, which need not be
+            that of `x`.
+        moving_variance: Moving variance of each channel.
+        training: Python boolean. `True` normalizes with the batch's statistics, `False` with the moving ones.
+        momentum: Weight of the old moving statistics; the batch's weigh `1 - momentum`.
+        epsilon: Small float added to the variance.
+        axis: The channels' axis. The last one and 1 are read in place, any other costs transpositions.
+        mask: Boolean tensor, broadcastable to `x` without its last axis; only with channels last. The statistics are taken over
+            its true positions; all positions are normalized.
+        residual: Tensor like `x` that is added before the activation.
+        activation: `None` or `"relu"`.
+        unbiased_variance: Whether the moving variance takes `n / (n - 1)` times the batch's variance, as PyTorch does.
+        process_set: Horovod process set whose ranks share the batch; `None` for all.
+        name: What error messages and Horovod's timeline call this layer; has to be the same on every rank.
+
+    Returns:
+        The tuple `(y, new_moving_mean, new_moving_variance)`. The caller assigns the moving statistics; in evaluation they
+        are those that came in.
+
+    Raises:
+        TypeError: A dtype is not a floating one, or dtypes differ that have to be equal.
+        ValueError: Arguments do not fit each other; the batch of all ranks holds one value per channel; the ranks disagree
+            about the layer. In a `tf.function` the last two are `tf.errors.InvalidArgumentError` (or, where the channel
+            counts differ, Horovod's `tf.errors.FailedPreconditionError`) when the graph runs.
+        RuntimeError: Horovod is missing, was built without TensorFlow or is not initialized, in training.
+
+    Reference:
+
+    - [Ioffe and Szegedy, 2015](https://arxiv.org/abs/1502.03167).
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"`activation` has to be one of {_ACTIVATIONS}. Received: activation={activation!r}")
+    x = tf.convert_to_tensor(x)
+    axis = _checked_axis(x, axis)
+    gamma, beta, moving_mean, moving_variance = _checked_parameters(x, axis, gamma, beta, moving_mean, moving_variance)
+    if residual is not None:
+        residual = tf.convert_to_tensor(residual)
+        if residual.dtype != x.dtype:
+            raise TypeError(f"`residual` has to have the dtype of x, {x.dtype.name}. Received: {residual.dtype.name}")
+        if not residual.shape.is_compatible_with(x.shape):
+            raise ValueError(f"`residual` has to have the shape of x, {x.shape}. Received: {residual.shape}")
+    if mask is not None:
+        mask = _checked_mask(x, axis, mask)
+
+    if not training:
+        y = _evaluate(x, axis, gamma, beta, moving_mean, moving_variance, epsilon, residual, activation)
+        return y, moving_mean, moving_variance
+
+    last = x.shape.rank - 1
+    channels_first = axis == 1 and axis != last
+    to_last = None if channels_first or axis == last else [i for i in range(last + 1) if i != axis] + [axis]
+    if to_last is not None:
+        x = tf.transpose(x, to_last)
+        residual = None if residual is None else tf.transpose(residual, to_last)
+    y, new_mean, new_variance = _train(
+        x,
+        gamma,
+        beta,
+        moving_mean,
+        moving_variance,
+        data_format="channels_first" if channels_first else "channels_last",
+        momentum=momentum,
+        epsilon=epsilon,
+        mask=mask,
+        residual=residual,
+        relu=activation == "relu",
+        unbiased_variance=unbiased_variance,
+        process_set=process_set,
+        layer=name or "sync_batch_norm",
+    )
+    if to_last is not None:
+        y = tf.transpose(y, [to_last.index(i) for i in range(last + 1)])
+    return y, new_mean, new_variance
+
+
+def _checked_axis(x: Any, axis: int) -> int:
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x has to be float16, bfloat16, float32 or float64. Received: dtype={x.dtype.name}")
+    if x.shape.rank is None or x.shape.rank < 2:
+        raise ValueError(f"x has to have at least 2 dims, and a known number of them. Received: shape={x.shape}")
+    if not -x.shape.rank <= axis < x.shape.rank:
+        raise ValueError(f"`axis` has to be an axis of x. Received: axis={axis} for x of shape {x.shape}")
+    return axis % x.shape.rank
+
+
+def _checked_parameters(x: Any, axis: int, *parameters: Any) -> tuple[Any, ...]:
+    names = ("gamma", "beta", "moving_mean", "moving_variance")
+    tensors = [None if parameter is None else tf.convert_to_tensor(parameter) for parameter in parameters]
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    if len(dtypes) > 1 or not dtypes <= set(_FLOATS):
+        raise TypeError(
+            "gamma, beta and the moving statistics have to have one floating dtype. "
+            f"Received: {', '.join(sorted(dtype.name for dtype in dtypes))}"
+        )
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is None and name.startswith("moving"):
+            raise ValueError(f"`{name}` is needed. Received: {name}=None")
+        if tensor is not None and not tensor.shape.is_compatible_with([x.shape[axis]]):
+            raise ValueError(
+                f"`{name}` has to hold one value per channel. Received: {name} of shape {tensor.shape} "
+                f"for x of shape {x.shape}, axis={axis}"
+            )
+    return tuple(tensors)
+
+
+def _checked_mask(x: Any, axis: int, mask: Any) -> Any:
+    mask = tf.cast(mask, tf.bool)
+    if mask.shape.rank != x.shape.rank - 1:
+        raise ValueError(
+            "The mask provided should be one dimension less than the inputs. "
+            f"Received: mask.shape={mask.shape}, inputs.shape={x.shape}"
+        )
+    if axis != x.shape.rank - 1:
+        raise ValueError(
+            "A mask covers all but the last axis and leaves out positions, not channels: it needs channels last (axis=-1). "
+            f"Received: axis={axis} with a mask, inputs.shape={x.shape}"
+        )
+    try:
+        tf.broadcast_static_shape(mask.shape, x.shape[:-1])
+    except ValueError as error:
+        raise ValueError(
+            f"The mask has to broadcast to {x.shape[:-1]}. Received: mask.shape={mask.shape}, inputs.shape={x.shape}"
+        ) from error
+    return tf.broadcast_to(mask, tf.shape(x)[:-1])
+
+
+def _evaluate(
+    x: Any,
+    axis: int,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    epsilon: float,
+    residual: Any,
+    activation: str | None,
+) -> Any:
+    dtype = tf.float64 if x.dtype == tf.float64 else tf.float32
+    shape = [-1 if i == axis else 1 for i in range(x.shape.rank)]
+    mean, variance, offset, scale = (
+        None if tensor is None else tf.reshape(tf.cast(tensor, dtype), shape)
+        for tensor in (moving_mean, moving_variance, beta, gamma)
+    )
+    y = tf.nn.batch_normalization(tf.cast(x, dtype), mean, variance, offset, scale, epsilon)
+    if residual is not None:
+        y += tf.cast(residual, dtype)
+    return tf.cast(tf.nn.relu(y) if activation == "relu" else y, x.dtype)
+
+
+def _train(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    *,
+    data_format: str,
+    momentum: float,
+    epsilon: float,
+    mask: Any,
+    residual: Any,
+    relu: bool,
+    unbiased_variance: bool,
+    process_set: Any,
+    layer: str,
+) -> tuple[Any, Any, Any]:
+    hvd = horovod.require("tensorflow")
+    horovod.size(hvd, process_set)  # raises if this rank has no business there
+    set_id = 0 if process_set is None else process_set.process_set_id
+    if set_id != 0:
+        _process_sets[set_id] = process_set
+    common = {"data_format": data_format, "epsilon_bits": _float64_bits(epsilon)}
+    with _clear_errors(layer):
+        packet = ops.library().hvd_syncbn_forward_moments(x, _optional(mask), **common)
+        packet = _sum_over_ranks(packet, layer, "forward", set_id)
+        y, _, new_mean, new_variance = ops.library().hvd_syncbn_forward_apply(
+            x,
+            packet,
+            moving_mean,
+            moving_variance,
+            _optional(gamma),
+            _optional(beta),
+            _optional(residual),
+            _optional(mask),
+            relu=relu,
+            old_weight=momentum,
+            new_weight=1.0 - momentum,
+            unbiased_variance=unbiased_variance,
+            layer=layer,
+            process_set_id=set_id,
+            **common,
+        )
+    return y, new_mean, new_variance
+
+
+@tf.RegisterGradient("HvdSyncbnForwardApply")
+def _gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
+    """The layer's gradient: x reaches y through the packet, too, and this is both ways at once."""
+    gammas, betas, residuals, masks = (op.get_attr(name) for name in ("gammas", "betas", "residuals", "masks"))
+    x, _, moving_mean, _, *optional = op.inputs
+    gamma, mask = optional[:gammas], optional[gammas + betas + residuals :]
+    y, stats = op.outputs[:2]
+    relu = op.get_attr("relu")
+    layer = tf.compat.as_str(op.get_attr("layer"))
+    common = {
+        "data_format": tf.compat.as_str(op.get_attr("data_format")),
+        "epsilon_bits": op.get_attr("epsilon_bits"),
+    }
+    with _clear_errors(layer):
+        packet, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(
+            x, dy, stats, [y] * relu, mask, U=moving_mean.dtype, **common
+        )
+        packet = _sum_over_ranks(packet, layer, "backward", op.get_attr("process_set_id"))
+        dx, masked_dy = ops.library().hvd_syncbn_backward_apply(
+            x, dy, packet, stats, gamma, [y] * relu, mask, residuals=residuals * relu, layer=layer, **common
+        )
+    dresidual = masked_dy if relu else [dy] * residuals
+    return [dx, None, None, None, *[dgamma] * gammas, *[dbeta] * betas, *dresidual, *[None] * masks]
+
+
+def _optional(tensor: Any) -> list[Any]:
+    return [] if tensor is None else [tensor]
+
+
+def _float64_bits(value: float) -> int:
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits
+
+
+def _sum_over_ranks(packet: Any, layer: str, direction: str, set_id: int) -> Any:
+    hvd = horovod.require("tensorflow")
+    # An elastic job may grow while a graph traced for one rank is in use.
+    if horovod.size(hvd, _process_sets[set_id]) == 1 and not int(os.environ.get("HOROVOD_ELASTIC", "0")):
+        return packet
+    name = re.sub(r"[^\w.-]", "_", f"hvd_syncbn.{layer}.{direction}", flags=re.ASCII)
+    return _eager_allreduce(name, set_id)(packet) if tf.executing_eagerly() else _allreduce(packet, name, set_id)
+
+
+def _allreduce(packet: Any, name: str, set_id: int) -> Any:
+    hvd = horovod.require("tensorflow")
+    # From the root scope, so that no scope gets into the name that one rank alone may have counted up; TensorFlow numbers the
+    # uses within a graph. Horovod's elastic mode knows its own errors by "HorovodAllreduce" in their text.
+    with tf.name_scope("HorovodAllreduce/"):
+        process_set = _process_sets[set_id] or hvd.global_process_set
+        return hvd.allreduce(packet, op=hvd.Sum, name=name, process_set=process_set)
+
+
+@cache
+def _eager_allreduce(name: str, set_id: int) -> Callable[[Any], Any]:
+    """An allreduce for eager code. TensorFlow tells Horovod a name only in a graph: else all layers' would be the same."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int64)], autograph=False)
+    def allreduce(packet: Any) -> Any:
+        return _allreduce(packet, name, set_id)
+
+    return allreduce
+
+
+@contextlib.contextmanager
+def _clear_errors(layer: str) -> Iterator[None]:
+    """Turns what eager ops raise into what Python code expects. A graph runs later and raises TensorFlow's own errors."""
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        text = re.sub(r"^\{\{.*?\}\} | \[Op:\w+\].*", "", error.message, flags=re.DOTALL)
+        raise ValueError(text) from error
+    except tf.errors.FailedPreconditionError as error:
+        if not horovod.is_mismatch(error):
+            raise
+        raise ValueError(horovod.disagreement(layer, error.message.strip().splitlines()[-1])) from error
+    except tf.errors.UnknownError as error:
+        from horovod.common.exceptions import HorovodInternalError
+
+        raise HorovodInternalError(error) from error

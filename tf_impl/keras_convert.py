@@ -1,0 +1,151 @@
+"""Conversion of whole Keras models to ``SyncBatchNormalization`` and back.
+
+A layer changes its class in place: it, its weights and its place in every graph, list and wrapper stay what they are.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import keras
+from hvd_syncbn.tf_impl.keras_layer import SyncBatchNormalization
+
+if TYPE_CHECKING:
+    from horovod.common.process_sets import ProcessSet
+
+
+def convert_sync_batchnorm(model: keras.layers.Layer, process_set: ProcessSet | None = None) -> keras.layers.Layer:
+    """Turn every `keras.layers.BatchNormalization` of a model into a `SyncBatchNormalization`.
+
+    The layers are changed in place, wherever they are: in Sequential, functional and subclassed models, nested ones, wrappers.
+    Names, weights and `trainable` are kept, a shared layer stays shared. Collectives are named by the layers' places in
+    `model`, which do not depend on what else a rank has made. A `SyncBatchNormalization` gets the process set and the name.
+    A class derived from `BatchNormalization` is left as it is, with a warning.
+
+    A compiled model stays compiled, and its next `fit()` traces anew. A `tf.function` of your own keeps what it has traced.
+
+    Args:
+        model: Model or layer.
+        process_set: Horovod process set whose ranks share the batch; `None` for all.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: A layer does batch renormalization. Nothing is changed then.
+    """
+    layers = list(_batch_norms(model))
+    for path, layer in layers:
+        if layer.renorm:
+            raise ValueError(f"SyncBatchNormalization does no batch renormalization. Received: layer {path!r} with renorm=True")
+    for path, layer in layers:
+        if type(layer) is keras.layers.BatchNormalization:
+            _change_class(layer, SyncBatchNormalization)
+            layer.activation = None
+            layer.unbiased_variance = False
+            layer.synchronized = False
+            layer.supports_jit = False
+        elif not isinstance(layer, SyncBatchNormalization):
+            _warn(path, layer)
+            continue
+        layer.process_set = process_set
+        layer.collective_name = path
+    _forget_traces(model)
+    return model
+
+
+def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
+    """Turn every `SyncBatchNormalization` of a model into a `keras.layers.BatchNormalization`, in place.
+
+    Evaluation and export need this not: there the layer is Keras's own.
+
+    Args:
+        model: Model or layer.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: A layer has an activation, which Keras's layer has not. Nothing is changed then.
+    """
+    layers = [(path, layer) for path, layer in _batch_norms(model) if isinstance(layer, SyncBatchNormalization)]
+    for path, layer in layers:
+        if layer.activation is not None:
+            raise ValueError(
+                f"BatchNormalization has no activation. Received: layer {path!r} with activation={layer.activation!r}"
+            )
+    for path, layer in layers:
+        if type(layer) is not SyncBatchNormalization:
+            _warn(path, layer)
+            continue
+        for name in ("activation", "unbiased_variance", "process_set", "collective_name"):
+            delattr(layer, name)
+        layer.supports_jit = True
+        _change_class(layer, keras.layers.BatchNormalization)
+    _forget_traces(model)
+    return model
+
+
+def _change_class(layer: keras.layers.Layer, cls: type) -> None:
+    # Past Keras's own __setattr__, which would take the class for a state to track.
+    object.__setattr__(layer, "__class__", cls)
+
+
+def _warn(path: str, layer: keras.layers.Layer) -> None:
+    warnings.warn(f"layer {path!r} stays as it is. Received: an instance of {type(layer).__name__}", stacklevel=3)
+
+
+def _forget_traces(model: keras.layers.Layer) -> None:
+    for _, layer in _walk(model, "", set()):
+        if isinstance(layer, keras.Model) and layer.compiled:
+            layer.train_function = layer.test_function = layer.predict_function = None
+            layer.jit_compile = False  # as compile() decides for a model that has our layers
+
+
+def _batch_norms(model: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
+    for path, layer in _walk(model, "", set()):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            yield path or layer.name, layer
+
+
+def _walk(layer: keras.layers.Layer, path: str, seen: set[int]) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """A layer and all below, each once, with its path: of attributes where a class has them, else of Keras's names."""
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    yield path, layer
+    attributes = dict(_attributes(layer))
+    counts: Counter[str] = Counter()
+    for child in layer._flatten_layers(include_self=False, recursive=False):
+        name = attributes.get(id(child)) or _name(child, counts)
+        yield from _walk(child, f"{path}.{name}" if path else name, seen)
+
+
+def _attributes(layer: keras.layers.Layer) -> Iterator[tuple[int, str]]:
+    for name, value in vars(layer).items():
+        if not name.startswith("_"):
+            yield from _members(name, value)
+
+
+def _members(name: str, value: object) -> Iterator[tuple[int, str]]:
+    if isinstance(value, keras.layers.Layer):
+        yield id(value), name
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _members(f"{name}.{i}", item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _members(f"{name}.{key}", item)
+
+
+def _name(layer: keras.layers.Layer, counts: Counter[str]) -> str:
+    """The layer's name; one that Keras counted up in this process is counted among the layer's siblings instead."""
+    stem = re.sub(r"_\d+$", "", layer.name)
+    if stem.replace("_", "") != type(layer).__name__.lower():
+        return str(layer.name)
+    counts[stem] += 1
+    return stem if counts[stem] == 1 else f"{stem}_{counts[stem] - 1}"

@@ -1,0 +1,212 @@
+"""``SyncBatchNormalization``: the Keras layer, on Keras's TensorFlow and PyTorch backends.
+
+Keras's own layer does everything but the training step: weights, config and evaluation are inherited, so an exported model
+needs neither Horovod nor the native library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from hvd_syncbn import horovod
+
+if TYPE_CHECKING:
+    from horovod.common.process_sets import ProcessSet
+
+
+@keras.saving.register_keras_serializable("hvd_syncbn")
+class SyncBatchNormalization(keras.layers.BatchNormalization):
+    """Layer that normalizes its inputs over the batch of all Horovod ranks.
+
+    It takes the place of `keras.layers.BatchNormalization`, with the same weights. In training, its outputs, input gradients
+    and moving statistics have the same bits however the batch is dealt out to the ranks: as on one rank that has it all. That
+    takes one Horovod allreduce forward and one backward. In evaluation it is Keras's layer.
+
+    The gradients of `gamma` and `beta` are this rank's part of the sum; `DistributedOptimizer` averages them with the other
+    parameters' gradients. The layer cannot be differentiated twice in training, nor compiled by XLA (`compile()` knows).
+
+    Differences from Keras's layer: a batch of one value per channel is an error in training; a batch without any unmasked
+    position leaves the moving statistics alone; a mask needs `axis=-1` and the TensorFlow backend.
+
+    A layer made by hand calls its collectives by its `name`, which has to be the same on every rank: make the same layers in
+    the same order on each, or name them. `convert_sync_batchnorm` calls them by their place in the model.
+
+    Args:
+        axis: Integer, the axis that should be normalized (typically the features axis): -1 for channels last, 1 for channels
+            first. Others work and cost transpositions.
+        momentum: Momentum for the moving average.
+        epsilon: Small float added to variance to avoid dividing by zero.
+        center: If `True`, add offset of `beta` to normalized tensor.
+        scale: If `True`, multiply by `gamma`.
+        process_set: Horovod process set whose ranks share the batch, or the list of their ranks; `None` for all. A saved model
+            holds the ranks. A process set of just these ranks has to be registered when it is trained again.
+        activation: `None`, or `"relu"`, fused in both directions.
+        unbiased_variance: Whether the moving variance takes `n / (n - 1)` times the batch's variance, as PyTorch does.
+        **kwargs: The other arguments of `keras.layers.BatchNormalization`. `renorm` and `synchronized` are refused.
+
+    Call arguments:
+        inputs: Input tensor of at least 2 dims. Ranks may have different numbers of samples, also none.
+        training: Python boolean indicating whether the layer should behave in training mode or in inference mode.
+        mask: Tensor with one dimension less than `inputs`, whose true positions the mean and variance are computed over.
+        residual: Tensor like `inputs` that is added before the activation.
+
+    Reference:
+
+    - [Ioffe and Szegedy, 2015](https://arxiv.org/abs/1502.03167).
+
+    As with Keras's layer, `trainable = False` means inference mode.
+    """
+
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        *,
+        process_set: ProcessSet | Sequence[int] | None = None,
+        activation: str | None = None,
+        unbiased_variance: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        for name, why in _REFUSED.items():
+            if kwargs.get(name):
+                raise ValueError(f"SyncBatchNormalization {why}. Received: {name}={kwargs[name]}")
+        kwargs.pop("virtual_batch_size", None)
+        if activation not in (None, "relu"):
+            raise ValueError(f'`activation` has to be None or "relu". Received: activation={activation!r}')
+        super().__init__(axis=axis, momentum=momentum, epsilon=epsilon, center=center, scale=scale, **kwargs)
+        self.process_set = process_set if process_set is None or hasattr(process_set, "ranks") else tuple(process_set)
+        self.activation = activation
+        self.unbiased_variance = unbiased_variance
+        self.collective_name = self.name
+        self.supports_jit = False
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None, residual: Any = None) -> Any:
+        """Normalize `inputs`."""
+        if residual is not None and not _may_be_equal(residual.shape, inputs.shape):
+            raise ValueError(
+                f"`residual` has to have the shape of the inputs. Received: residual.shape={residual.shape}, "
+                f"inputs.shape={inputs.shape}"
+            )
+        if not (training and self.trainable):
+            outputs = super().call(inputs, training=False, mask=mask)
+            if residual is not None:
+                outputs = outputs + residual
+            return keras.ops.relu(outputs) if self.activation == "relu" else outputs
+        if mask is None and residual is not None:
+            # Keras hands masks to layers of one tensor only.
+            mask = getattr(inputs, "_keras_mask", None)
+        backend = keras.backend.backend()
+        if backend not in _TRAIN:
+            raise RuntimeError(f"training needs Keras's TensorFlow or PyTorch backend. Received: KERAS_BACKEND={backend}")
+        return keras.ops.cast(_TRAIN[backend](self, inputs, mask, residual), self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras's config of the layer and ours. A process set becomes the list of its ranks."""
+        ranks = getattr(self.process_set, "ranks", self.process_set)
+        everyone = getattr(self.process_set, "process_set_id", None) == 0
+        config = {
+            **super().get_config(),
+            "process_set": None if ranks is None or everyone else list(ranks),
+            "activation": self.activation,
+            "unbiased_variance": self.unbiased_variance,
+        }
+        # What conversion called it is still the same on every rank when the model is loaded.
+        return config if self.collective_name == self.name else config | {"collective_name": self.collective_name}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SyncBatchNormalization:
+        """The layer of a config."""
+        layer: SyncBatchNormalization = super().from_config({k: v for k, v in config.items() if k != "collective_name"})
+        layer.collective_name = config.get("collective_name", layer.name)
+        return layer
+
+    def _registered_process_set(self, framework: str) -> ProcessSet | None:
+        """The process set as Horovod knows it: a saved model has only ranks."""
+        if not isinstance(self.process_set, tuple):
+            return self.process_set
+        hvd = horovod.require(framework)
+        for number, ranks in hvd.mpi_ops._basics._get_process_set_ids_and_ranks().items():
+            if tuple(ranks) == self.process_set:
+                process_set = hvd.ProcessSet(ranks)
+                process_set.process_set_id = number
+                return process_set
+        raise ValueError(
+            f"layer {self.collective_name!r} is to train on a process set that is not registered: pass "
+            "`hvd.ProcessSet(ranks)` to `hvd.init(process_sets=[...])` or `hvd.add_process_set(...)`, or convert the model "
+            f"again with another `process_set`. Received: ranks={list(self.process_set)}"
+        )
+
+
+_REFUSED = {
+    "renorm": "does no batch renormalization",
+    "synchronized": "synchronizes over Horovod, not over a tf.distribute strategy",
+    "virtual_batch_size": "normalizes over the batch of all ranks, not over parts of it",
+}
+
+
+def _may_be_equal(a: Sequence[int | None], b: Sequence[int | None]) -> bool:
+    return len(a) == len(b) and all(m is None or n is None or m == n for m, n in zip(a, b, strict=True))
+
+
+def _train_tensorflow(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any) -> Any:
+    from hvd_syncbn.tf_impl.functional import sync_batch_norm
+
+    outputs, moving_mean, moving_variance = sync_batch_norm(
+        inputs,
+        layer.gamma,
+        layer.beta,
+        layer.moving_mean,
+        layer.moving_variance,
+        training=True,
+        momentum=layer.momentum,
+        epsilon=layer.epsilon,
+        axis=layer.axis,
+        mask=mask,
+        residual=residual,
+        activation=layer.activation,
+        unbiased_variance=layer.unbiased_variance,
+        process_set=layer._registered_process_set("tensorflow"),
+        name=layer.collective_name,
+    )
+    layer.moving_mean.assign(moving_mean)
+    layer.moving_variance.assign(moving_variance)
+    return outputs
+
+
+def _train_torch(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any) -> Any:
+    from hvd_syncbn.torch_impl.functional import check_input, normalize
+
+    if mask is not None:
+        raise ValueError(f"a mask needs Keras's TensorFlow backend. Received: mask of shape {tuple(mask.shape)}")
+    if inputs.ndim < 2:
+        raise ValueError(f"inputs have to have at least 2 dims. Received: inputs.shape={tuple(inputs.shape)}")
+    # PyTorch's channels are axis 1; a view, not a copy.
+    x = inputs.movedim(layer.axis, 1)
+    residual = None if residual is None else residual.movedim(layer.axis, 1)
+    gamma, beta = (None if variable is None else variable.value for variable in (layer.gamma, layer.beta))
+    mean, variance = layer.moving_mean.value, layer.moving_variance.value
+    residual = check_input(x, mean.shape[0], residual, layer.activation)
+    outputs = normalize(
+        x,
+        gamma,
+        beta,
+        mean,
+        variance,
+        (layer.momentum, 1.0 - layer.momentum),
+        layer.unbiased_variance,
+        layer.epsilon,
+        residual,
+        layer.activation,
+        layer._registered_process_set("torch"),
+        layer.collective_name,
+    )
+    return outputs.movedim(1, layer.axis)
+
+
+_TRAIN = {"tensorflow": _train_tensorflow, "torch": _train_torch}
