@@ -67,7 +67,7 @@ def main() -> None:
     if args.layer == "local":
         model = revert_sync_batchnorm(model)
     optimizer = DistributedOptimizer(keras.optimizers.SGD(0.002, momentum=0.9))
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), ["accuracy"])
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
 
     # All epochs in one stream: this rank's samples of every global batch.
     batches = np.concatenate([digits.epoch_order(epoch, len(x_train)) for epoch in range(args.epochs)])
@@ -83,6 +83,7 @@ def main() -> None:
         validation_data=(x_test, y_test),
         validation_batch_size=256,
         callbacks=[BroadcastVariablesCallback(), MetricAverageCallback(), results],
+        shuffle=False,
         verbose=0,
     )
     if hvd.rank() == 0:

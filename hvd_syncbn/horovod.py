@@ -24,7 +24,7 @@ def load(framework: str) -> Any:
     except Exception as error:  # a library built for another version fails in a framework's own ways
         raise RuntimeError(
             f"Horovod is installed but does not load for {label} (built without it, or for another version). "
-            f"Run `hvd-syncbn build-horovod`. Its own words: {str(error).splitlines()[0]}"
+            f"Run `hvd-syncbn build-horovod`. Its own words: {str(error).partition(chr(10))[0]}"
         ) from error
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from hvd_syncbn import native, protocol
 from hvd_syncbn.torch import SyncBatchNorm
-from tests import vectors
 from tests.arrays import NUMPY, same_bits
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -165,24 +164,3 @@ def isa(name: str) -> Iterator[None]:
         yield
     finally:
         native.set_isa(before)
-
-
-def run_stack(samples: list[int], layout: str = "contiguous") -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """`(y, dx, running statistics)` of the layers of vectors.py on this rank's samples."""
-    layers = []
-    for i in range(vectors.LAYERS):
-        activation = "relu" if vectors.RELU[i] else None
-        layer = SyncBatchNorm(vectors.CHANNELS, vectors.EPS, vectors.MOMENTUM, activation=activation)
-        layer.collective_name = f"stack.{i}"  # the same every time, as in training
-        with torch.no_grad():
-            for parameter, values in zip((layer.weight, layer.bias), vectors.parameters(i), strict=True):
-                parameter.copy_(torch.from_numpy(values))
-        layers.append(layer)
-    x, dy = (in_layout(torch.from_numpy(values[samples]), layout) for values in vectors.inputs())
-    x.requires_grad_()
-    outputs: list[Tensor] = []
-    for layer, source in zip(layers, vectors.RESIDUAL_OF, strict=True):
-        outputs.append(layer(outputs[-1] if outputs else x, None if source is None else outputs[source]))
-    outputs[-1].backward(dy)
-    assert x.grad is not None
-    return outputs[-1].detach(), x.grad, [(layer.running_mean, layer.running_var) for layer in layers]

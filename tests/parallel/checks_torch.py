@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from hvd_syncbn import native, protocol
 from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, sync_batch_norm
-from tests import vectors
+from hvd_syncbn.verify import torch_stack
 from tests.torch_tools import (
     DTYPES,
     LAYOUTS,
@@ -37,10 +37,8 @@ from tests.torch_tools import (
     randn,
     randomize,
     reference_step,
-    run_stack,
     step,
     threads,
-    to_numpy,
     to_torch,
 )
 
@@ -103,14 +101,13 @@ def check_digest() -> dict[str, str]:
             for number in (1, 2):
                 for path in native.isas():
                     with threads(number), isa(path):
-                        y, dx, running = run_stack(mine, layout)
-                    parts = hvd.allgather_object((mine, to_numpy(y), to_numpy(dx)))
+                        y, dx, running = torch_stack(mine, layout)
+                    parts = hvd.allgather_object((mine, y, dx))
                     order = np.argsort([sample for samples, _, _ in parts for sample in samples])
                     y_all, dx_all = (np.concatenate([part[i] for part in parts])[order] for i in (1, 2))
                     assert y_all.shape == dx_all.shape == vectors.inputs()[0].shape
-                    digests[f"{SIZE} ranks, {split}, {layout}, {number} threads, {path}"] = vectors.digest(
-                        y_all, dx_all, [(to_numpy(mean), to_numpy(var)) for mean, var in running]
-                    )
+                    variant = f"{SIZE} ranks, {split}, {layout}, {number} threads, {path}"
+                    digests[variant] = vectors.digest(y_all, dx_all, running)
     return digests
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hvd_syncbn import native
-from tests import vectors
+from hvd_syncbn import native, vectors
 from tests.parallel.job import Job, checks, run
 from tests.torch_tools import LAYOUTS
 

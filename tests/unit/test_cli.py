@@ -1,8 +1,10 @@
 """The command line: what it accepts, and what doctor finds and advises."""
 
+import subprocess
+
 import pytest
 
-from hvd_syncbn import __version__, cli, horovod_build
+from hvd_syncbn import __version__, cli, horovod_build, native, verify
 
 VERSIONS = {"torch": "2.13.0", "tensorflow": "2.21.0"}
 HEALTHY = {"gloo": True, "mpi": False, "nccl": False, "isa": "avx2"}
@@ -87,3 +89,21 @@ def test_wrong_usage(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
     assert stopped.value.code == 2
+
+
+def test_verify_finds_one_sha256(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify"]) == 0
+    output = capfd.readouterr().out
+    assert "EQUAL: one sha256" in output
+    assert output.count("PyTorch") == output.count("TensorFlow") == len(native.isas()) * len(verify.LAYOUTS)
+
+
+def test_verify_tells_what_differs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    lines = iter(['{"here": "aa"}', '{"there": "ab"}'])
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, next(lines), "")
+
+    monkeypatch.setattr(verify.subprocess, "run", run)
+    assert verify.verify() == 1
+    assert "NOT EQUAL" in capfd.readouterr().out

@@ -22,9 +22,9 @@ from hvd_syncbn.torch_impl import ops
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hvd_syncbn import native, protocol
+from hvd_syncbn import native, protocol, vectors
 from hvd_syncbn.torch import SyncBatchNorm, sync_batch_norm
-from tests import vectors
+from hvd_syncbn.verify import torch_stack
 from tests.arrays import hostile
 from tests.torch_tools import (
     DTYPES,
@@ -35,10 +35,8 @@ from tests.torch_tools import (
     randn,
     randomize,
     reference_step,
-    run_stack,
     step,
     threads,
-    to_numpy,
     to_torch,
 )
 
@@ -311,8 +309,8 @@ def test_stack_has_one_digest() -> None:
     for path in native.isas():
         for layout in LAYOUTS:
             with isa(path):
-                y, dx, running = run_stack(list(range(vectors.SAMPLES)), layout)
-            digests.add(vectors.digest(to_numpy(y), to_numpy(dx), [(to_numpy(m), to_numpy(v)) for m, v in running]))
+                y, dx, running = torch_stack(list(range(vectors.SAMPLES)), layout)
+            digests.add(vectors.digest(y, dx, running))
     assert len(digests) == 1
 
 
