@@ -230,7 +230,7 @@ def _train(
         _process_sets[set_id] = process_set
     common = {"data_format": data_format, "epsilon_bits": _float64_bits(epsilon)}
     with _clear_errors(layer):
-        packet = ops.library().hvd_syncbn_forward_moments(x, _optional(mask), **common)
+        packet = ops.library().hvd_syncbn_forward_moments(x, _optional(mask), _unknown(), **common)
         packet = _sum_over_ranks(packet, layer, "forward", set_id)
         y, _, new_mean, new_variance = ops.library().hvd_syncbn_forward_apply(
             x,
@@ -267,7 +267,7 @@ def _gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
     }
     with _clear_errors(layer):
         packet, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(
-            x, dy, stats, [y] * relu, mask, U=moving_mean.dtype, **common
+            x, dy, stats, [y] * relu, mask, _unknown(), U=moving_mean.dtype, **common
         )
         packet = _sum_over_ranks(packet, layer, "backward", op.get_attr("process_set_id"))
         dx, masked_dy = ops.library().hvd_syncbn_backward_apply(
@@ -279,6 +279,13 @@ def _gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
 
 def _optional(tensor: Any) -> list[Any]:
     return [] if tensor is None else [tensor]
+
+
+def _unknown() -> list[Any]:
+    """What keeps TensorFlow from folding an op of constants in a graph, or merging it with another: no random numbers."""
+    if tf.executing_eagerly():
+        return []
+    return [tf.raw_ops.RandomUniformInt(shape=[0], minval=0, maxval=1, seed=1, seed2=1)]
 
 
 def _float64_bits(value: float) -> int:
@@ -301,7 +308,9 @@ def _allreduce(packet: Any, name: str, set_id: int) -> Any:
     # uses within a graph. Horovod's elastic mode knows its own errors by "HorovodAllreduce" in their text.
     with tf.name_scope("HorovodAllreduce/"):
         process_set = _process_sets[set_id] or hvd.global_process_set
-        return hvd.allreduce(packet, op=hvd.Sum, name=name, process_set=process_set)
+        packet = hvd.allreduce(packet, op=hvd.Sum, name=name, process_set=process_set)
+        ops.library().hvd_syncbn_keep(packet)
+        return packet
 
 
 @cache

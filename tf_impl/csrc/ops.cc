@@ -8,8 +8,11 @@
 //
 // TensorFlow has no optional inputs: a list of at most one tensor stands for one.
 // epsilon travels as the bits of its float64, because a "float" attribute would round it.
-// All four are declared stateful so that the graph optimizer never folds, merges or prunes them, and the collective
-// with them: an empty batch of known shape is a constant to it, and the other ranks would wait for that rank.
+//
+// What one rank's graph optimizer knows of its batch (it may be empty and known to be, and then is a constant) must not
+// cost the other ranks a collective. So the moment ops take an `unknown` input against folding and merging, and
+// HvdSyncbnKeep guards against pruning. Were the ops themselves stateful, TensorFlow would run them one after another,
+// and the branches of a graph would wait for each other's collectives.
 #include <algorithm>
 #include <cstring>
 #include <functional>
@@ -19,6 +22,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "hvd_syncbn/core.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -65,10 +69,11 @@ Status Packet(InferenceContext* c, ShapeHandle* packet) {
 
 REGISTER_OP("HvdSyncbnForwardMoments")
     .HVD_SYNCBN_COMMON_ATTRS.Attr("masks: int >= 0")
+    .Attr("unknowns: int >= 0")
     .Input("x: T")
     .Input("mask: masks * bool")
+    .Input("unknown: unknowns * int32")
     .Output("packet: int64")
-    .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       ShapeHandle packet;
       TF_RETURN_IF_ERROR(Packet(c, &packet));
@@ -101,7 +106,6 @@ REGISTER_OP("HvdSyncbnForwardApply")
     .Output("stats: double")
     .Output("new_moving_mean: U")
     .Output("new_moving_variance: U")
-    .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       DimensionHandle channels;
       TF_RETURN_IF_ERROR(Channels(c, &channels));
@@ -117,15 +121,16 @@ REGISTER_OP("HvdSyncbnBackwardMoments")
     .HVD_SYNCBN_COMMON_ATTRS.Attr("U: {half, bfloat16, float, double}")
     .Attr("ys: int >= 0")
     .Attr("masks: int >= 0")
+    .Attr("unknowns: int >= 0")
     .Input("x: T")
     .Input("dy: T")
     .Input("stats: double")
     .Input("y: ys * T")
     .Input("mask: masks * bool")
+    .Input("unknown: unknowns * int32")
     .Output("packet: int64")
     .Output("dgamma: U")
     .Output("dbeta: U")
-    .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       DimensionHandle channels;
       ShapeHandle packet;
@@ -152,11 +157,14 @@ REGISTER_OP("HvdSyncbnBackwardApply")
     .Input("mask: masks * bool")
     .Output("dx: T")
     .Output("dresidual: residuals * T")
-    .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       for (int i = 0; i < c->num_outputs(); ++i) c->set_output(i, c->input(0));
       return absl::OkStatus();
     });
+
+// Stands behind each collective and does nothing. TensorFlow does not prune a stateful op, hence not what it takes
+// either.
+REGISTER_OP("HvdSyncbnKeep").Input("packet: int64").SetIsStateful().SetShapeFn(tensorflow::shape_inference::NoOutputs);
 
 // ---- Kernels
 
@@ -435,10 +443,17 @@ class BackwardApplyOp : public ApplyOp {
   }
 };
 
+class KeepOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(OpKernelContext*) override {}
+};
+
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardMoments").Device(tensorflow::DEVICE_CPU), ForwardMomentsOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardApply").Device(tensorflow::DEVICE_CPU), ForwardApplyOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardMoments").Device(tensorflow::DEVICE_CPU), BackwardMomentsOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardApply").Device(tensorflow::DEVICE_CPU), BackwardApplyOp);
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnKeep").Device(tensorflow::DEVICE_CPU), KeepOp);
 
 }  // namespace
 }  // namespace hvd_syncbn

@@ -142,7 +142,7 @@ HVD_SYNCBN_INLINE void strand(const Terms& terms, int64_t offset, int64_t stride
     for (int v = 0; v < kVectors; ++v) sums->a[v] = sums->b[v] = V::splat(0.0);
     for (int r = j; r < length; r += kLanes) {
       const int64_t i = offset + r * stride;
-      terms.prefetch(i + 2 * kVectors * V::N);
+      terms.prefetch(i + 4 * kVectors * V::N);
       for (int v = 0; v < kVectors; ++v) terms.add(i + v * V::N, mean[v], &sums->a[v], &sums->b[v]);
     }
   } else {
@@ -182,9 +182,10 @@ template <class Terms>
 HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length, int64_t channels, int64_t first,
                                     int width, const double* mean, double (*a)[kMaxTile], double (*b)[kMaxTile]) {
   if (length <= kShort && !terms.masked()) {
+    constexpr int kGroup = Terms::kUsesMean ? 2 : 4;  // more vectors than that do not fit the registers
     const int64_t offset = row * channels + first;
     int c = 0;
-    c = short_columns<F64, 4>(terms, offset, channels, length, c, width, mean, a[0], b[0]);
+    c = short_columns<F64, kGroup>(terms, offset, channels, length, c, width, mean, a[0], b[0]);
     c = short_columns<F64, 1>(terms, offset, channels, length, c, width, mean, a[0], b[0]);
     if (F64::N > 1) short_columns<S64, 1>(terms, offset, channels, length, c, width, mean, a[0], b[0]);
     return;
