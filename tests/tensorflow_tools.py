@@ -10,7 +10,6 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from hvd_syncbn.tensorflow import sync_batch_norm
-from tests import vectors
 from tests.arrays import NUMPY, same_bits
 
 LAYOUTS = ("channels_first", "channels_last")
@@ -75,37 +74,3 @@ def assert_same_bits(got: Sequence[Any], expected: Sequence[Any]) -> None:
     """Equal bytes, one by one."""
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert same_bits(a, b), f"result {i} differs:\n{np.asarray(a)}\nexpected\n{np.asarray(b)}"
-
-
-def run_stack(samples: list[int], layout: str, graph: bool) -> tuple[Any, Any, list[tuple[Any, Any]]]:
-    """`(y, dx, running statistics)` of the layers of vectors.py on this rank's samples; y and dx with channels first."""
-
-    def run(x: Any, dy: Any) -> Any:
-        running, outputs = [], []
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            for i in range(vectors.LAYERS):
-                source = vectors.RESIDUAL_OF[i]
-                y, *statistics = sync_batch_norm(
-                    outputs[-1] if outputs else x,
-                    *vectors.parameters(i),
-                    np.zeros(vectors.CHANNELS, np.float32),
-                    np.ones(vectors.CHANNELS, np.float32),
-                    training=True,
-                    momentum=1 - vectors.MOMENTUM,
-                    epsilon=vectors.EPS,
-                    axis=AXIS[layout],
-                    residual=None if source is None else outputs[source],
-                    activation="relu" if vectors.RELU[i] else None,
-                    unbiased_variance=True,
-                    name=f"layer{i}",
-                )
-                outputs.append(y)
-                running.append(tuple(statistics))
-        return outputs[-1], tape.gradient(outputs[-1], x, output_gradients=dy), running
-
-    last = layout == "channels_last"
-    x, dy = (np.moveaxis(v[samples], 1, -1) if last else v[samples] for v in vectors.inputs())
-    y, dx, running = (in_graph(run) if graph else run)(tf.constant(x), tf.constant(dy))
-    y, dx = (np.moveaxis(t.numpy(), -1, 1) if last else t.numpy() for t in (y, dx))
-    return y, dx, [(mean.numpy(), variance.numpy()) for mean, variance in running]

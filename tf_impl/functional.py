@@ -15,9 +15,9 @@ from functools import cache
 from typing import Any
 
 import tensorflow as tf
-from hvd_syncbn.tf_impl import ops
 
 from hvd_syncbn import horovod
+from hvd_syncbn.tf_impl import ops
 
 _FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _ACTIVATIONS = (None, "relu")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import keras
+
 from hvd_syncbn.tf_impl.keras_layer import SyncBatchNormalization
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from hvd_syncbn.torch_impl.module import BatchNorm, SyncBatchNorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from hvd_syncbn.torch_impl.module import BatchNorm, SyncBatchNorm
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
 # What a SyncBatchNorm has beside a BatchNorm.

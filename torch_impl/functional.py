@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hvd_syncbn.torch_impl import ops
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from hvd_syncbn.torch_impl import ops
 
 ACTIVATIONS = (None, "relu")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

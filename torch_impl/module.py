@@ -6,10 +6,11 @@ import itertools
 from typing import Any
 
 import torch
-from hvd_syncbn.torch_impl.functional import ACTIVATIONS, check_input, local_batch_norm, normalize
-from hvd_syncbn.torch_impl.ops import batch_weight
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from hvd_syncbn.torch_impl.functional import ACTIVATIONS, check_input, local_batch_norm, normalize
+from hvd_syncbn.torch_impl.ops import batch_weight
 
 _made_by_hand = itertools.count()
 

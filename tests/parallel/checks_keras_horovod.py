@@ -28,6 +28,7 @@ import horovod.tensorflow as hvd
 import keras
 import numpy as np
 import tensorflow as tf
+
 from hvd_syncbn.tf_impl.keras_horovod import BroadcastVariablesCallback, DistributedOptimizer, MetricAverageCallback
 
 TOLERANCE = 1e-9

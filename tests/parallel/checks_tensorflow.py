@@ -12,10 +12,11 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
+from hvd_syncbn import vectors
 from hvd_syncbn.tensorflow import sync_batch_norm
-from tests import vectors
+from hvd_syncbn.verify import tensorflow_stack
 from tests.arrays import hostile
-from tests.tensorflow_tools import LAYOUTS, Step, assert_same_bits, in_graph, run_stack, step, train
+from tests.tensorflow_tools import LAYOUTS, Step, assert_same_bits, in_graph, step, train
 
 BOTH = {"eager": lambda function: function, "graph": in_graph}
 
@@ -54,7 +55,7 @@ def check_one_digest() -> list[str]:
         parts = vectors.split(hvd.size(), split)
         for layout in LAYOUTS:
             for graph in (False, True):
-                y, dx, running = run_stack(parts[hvd.rank()], layout, graph)
+                y, dx, running = tensorflow_stack(parts[hvd.rank()], layout, graph)
                 everyone = hvd.allgather_object((parts[hvd.rank()], y, dx))
                 whole = [np.empty_like(vectors.inputs()[0]) for _ in range(2)]
                 for samples, *tensors in everyone:

@@ -21,11 +21,11 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hvd_syncbn.torch_impl import ops
 from torch import Tensor, nn
 
 from hvd_syncbn import native, protocol, vectors
 from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, sync_batch_norm
+from hvd_syncbn.torch_impl import ops
 from hvd_syncbn.verify import torch_stack
 from tests.torch_tools import (
     DTYPES,

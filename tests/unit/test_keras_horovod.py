@@ -16,6 +16,7 @@ pytest.importorskip("horovod.tensorflow")
 import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
+
 from hvd_syncbn.tf_impl.keras_horovod import (
     BroadcastVariablesCallback,
     DistributedOptimizer,

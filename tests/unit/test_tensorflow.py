@@ -17,10 +17,10 @@ tf = pytest.importorskip("tensorflow")
 pytest.importorskip("horovod")
 
 import horovod.tensorflow as hvd  # noqa: E402
-from hvd_syncbn.tf_impl import ops  # noqa: E402
 
 from hvd_syncbn import native  # noqa: E402
 from hvd_syncbn.tensorflow import sync_batch_norm  # noqa: E402
+from hvd_syncbn.tf_impl import ops  # noqa: E402
 from tests.arrays import NUMPY, hostile, rounded, same_bits, storage  # noqa: E402
 from tests.tensorflow_tools import AXIS, Step, assert_same_bits, in_graph, step, train  # noqa: E402
 

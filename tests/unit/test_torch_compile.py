@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import horovod.torch as hvd
 import pytest
 import torch
-from hvd_syncbn.torch_impl import ops
 from torch import Tensor, nn
 
 from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm
+from hvd_syncbn.torch_impl import ops
 from tests.torch_tools import LAYOUTS, assert_same, in_layout, randn, randomize, step
 
 # PyTorch's compiler uses its own deprecated parts.

@@ -1,3 +1,0 @@
-"""Moved."""
-
-from hvd_syncbn.vectors import *  # noqa: F403
