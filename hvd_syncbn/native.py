@@ -59,6 +59,22 @@ def find(name: str) -> Path:
     )
 
 
+def adapter(name: str, framework: str, version: str) -> str:
+    """The path of an adapter's library, which has to have been built for this ``version`` of its framework.
+
+    Raises:
+        ImportError: it was not built, or for another version.
+    """
+    path = find(name)
+    built_for = (path.parent / "built_for.txt").read_text()
+    if built_for != version:
+        raise ImportError(
+            f"hvd-syncbn was built for {framework} {built_for}, and this is {version}. Run `make setup` in its checkout, or "
+            "reinstall it with `pip install --no-build-isolation --no-deps`."
+        )
+    return str(path)
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The core library.

@@ -17,14 +17,7 @@ def library() -> Any:
     Raises:
         ImportError: hvd-syncbn was built without TensorFlow or for another version; the message says what fixes it.
     """
-    folder = native.find("tf_impl/libhvd_syncbn_tf.so").parent
-    built_for = (folder / "built_for.txt").read_text()
-    if built_for != tf.__version__:
-        raise ImportError(
-            f"hvd-syncbn was built for TensorFlow {built_for}, and this is {tf.__version__}. Run `make setup` in its checkout, "
-            "or reinstall it with `pip install --no-build-isolation --no-deps`."
-        )
-    return tf.load_op_library(str(folder / "libhvd_syncbn_tf.so"))
+    return tf.load_op_library(native.adapter("tf_impl/libhvd_syncbn_tf.so", "TensorFlow", tf.__version__))
 
 
 @tf.RegisterGradient("HvdSyncbnBackwardMoments")

@@ -14,18 +14,7 @@ GLOBAL = 0  # Horovod's id of the set of all ranks
 _process_sets: dict[int, Any] = {}
 
 
-def _load() -> None:
-    folder = native.find("torch_impl/libhvd_syncbn_torch.so").parent
-    built_for = (folder / "built_for.txt").read_text()
-    if built_for != torch.__version__:
-        raise ImportError(
-            f"hvd-syncbn was built for PyTorch {built_for}, and this is {torch.__version__}. Run `make setup` in its checkout, "
-            "or reinstall it with `pip install --no-build-isolation --no-deps`."
-        )
-    torch.ops.load_library(str(folder / "libhvd_syncbn_torch.so"))
-
-
-_load()
+torch.ops.load_library(native.adapter("torch_impl/libhvd_syncbn_torch.so", "PyTorch", torch.__version__))
 torch.library.define("hvd_syncbn::allreduce_", "(Tensor(a!) packet, str name, int process_set) -> ()")
 torch.library.define(
     "hvd_syncbn::forward_apply_average",
