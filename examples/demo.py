@@ -57,7 +57,7 @@ def train(framework: str, way: str) -> Run:
     if ranks > 1:
         horovodrun = str(Path(sys.executable).parent / "horovodrun")
         # As many slots as ranks: horovodrun starts one process per slot.
-        command = [horovodrun, "-np", str(ranks), "-H", f"localhost:{ranks}", *command]
+        command = [horovodrun, "--gloo", "-np", str(ranks), "-H", f"localhost:{ranks}", *command]
     command += ["--layer", layer, "--epochs", str(EPOCHS), "--out", str(path)]
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -8,6 +8,8 @@ A Keras 3 job under Horovod needs three things of hvd-syncbn: the layer (or `con
 
 from __future__ import annotations
 
+from typing import Any
+
 import digits
 import horovod.tensorflow as hvd
 import keras
@@ -19,22 +21,25 @@ from hvd_syncbn.keras import (
     DistributedOptimizer,
     MetricAverageCallback,
     SyncBatchNormalization,
-    revert_sync_batchnorm,
 )
 
 
-def build() -> keras.Model:
+def normalize(x: Any, layer: str, residual: Any = None) -> Any:
+    """Batch normalization, the shortcut and relu: one fused layer, or Keras's own three."""
+    if layer == "sync":
+        return SyncBatchNormalization(activation="relu", momentum=0.9)(x, residual=residual)
+    x = keras.layers.BatchNormalization(momentum=0.9)(x)
+    return keras.layers.ReLU()(x if residual is None else keras.layers.Add()([x, residual]))
+
+
+def build(layer: str) -> keras.Model:
     """The network of digits_torch.py, channels last."""
     layers = keras.layers
     image = keras.Input((8, 8, 1))
-    x = layers.Conv2D(16, 3, padding="same", use_bias=False)(image)
-    x = SyncBatchNormalization(activation="relu", momentum=0.9)(x)
-    x = layers.Conv2D(32, 3, strides=2, padding="same", use_bias=False)(x)
-    x = SyncBatchNormalization(activation="relu", momentum=0.9)(x)
-    y = layers.Conv2D(32, 3, padding="same", use_bias=False)(x)
-    x = SyncBatchNormalization(activation="relu", momentum=0.9)(y, residual=x)
-    x = layers.Dense(64, use_bias=False)(layers.Flatten()(x))
-    x = SyncBatchNormalization(activation="relu", momentum=0.9)(x)
+    x = normalize(layers.Conv2D(16, 3, padding="same", use_bias=False)(image), layer)
+    x = normalize(layers.Conv2D(32, 3, strides=2, padding="same", use_bias=False)(x), layer)
+    x = normalize(layers.Conv2D(32, 3, padding="same", use_bias=False)(x), layer, residual=x)
+    x = normalize(layers.Dense(64, use_bias=False)(layers.Flatten()(x)), layer)
     return keras.Model(image, layers.Dense(digits.CLASSES)(x))
 
 
@@ -63,9 +68,7 @@ def main() -> None:
     keras.utils.set_random_seed(digits.SEED)
     x_train, y_train, x_test, y_test = digits.data()
 
-    model = build()
-    if args.layer == "local":
-        model = revert_sync_batchnorm(model)
+    model = build(args.layer)
     optimizer = DistributedOptimizer(keras.optimizers.SGD(0.002, momentum=0.9))
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
 
