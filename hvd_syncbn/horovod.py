@@ -50,7 +50,8 @@ def size(hvd: Any, process_set: Any) -> int:
     Raises:
         ValueError: the process set is not registered with Horovod, or this rank is not in it.
     """
-    if process_set is None:
+    # The global set's own methods speak for whichever framework's Horovod was imported last.
+    if process_set is None or process_set.process_set_id == 0:
         return int(hvd.size())
     ranks = process_set.size()
     if ranks is None:

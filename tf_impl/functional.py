@@ -333,9 +333,10 @@ def _clear_errors(layer: str) -> Iterator[None]:
         text = re.sub(r"^\{\{.*?\}\} | \[Op:\w+\].*", "", error.message, flags=re.DOTALL)
         raise ValueError(text) from error
     except tf.errors.FailedPreconditionError as error:
-        if not horovod.is_mismatch(error):
+        mismatch = re.search("Mismatched.*", error.message)
+        if mismatch is None:
             raise
-        raise ValueError(horovod.disagreement(layer, error.message.strip().splitlines()[-1])) from error
+        raise ValueError(horovod.disagreement(layer, f"Received: {mismatch[0]}")) from error
     except tf.errors.UnknownError as error:
         from horovod.common.exceptions import HorovodInternalError
 

@@ -185,7 +185,7 @@ def check_ranks_that_disagree() -> None:
     """An error on every rank that names the layer; and the job can go on."""
     first = hvd.rank() == 0
     odd = step((4, 3 if first else 2))
-    _fails(lambda: train(odd, name="block.odd"), "block.odd")
+    _fails(lambda: train(odd, name="block.odd"), "block.odd", "Mismatched")
     even = step((4, 3))
     _fails(lambda: train(even, name="block.eps", epsilon=1e-3 if first else 1e-5), "block.eps", "disagree", "epsilon=")
     typed = step((4, 3), dtype="float32" if first else "bfloat16")

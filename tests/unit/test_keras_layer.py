@@ -482,7 +482,6 @@ import sys
 import numpy as np, torch, keras
 import horovod.torch as hvd
 hvd.init()
-assert "tensorflow" not in sys.modules
 from hvd_syncbn.keras import SyncBatchNormalization, convert_sync_batchnorm
 folder = sys.argv[1]
 x, dy, residual = (np.load(f"{folder}/{name}.npy") for name in ("x", "dy", "residual"))
@@ -505,6 +504,7 @@ model = convert_sync_batchnorm(keras.Sequential([keras.Input(x.shape[1:]), keras
 model.compile("sgd", "mse")
 model.fit(x, x, verbose=0)
 print(bool(model.layers[0].moving_mean.value.all()))
+assert "tensorflow" not in sys.modules
 """
 
 
