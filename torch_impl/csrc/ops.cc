@@ -13,10 +13,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <optional>
 #include <string>
@@ -83,20 +79,9 @@ const void* data(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->defined() ? tensor->const_data_ptr() : nullptr;
 }
 
-// An output like x. Large blocks often come fresh from the kernel (glibc gives back what lies at the end of its heap,
-// and everything past 32 MiB), and faulting them in page by page takes longer than the arithmetic; huge pages make that
-// a few faults. From 4 MiB on, as NumPy does.
 Tensor empty_output(const Tensor& x) {
   Tensor out = at::empty_like(x);
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  if (out.nbytes() > size_t{4} << 20) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-    const uintptr_t first = (begin + kPage - 1) & ~(kPage - 1);
-    // A hint: where it is refused, nothing is lost but time.
-    (void)madvise(reinterpret_cast<void*>(first), begin + out.nbytes() - first, MADV_HUGEPAGE);
-  }
-#endif
+  hvd_syncbn_prefer_huge_pages(out.mutable_data_ptr(), static_cast<int64_t>(out.nbytes()));
   return out;
 }
 

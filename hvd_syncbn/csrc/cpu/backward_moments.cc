@@ -21,11 +21,6 @@ struct BackwardTerms {
     *g = V::load(dy + i);
     if (kRelu) *g = keep_where_positive(*g, V::load(y + i));
   }
-  HVD_SYNCBN_INLINE void prefetch(int64_t i) const {
-    __builtin_prefetch(x + i, 0, 2);
-    __builtin_prefetch(dy + i, 0, 2);
-    if (kRelu) __builtin_prefetch(y + i, 0, 2);
-  }
   HVD_SYNCBN_INLINE bool masked() const { return false; }
   HVD_SYNCBN_INLINE bool counts(int64_t) const { return true; }
 };

@@ -5,6 +5,9 @@
 #include <cstring>
 #include <string>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -199,6 +202,19 @@ void hvd_syncbn_backward_apply(const hvd_syncbn_shape* shape, const void* x, con
   current()
       .load(std::memory_order_relaxed)
       ->backward_apply(*shape, x, dy, y, mask, coefficients, begin, end, dx, dresidual);
+}
+
+void hvd_syncbn_prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  if (bytes < int64_t{4} << 20) return;  // as NumPy does
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + kPage - 1) & ~(kPage - 1);
+  (void)madvise(reinterpret_cast<void*>(first), begin + static_cast<uintptr_t>(bytes) - first, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
 }
 
 const char* hvd_syncbn_isa(void) { return current().load()->name; }

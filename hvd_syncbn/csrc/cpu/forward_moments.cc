@@ -18,7 +18,6 @@ struct ForwardTerms {
   HVD_SYNCBN_INLINE void load(int64_t i, V, V* g, V* d) const {
     *g = *d = V::load(x + i);
   }
-  HVD_SYNCBN_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2); }
   HVD_SYNCBN_INLINE bool masked() const { return mask != nullptr; }
   HVD_SYNCBN_INLINE bool counts(int64_t row) const { return mask == nullptr || mask[row] != 0; }
 };

@@ -2,23 +2,24 @@
 #ifndef HVD_SYNCBN_CPU_KERNELS_H_
 #define HVD_SYNCBN_CPU_KERNELS_H_
 
+#include "../common/exact_sum.h"
 #include "../include/hvd_syncbn/core.h"
 
 namespace hvd_syncbn {
 
-// Channels that one unit of the moment kernels covers, at most. Channels last, memory is read at speed only if (nearly)
-// whole rows are; the sums of 1024 channels stay in the second-level cache, and with them 32 lanes of 512. Channels
-// first, small tiles give threads more units.
-constexpr int kMaxTile = 1024;
-constexpr int kMaxLaneTile = 512;
+// Channels that one unit of the moment kernels covers. Channels last, memory is read at speed only if whole rows are;
+// channels first, small tiles give threads more units.
+constexpr int kMaxTile = 2048;
+// Of arrays of that many float64: a power of two would put one channel's values into one set of the cache.
+constexpr int kPitch = kMaxTile + 56;
 
 inline int tile_width(const hvd_syncbn_shape& shape) {
-  if (shape.layout == HVD_SYNCBN_CHANNELS_LAST || shape.s == 1) {
-    const int widest = shape.s == 1 ? kMaxTile : kMaxLaneTile;
-    const int64_t tiles = (shape.c + widest - 1) / widest;
-    return tiles < 2 ? widest : static_cast<int>(((shape.c + tiles - 1) / tiles + 15) / 16 * 16);
-  }
-  return shape.s < 1024 ? 64 : 16;
+  if (shape.layout != HVD_SYNCBN_CHANNELS_LAST && shape.s != 1) return shape.s < 1024 ? 64 : 16;
+  // Few samples: narrower tiles, so that there is something for every thread.
+  const int64_t pieces = shape.n * ((shape.s + kPiece - 1) / kPiece);
+  int64_t tiles = (shape.c + kMaxTile - 1) / kMaxTile;
+  while (pieces * tiles < 16 && shape.c / tiles > 128) tiles *= 2;
+  return tiles < 2 ? kMaxTile : static_cast<int>(((shape.c + tiles - 1) / tiles + 15) / 16 * 16);
 }
 
 #define HVD_SYNCBN_DECLARE_KERNELS(path)                                                                              \

@@ -5,7 +5,6 @@
 //   kNarrow, kSquare              g has at most 24 bits; d is g
 //   terms.masked(), counts(row)   whether there is a mask; false: this position is masked (channels last only; channels
 //                                 first masks beforehand)
-//   terms.prefetch(i)             a hint that element i is needed soon
 //
 // A unit is (tile of channels, sample, piece), the tile slowest: a thread walks the samples with the sums of one tile
 // in L1.
@@ -136,12 +135,14 @@ HVD_SYNCBN_INLINE int lane_columns(const Terms& terms, const int64_t* offsets, i
   return c;
 }
 
-// A piece of at most kShort positions stays in the cache, so its lanes can be visited in the order of the fold: for one
-// group of channels, lanes j, j + 8, j + 16 and j + 24 are added up in registers, for j = 0 .. 7.
+// A piece of at most kShort positions keeps its lanes in registers. They are visited in the order of the fold, for all
+// channels of the tile: lanes j, j + 8, j + 16 and j + 24 are added up while their rows are read along, for j = 0, 4,
+// 2, 6, 1, 5, 3, 7. What waits for its right-hand side in level l of that tree lies in a and b from l * kPitch on.
 constexpr int kShort = kLanes * kRows;
+constexpr int kStrands = 8;
+constexpr int kStrandOrder[kStrands] = {0, 4, 2, 6, 1, 5, 3, 7};
 // Pieces of one element are taken this many samples at a time, while the bins of a channel are in registers.
 constexpr int kSingles = 8;
-constexpr int kStrands = 8;
 
 template <class V, int kVectors>
 struct Sums {
@@ -152,16 +153,20 @@ struct Sums {
   }
 };
 
-// What the fold leaves in lane j when kWidth lanes are left.
+// What the fold leaves in lane j < length when kWidth lanes are left.
 template <int kWidth, class V, int kVectors, class Terms>
 HVD_SYNCBN_INLINE void strand(const Terms& terms, int64_t offset, int64_t stride, int length, int j, const V* mean,
                               Sums<V, kVectors>* sums) {
   if constexpr (kWidth == kLanes) {
-    for (int v = 0; v < kVectors; ++v) sums->a[v] = sums->b[v] = V::splat(0.0);
-    for (int r = j; r < length; r += kLanes) {
-      const int64_t i = offset + r * stride;
-      terms.prefetch(i + 2 * kVectors * V::N);
-      for (int v = 0; v < kVectors; ++v) add_element(terms, i + v * V::N, mean[v], &sums->a[v], &sums->b[v]);
+    for (int v = 0; v < kVectors; ++v) {
+      V d;
+      terms.load(offset + j * stride + v * V::N, mean[v], &sums->a[v], &d);
+      sums->b[v] = sums->a[v] * d;  // as fma(g, d, +0.0), but for the sign of a zero, which no sum shows
+    }
+    for (int r = j + kLanes; r < length; r += kLanes) {
+      for (int v = 0; v < kVectors; ++v) {
+        add_element(terms, offset + r * stride + v * V::N, mean[v], &sums->a[v], &sums->b[v]);
+      }
     }
   } else {
     strand<2 * kWidth>(terms, offset, stride, length, j, mean, sums);
@@ -174,25 +179,39 @@ HVD_SYNCBN_INLINE void strand(const Terms& terms, int64_t offset, int64_t stride
 }
 
 template <class V, int kVectors, class Terms>
-HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t stride, int length, int c, int width,
-                                    const double* mean, TileSums* tile) {
+HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t stride, int length, int k, int c,
+                                    int width, const double* mean, double* a, double* b, TileSums* tile) {
   constexpr int kStep = kVectors * V::N;
-  const int strands = length < kStrands ? length : kStrands;
+  const int j = kStrandOrder[k];
   for (; c + kStep <= width; c += kStep) {
     V mean_vector[kVectors] = {};
     if (!Terms::kSquare) {
       for (int v = 0; v < kVectors; ++v) mean_vector[v] = V::load(mean + c + v * V::N);
     }
-    Sums<V, kVectors> sums[kStrands];
-    for (int j = 0; j < strands; ++j) strand<kStrands>(terms, offset + c, stride, length, j, mean_vector, sums + j);
-    for (int w = kStrands / 2; w >= 1; w /= 2) {
-      for (int j = 0; j < w && j + w < strands; ++j) sums[j].add(sums[j + w]);
+    Sums<V, kVectors> sums;
+    if (j < length) {
+      strand<kStrands>(terms, offset + c, stride, length, j, mean_vector, &sums);
+    } else {
+      for (int v = 0; v < kVectors; ++v) sums.a[v] = sums.b[v] = V::splat(0.0);
+    }
+    int level = 0;
+    for (; (k >> level) & 1; ++level) {
+      for (int v = 0; v < kVectors; ++v) {
+        const int at = level * kPitch + c + v * V::N;
+        sums.a[v] = V::load(a + at) + sums.a[v];
+        sums.b[v] = V::load(b + at) + sums.b[v];
+      }
     }
     for (int v = 0; v < kVectors; ++v) {
-      tile->add<V, 1>(c + v * V::N, [&](int, V* value) {
-        value[0] = sums[0].a[v];
-        value[1] = sums[0].b[v];
-      });
+      if (k + 1 < kStrands) {
+        sums.a[v].keep(a + level * kPitch + c + v * V::N);
+        sums.b[v].keep(b + level * kPitch + c + v * V::N);
+      } else {
+        tile->add<V, 1>(c + v * V::N, [&](int, V* value) {
+          value[0] = sums.a[v];
+          value[1] = sums.b[v];
+        });
+      }
     }
   }
   return c;
@@ -226,58 +245,68 @@ HVD_SYNCBN_INLINE int single_columns(const Terms& terms, int64_t offset, int64_t
   return c;
 }
 
-// A piece that lies in arrays, a value per channel.
+// Pieces that lie in arrays, one per channel from c on.
 template <class V>
-HVD_SYNCBN_INLINE int add_columns(const double* a, const double* b, int c, int width, TileSums* tile) {
-  for (; c + V::N <= width; c += V::N) {
-    tile->add<V, 1>(c, [&](int, V* value) {
-      value[0] = V::load(a + c);
-      value[1] = V::load(b + c);
+HVD_SYNCBN_INLINE int add_vectors(const double* a, const double* b, int i, int width, int c, TileSums* tile) {
+  for (; i + V::N <= width; i += V::N) {
+    tile->add<V, 1>(c + i, [&](int, V* value) {
+      value[0] = V::load(a + i);
+      value[1] = V::load(b + i);
     });
   }
-  return c;
+  return i;
 }
 
-HVD_SYNCBN_INLINE void add_tile(const double* a, const double* b, int width, TileSums* tile) {
-  const int c = add_columns<F64>(a, b, 0, width, tile);
-  if (F64::N > 1) add_columns<S64>(a, b, c, width, tile);
+HVD_SYNCBN_INLINE void add_pieces(const double* a, const double* b, int width, int c, TileSums* tile) {
+  const int i = add_vectors<F64>(a, b, 0, width, c, tile);
+  if (F64::N > 1) add_vectors<S64>(a, b, i, width, c, tile);
 }
+
+// The lanes of this many channels are summed at a time: 2 * 128 KiB, which stays in the second-level cache.
+constexpr int kLaneTile = 512;
+constexpr int kScratch = kLanes * kLaneTile;
+static_assert(3 * kPitch <= kScratch, "short_columns keeps three levels in it");
 
 template <class Terms>
 HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length, int64_t channels, int64_t first,
-                                    int width, const double* mean, double (*a)[kMaxLaneTile], double (*b)[kMaxLaneTile],
-                                    TileSums* tile) {
+                                    int width, const double* mean, double* a, double* b, TileSums* tile) {
   if (length <= kShort && !terms.masked()) {
-    constexpr int kGroup = 4;  // more vectors than that do not fit the registers
     const int64_t offset = row * channels + first;
-    int c = 0;
-    c = short_columns<F64, kGroup>(terms, offset, channels, length, c, width, mean, tile);
-    c = short_columns<F64, 1>(terms, offset, channels, length, c, width, mean, tile);
-    if (F64::N > 1) short_columns<S64, 1>(terms, offset, channels, length, c, width, mean, tile);
+    for (int k = 0; k < kStrands; ++k) {
+      int c = 0;
+      c = short_columns<F64, 2>(terms, offset, channels, length, k, c, width, mean, a, b, tile);
+      c = short_columns<F64, 1>(terms, offset, channels, length, k, c, width, mean, a, b, tile);
+      if (F64::N > 1) short_columns<S64, 1>(terms, offset, channels, length, k, c, width, mean, a, b, tile);
+    }
     return;
   }
   const int lanes = length < kLanes ? length : kLanes;  // adding the +0.0 of a lane without positions changes nothing
-  for (int base = 0; base < length; base += kLanes * kRows) {
-    for (int j = 0; j < lanes; ++j) {
-      int64_t offsets[kRows];
-      int rows = 0;
-      for (int r = base + j; r < length && r < base + kLanes * kRows; r += kLanes) {
-        if (terms.counts(row + r)) offsets[rows++] = (row + r) * channels + first;
+  for (int start = 0; start < width; start += kLaneTile) {
+    const int part = width - start < kLaneTile ? width - start : kLaneTile;
+    const double* const part_mean = Terms::kSquare ? nullptr : mean + start;
+    for (int base = 0; base < length; base += kLanes * kRows) {
+      for (int j = 0; j < lanes; ++j) {
+        int64_t offsets[kRows];
+        int rows = 0;
+        for (int r = base + j; r < length && r < base + kLanes * kRows; r += kLanes) {
+          if (terms.counts(row + r)) offsets[rows++] = (row + r) * channels + first + start;
+        }
+        if (rows == 0 && base != 0) continue;
+        double *const lane_a = a + j * kLaneTile, *const lane_b = b + j * kLaneTile;
+        int c = 0;
+        c = lane_columns<F64, 4>(terms, offsets, rows, base == 0, c, part, part_mean, lane_a, lane_b);
+        c = lane_columns<F64, 1>(terms, offsets, rows, base == 0, c, part, part_mean, lane_a, lane_b);
+        if (F64::N > 1) lane_columns<S64, 1>(terms, offsets, rows, base == 0, c, part, part_mean, lane_a, lane_b);
       }
-      if (rows == 0 && base != 0) continue;
-      int c = 0;
-      c = lane_columns<F64, 4>(terms, offsets, rows, base == 0, c, width, mean, a[j], b[j]);
-      c = lane_columns<F64, 1>(terms, offsets, rows, base == 0, c, width, mean, a[j], b[j]);
-      if (F64::N > 1) lane_columns<S64, 1>(terms, offsets, rows, base == 0, c, width, mean, a[j], b[j]);
     }
-  }
-  for (int w = kLanes / 2; w >= 1; w /= 2) {
-    for (int j = 0; j < w && j + w < lanes; ++j) {
-      for (int c = 0; c < width; ++c) a[j][c] += a[j + w][c];
-      for (int c = 0; c < width; ++c) b[j][c] += b[j + w][c];
+    for (int w = kLanes / 2; w >= 1; w /= 2) {
+      for (int j = 0; j < w && j + w < lanes; ++j) {
+        for (int c = 0; c < part; ++c) a[j * kLaneTile + c] += a[(j + w) * kLaneTile + c];
+        for (int c = 0; c < part; ++c) b[j * kLaneTile + c] += b[(j + w) * kLaneTile + c];
+      }
     }
+    add_pieces(a, b, part, start, tile);
   }
-  add_tile(a[0], b[0], width, tile);
 }
 
 // Walks units [begin, end). `mean` is NULL where the terms do not use it; `row(n, c, piece)` hands over the piece's
@@ -288,32 +317,31 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
   const int64_t pieces = (shape.s + kPiece - 1) / kPiece;
   const int tile_channels = tile_width(shape);
   const int64_t units_of_tile = shape.n * pieces;
-  const bool last = shape.layout == HVD_SYNCBN_CHANNELS_LAST;
   TileSums sums;
-  double a[kLanes][kMaxLaneTile], b[kLanes][kMaxLaneTile];
+  double a[kScratch], b[kScratch];
   while (begin < end) {
     const int64_t tile = begin / units_of_tile;
     const int64_t stop = end < (tile + 1) * units_of_tile ? end : (tile + 1) * units_of_tile;
     const int64_t first = tile * tile_channels;
     const int width = static_cast<int>(shape.c - first < tile_channels ? shape.c - first : tile_channels);
+    const double* const tile_mean = mean ? mean + first : nullptr;
     const bool alone = begin == tile * units_of_tile && stop - begin == units_of_tile;
     sums.begin(width);
     while (begin < stop) {
       const int64_t unit = begin - tile * units_of_tile;
       if (shape.s == 1) {
         const int64_t offset = unit * shape.c + first;
-        const double* const means = mean ? mean + first : nullptr;
         const bool group = !terms.masked() && stop - begin >= kSingles;
         begin += group ? kSingles : 1;
         if (!terms.counts(unit)) continue;
         sums.expect(group ? kSingles : 1);
         int c = 0;
         if (group) {
-          c = single_columns<F64, 2, kSingles>(terms, offset, shape.c, c, width, means, &sums);
-          c = single_columns<S64, 1, kSingles>(terms, offset, shape.c, c, width, means, &sums);
+          c = single_columns<F64, 2, kSingles>(terms, offset, shape.c, c, width, tile_mean, &sums);
+          c = single_columns<S64, 1, kSingles>(terms, offset, shape.c, c, width, tile_mean, &sums);
         } else {
-          c = single_columns<F64, 1, 1>(terms, offset, shape.c, c, width, means, &sums);
-          c = single_columns<S64, 1, 1>(terms, offset, shape.c, c, width, means, &sums);
+          c = single_columns<F64, 1, 1>(terms, offset, shape.c, c, width, tile_mean, &sums);
+          c = single_columns<S64, 1, 1>(terms, offset, shape.c, c, width, tile_mean, &sums);
         }
         continue;
       }
@@ -322,16 +350,15 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
       const int64_t position = piece * kPiece;
       const int length = static_cast<int>(shape.s - position < kPiece ? shape.s - position : kPiece);
       sums.expect(1);
-      if (last) {
-        column_piece(terms, n * shape.s + position, length, shape.c, first, width, mean ? mean + first : nullptr, a, b,
-                     &sums);
+      if (shape.layout == HVD_SYNCBN_CHANNELS_LAST) {
+        column_piece(terms, n * shape.s + position, length, shape.c, first, width, tile_mean, a, b, &sums);
       } else {
         for (int i = 0; i < width; ++i) {
           const Moments m = row(n, first + i, position, length, mean ? mean[first + i] : 0.0);
-          a[0][i] = m.a;
-          b[0][i] = m.b;
+          a[i] = m.a;
+          b[i] = m.b;
         }
-        add_tile(a[0], b[0], width, &sums);
+        add_pieces(a, b, width, 0, &sums);
       }
     }
     sums.finish(packet, shape.c, first, alone);

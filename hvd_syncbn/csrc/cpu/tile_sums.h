@@ -270,7 +270,7 @@ class TileSums {
   int64_t flushes_ = 0;
   int64_t limbs_[2][kMaxTile][kLimbs];
   int64_t nonfinite_[kMaxTile];
-  double high_[2][kMaxTile], low_[2][kMaxTile], limit_[2][kMaxTile];
+  double high_[2][kPitch], low_[2][kPitch], limit_[2][kPitch];
 };
 
 }  // namespace HVD_SYNCBN_PATH

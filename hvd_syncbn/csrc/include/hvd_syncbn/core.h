@@ -136,6 +136,10 @@ HVD_SYNCBN_API void hvd_syncbn_backward_apply(const hvd_syncbn_shape* shape, con
                                               const void* y, const uint8_t* mask, const void* coefficients,
                                               int64_t begin, int64_t end, void* dx, void* dresidual);
 
+// Asks the system for huge pages under a fresh output of 4 MiB or more: faulting it in page by page can take longer
+// than the arithmetic. A hint; where it is refused, nothing is lost but time.
+HVD_SYNCBN_API void hvd_syncbn_prefer_huge_pages(void* data, int64_t bytes);
+
 // The instruction-set path in use ("baseline", "avx2", "avx512"), and every one that this machine can run,
 // comma-separated.
 HVD_SYNCBN_API const char* hvd_syncbn_isa(void);
