@@ -1,4 +1,4 @@
-"""The command line: ``hvd-syncbn doctor | verify | build-horovod``."""
+"""The command line: ``hvd-syncbn doctor | verify | bench | build-horovod``."""
 
 from __future__ import annotations
 
@@ -155,6 +155,16 @@ def doctor() -> int:
     return 1 if fixes else 0
 
 
+def bench(quick: bool) -> int:
+    """Run the benchmarks of the source checkout that this is installed from; they are no part of a wheel."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "benchmarks" / "__main__.py").exists():
+        print("The benchmarks are in the source checkout only: run `make bench` there.", file=sys.stderr)
+        return 1
+    command = [sys.executable, "-m", "benchmarks", *["--quick"] * quick]
+    return subprocess.run(command, cwd=checkout, check=False).returncode
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hvd-syncbn", description="Synchronized batch normalization for Horovod.")
     parser.add_argument("--version", action="version", version=f"hvd-syncbn {__version__}")
@@ -167,6 +177,11 @@ def _parser() -> argparse.ArgumentParser:
     text = "Run one training step in every framework and layout that is here, and tell whether the bits are equal."
     command = commands.add_parser("verify", help=text, description=text)
     command.set_defaults(run=lambda _args: verify.verify())
+
+    text = "Measure speed, latency, overheads and accuracy beside every other batch norm; under 10 minutes."
+    command = commands.add_parser("bench", help=text, description=text)
+    command.add_argument("--quick", action="store_true", help="2 ranks, fewer shapes and rounds: about a minute")
+    command.set_defaults(run=lambda args: bench(args.quick))
 
     text = horovod_build.DESCRIPTION
     command = commands.add_parser("build-horovod", help=text, description=text, epilog=horovod_build.EPILOG)
