@@ -32,7 +32,7 @@ def plan(quick: bool) -> list[Job]:
     found = []
     for threads in (1,) if quick else (1, 2):
         for framework, name in m.FRAMEWORKS.items():
-            cases = layer.cases(quick)
+            cases = layer.cases(quick, threads)
             if threads == 1:
                 cases += overhead.cases(quick)
             if threads == 1 and framework == "torch":
@@ -142,7 +142,15 @@ def main() -> None:
         console.print(item)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "results.json"
-    run_jobs = [{"job": o.job.title, "seconds": round(o.seconds, 1), "error": o.error} for o in outcomes]
+    run_jobs = [
+        {
+            "job": outcome.job.title,
+            "seconds": round(outcome.seconds, 1),
+            "cases": [round(records[0]["seconds"], 1) for records in outcome.records],
+            "error": outcome.error,
+        }
+        for outcome in outcomes
+    ]
     path.write_text(json.dumps({"about": machine, "jobs": run_jobs, **results}, indent=1) + "\n")
     console.print(f"{time.monotonic() - start:.0f} s. Figures: {path}")
     for picture in plots.draw(results, RESULTS):

@@ -41,7 +41,7 @@ class Job:
     strategy: bool = False
     """Whether the ranks also make TensorFlow's MultiWorkerMirroredStrategy."""
     environment: dict[str, str] = field(default_factory=dict)
-    limit: float = 240
+    limit: float = 300
 
 
 @dataclass(frozen=True)

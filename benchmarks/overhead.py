@@ -21,7 +21,7 @@ SAVED_SHAPE = (8, 64, 32, 32)
 
 def cases(quick: bool) -> list[dict[str, Any]]:
     """One."""
-    return [{"kind": "overhead", "rounds": 15 if quick else 101}]
+    return [{"kind": "overhead", "rounds": 15 if quick else 51}]
 
 
 def measure(framework: Framework, rounds: int) -> Record:

@@ -7,7 +7,6 @@ that and one bare allreduce of the packet per direction.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -20,15 +19,17 @@ from benchmarks.jobs import Outcome
 from benchmarks.measure import Framework, Record
 from hvd_syncbn import native
 
+IMAGES = 16  # of all ranks
 NETWORK_IMAGES, NETWORK_SIZE = 2, 64  # per rank
 
 
 def cases(ranks: int, quick: bool) -> list[dict[str, Any]]:
-    """The global batches of `layer`, dealt out to the ranks."""
-    shapes = [layer.SHAPES[2], layer.SHAPES[3]] if quick else layer.SHAPES
+    """A rank's part of a batch, in the sizes of networks that train on few images per rank."""
+    images = IMAGES // ranks
+    shapes = [(images, *shape[1:]) if len(shape) == 4 else (shape[0] // ranks, *shape[1:]) for shape in layer.SHAPES]
     return [
-        {"kind": "synchronized", "shape": (shape[0] // ranks, *shape[1:]), "rounds": 15 if math.prod(shape) < 1 << 20 else 7}
-        for shape in shapes
+        {"kind": "synchronized", "shape": shape, "rounds": 15}
+        for shape in ([shapes[2], shapes[3], shapes[6]] if quick else shapes)
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,9 +46,9 @@ def main() -> None:
     with open(folder / f"{rank}.jsonl", "w", buffering=1) as log:
         framework = _framework(job["framework"], job["threads"], job["ports"])
         for case in job["cases"]:
-            options = dict(case)
+            options, start = dict(case), time.monotonic()
             record = MEASURE[options.pop("kind")](framework, **options)
-            log.write(json.dumps({"case": case, **record}) + "\n")
+            log.write(json.dumps({"case": case, "seconds": time.monotonic() - start, **record}) + "\n")
     # Not through the frameworks' farewells: TensorFlow's strategy waits there for workers that have gone.
     framework.barrier()
     sys.stdout.flush()
