@@ -38,8 +38,7 @@ class Link(NamedTuple):
     beta: float
 
 
-# The first is what `make bench` fitted on two idle cores; the others are round numbers for hardware that we have not.
-LOOPBACK = Link(150e-6, 45e-6, 0.9e-9)
+# Round numbers for hardware that we have not.
 ETHERNET = Link(300e-6, 25e-6, 1 / 2.5e9)  # Gloo over 25 Gb/s, cycle time 0.1 ms
 INSIDE = Link(300e-6, 6e-6, 1 / 100e9)  # NCCL in a node
 ACROSS = Link(0, 12e-6, 1 / 10e9)  # NCCL over 100 Gb/s, the second part of the hierarchical form
@@ -173,7 +172,7 @@ def plot(path: Path) -> None:
 
 def main() -> None:
     """Prints the document's tables and draws its plot."""
-    console = Console()
+    console = Console(width=160)
     console.print(networks_table())
     console.print(steps_table())
     plot(PLOT)

@@ -1,6 +1,7 @@
 """The command line: what it accepts, and what doctor finds and advises."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -107,3 +108,23 @@ def test_verify_tells_what_differs(monkeypatch: pytest.MonkeyPatch, capfd: pytes
     monkeypatch.setattr(verify.subprocess, "run", run)
     assert verify.verify() == 1
     assert "NOT EQUAL" in capfd.readouterr().out
+
+
+class TestBench:
+    def test_runs_the_benchmarks_of_the_checkout(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        called: list[object] = []
+
+        def run(command: list[str], *, cwd: Path, check: bool) -> subprocess.CompletedProcess[str]:
+            called.extend([command[1:], (cwd / "benchmarks" / "__main__.py").exists()])
+            return subprocess.CompletedProcess(command, 3)
+
+        monkeypatch.setattr(cli.subprocess, "run", run)
+        assert cli.main(["bench", "--quick"]) == 3
+        assert called == [["-m", "benchmarks", "--quick"], True]
+
+    def test_a_wheel_has_none(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(cli, "__file__", str(tmp_path / "hvd_syncbn" / "cli.py"))
+        assert cli.main(["bench"]) == 1
+        assert "run `make bench`" in capsys.readouterr().err
