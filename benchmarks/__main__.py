@@ -41,7 +41,7 @@ def plan(quick: bool) -> list[Job]:
             found.append(Job(title, framework, cases, threads=threads, pin=True))
     for ranks in (2,) if quick else (2, 4):
         for framework, name in m.FRAMEWORKS.items():
-            cases = synchronized.cases(ranks, quick)
+            cases = synchronized.cases(ranks, quick or ranks > 2)
             if ranks == 2:
                 cases += [*accuracy.cases(), *([] if quick else [synchronized.network_case(5)])]
             packets = [settings.packets_case(31)] if framework == "torch" and not quick else []
@@ -53,9 +53,10 @@ def plan(quick: bool) -> list[Job]:
     if not quick:
         cases = [settings.packets_case(31)]
         found.append(Job("PyTorch, 3 ranks", "torch", cases, 3, environment=settings.RECOMMENDED))
-        for title, (environment, pin) in settings.SETTINGS.items():
-            cases = [settings.packets_case(31), settings.training_case(5)]
-            found.append(Job(title, "torch", cases, 2, pin=pin, environment=environment))
+        for title, setting in settings.SETTINGS.items():
+            training = [settings.training_case(7)] if setting.training else []
+            cases = [settings.packets_case(31), *training]
+            found.append(Job(title, "torch", cases, 2, pin=setting.pin, environment=setting.environment))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -113,8 +114,8 @@ def number(value: float) -> str:
 
 def one_line(error: BaseException) -> str:
     """An error for a table."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    text = re.sub(r"\{\{.*?\}\} ?", "", str(error)).strip()  # TensorFlow's numbered nodes
+    return f"{type(error).__name__}: {text.partition(chr(10))[0]}"[:300]
 
 
 def timed(function: Callable[[], object]) -> Step:

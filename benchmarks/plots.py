@@ -35,7 +35,10 @@ def draw(results: dict[str, list[Record]], folder: Path) -> list[Path]:
 
 def _bars(axis: plt.Axes, groups: list[str], bars: dict[str, list[m.Spread | None]], labels: dict[str, str]) -> None:
     """A bar per group and name, with its quartiles."""
-    width = 0.85 / max(len(bars), 1)
+    if not groups:  # that framework's job did not get there
+        axis.set_axis_off()
+        return
+    width = 0.85 / len(bars)
     for i, (name, values) in enumerate(bars.items()):
         there = [(j + i * width, value) for j, value in enumerate(values) if value is not None]
         if there:
@@ -99,6 +102,9 @@ def _accuracy(results: dict[str, list[Record]]) -> plt.Figure | None:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
     for axis, framework in zip(axes, m.FRAMEWORKS, strict=True):
+        if not any(row["framework"] == framework for row in rows):
+            axis.set_axis_off()
+            continue
         for name in dict.fromkeys(row["contestant"] for row in rows if row["framework"] == framework):
             errors = {r["mean"]: r["error"] for r in rows if (r["framework"], r["contestant"]) == (framework, name)}
             values = [errors.get(mean, np.nan) for mean in accuracy.MEANS]

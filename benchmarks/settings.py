@@ -6,7 +6,7 @@ Gloo's, because that is what Horovod is built with here. What is found goes into
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -19,18 +19,26 @@ from hvd_syncbn import native
 CYCLE_TIME = "0.1"  # ms; what we recommend where a job waits for packets
 RECOMMENDED = {"HOROVOD_CYCLE_TIME": CYCLE_TIME}
 
-# Label -> (environment, whether ranks are pinned to cores).
-SETTINGS: dict[str, tuple[dict[str, str], bool]] = {
-    "default (cycle 1 ms)": ({}, False),
-    "cycle 0.5 ms": ({"HOROVOD_CYCLE_TIME": "0.5"}, False),
-    "cycle 0.1 ms": (RECOMMENDED, False),
-    "cycle 0.02 ms": ({"HOROVOD_CYCLE_TIME": "0.02"}, False),
-    "cycle 0.1 ms, no response cache": (RECOMMENDED | {"HOROVOD_CACHE_CAPACITY": "0"}, False),
-    "cycle 0.1 ms, no fusion": (RECOMMENDED | {"HOROVOD_FUSION_THRESHOLD": "0"}, False),
-    "cycle 0.1 ms, Horovod's threads pinned": (RECOMMENDED | {"HOROVOD_THREAD_AFFINITY": "0,1"}, False),
-    "cycle 0.1 ms, ranks pinned": (RECOMMENDED, True),
+
+class Setting(NamedTuple):
+    """Environment variables, whether ranks keep to a core each, and whether a training step is measured besides packets."""
+
+    environment: dict[str, str]
+    pin: bool = False
+    training: bool = False
+
+
+SETTINGS = {
+    "default (cycle 1 ms)": Setting({}, training=True),
+    "cycle 0.5 ms": Setting({"HOROVOD_CYCLE_TIME": "0.5"}, training=True),
+    "cycle 0.1 ms": Setting(RECOMMENDED, training=True),
+    "cycle 0.02 ms": Setting({"HOROVOD_CYCLE_TIME": "0.02"}),
+    "cycle 0.1 ms, no response cache": Setting(RECOMMENDED | {"HOROVOD_CACHE_CAPACITY": "0"}),
+    "cycle 0.1 ms, no fusion": Setting(RECOMMENDED | {"HOROVOD_FUSION_THRESHOLD": "0"}),
+    "cycle 0.1 ms, Horovod's threads pinned": Setting(RECOMMENDED | {"HOROVOD_THREAD_AFFINITY": "0,1"}),
+    "cycle 0.1 ms, ranks pinned": Setting(RECOMMENDED, pin=True, training=True),
     # Not Horovod's, but a job's: large tensors come fresh from the kernel on every call, and small pages take their time.
-    "cycle 0.1 ms, malloc with huge pages": (RECOMMENDED | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, False),
+    "cycle 0.1 ms, huge pages": Setting(RECOMMENDED | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, training=True),
 }
 
 PACKET_CHANNELS = (8, 64, 256, 2048, 16384)
@@ -100,8 +108,10 @@ def table(packets: list[Record], training: list[Record]) -> Table:
         result.add_column(f"packet, {8 * native.packet_size(channels) / 1000:.3g} kB", justify="right")
     for column in ("step, local layers", "step, ours", "added by ours"):
         result.add_column(column, justify="right")
-    for row in training:
-        mine = {r["channels"]: str(r["ms"]) for r in packets if r["setting"] == row["setting"]}
+    for setting in SETTINGS:
+        mine = {r["channels"]: str(r["ms"]) for r in packets if r["setting"] == setting}
         cells = [mine.get(channels, "") for channels in PACKET_CHANNELS]
-        result.add_row(row["setting"], *cells, *(str(row["ms"][name]) for name in ("local", "ours")), str(row["added ms"]))
+        for row in (row for row in training if row["setting"] == setting):
+            cells += [str(row["ms"]["local"]), str(row["ms"]["ours"]), str(row["added ms"])]
+        result.add_row(setting, *cells)
     return result
