@@ -121,7 +121,7 @@ def table(rows: list[Record]) -> Table:
     result = Table(
         title=f"Microseconds of one layer on {m.sizes(SHAPE)}, median (quartiles)",
         title_justify="left",
-        caption="per layer of 50 in a row: modules in eager PyTorch, a graph in TensorFlow. Overhead: ours less its kernels",
+        caption="per layer of 20 in a row: modules in eager PyTorch, a graph in TensorFlow. Overhead: ours less its kernels",
     )
     for column in ("framework", "direction", "ours", "kernels alone", "overhead", "framework's own layer"):
         result.add_column(column, justify="left" if column in ("framework", "direction") else "right")

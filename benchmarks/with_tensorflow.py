@@ -76,7 +76,7 @@ class TensorFlow:
 
     local: tuple[str, ...] = ("local", "ours")
     layout = "channels last"
-    depth = 50
+    depth = 20
 
     def __init__(self, threads: int, ports: list[int]) -> None:
         """With `ports`, one for each rank, the ranks also make a `MultiWorkerMirroredStrategy`."""

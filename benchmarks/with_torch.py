@@ -103,7 +103,7 @@ class Torch:
     local: tuple[str, ...] = ("local", "ours")
     synchronized: tuple[str, ...] = ("ours alone", "ours", "local", "one round", "two rounds", "horovod")
     layout = "channels first"
-    depth = 50
+    depth = 20
 
     def __init__(self, threads: int, ports: list[int]) -> None:
         """`ports` are for TensorFlow's own strategy."""
