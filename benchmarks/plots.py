@@ -46,7 +46,7 @@ def _bars(axis: plt.Axes, groups: list[str], bars: dict[str, list[m.Spread | Non
             spans = [[v.middle - v.low for _, v in there], [v.high - v.middle for _, v in there]]
             axis.bar([x for x, _ in there], heights, width, yerr=spans, color=COLORS[name], label=labels[name])
     axis.set_xticks(np.arange(len(groups)) + 0.425 - width / 2, groups, rotation=15, fontsize=8)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _layer(results: dict[str, list[Record]]) -> plt.Figure | None:
