@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import accuracy, cost_model, goals, jobs, layer, overhead, plots, settings, synchronized
 from benchmarks import measure as m
 from benchmarks.jobs import Job, Outcome
-from hvd_syncbn import native
+from hvd_syncbn import __version__, native
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,7 +43,7 @@ def plan(quick: bool) -> list[Job]:
         for framework, name in m.FRAMEWORKS.items():
             cases = synchronized.cases(ranks, quick or ranks > 2)
             if ranks == 2:
-                cases += [*accuracy.cases(), *([] if quick else [synchronized.network_case(5)])]
+                cases += [*accuracy.cases(), *([] if quick else [synchronized.network_case(7)])]
             packets = [settings.packets_case(31)] if framework == "torch" and not quick else []
             job = Job(f"{name}, {ranks} ranks", framework, cases + packets, ranks, environment=settings.RECOMMENDED)
             found.append(job)
@@ -119,13 +119,14 @@ def tables(results: dict[str, list[m.Record]]) -> Iterable[Any]:
 def about() -> dict[str, Any]:
     """The machine and what is installed."""
     model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    packages = ("torch", "tensorflow-cpu", "keras", "tf_keras", "horovod", "numpy", "hvd-syncbn")
+    owners = packages_distributions()  # TensorFlow comes under several names
+    modules = ("torch", "tensorflow", "keras", "tf_keras", "horovod", "numpy")
     return {
         "processor": model[0] if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "instruction set": native.isa(),
         "load before": os.getloadavg(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {"hvd_syncbn": __version__} | {name: version(owners[name][0]) for name in modules if name in owners},
     }
 
 
