@@ -122,7 +122,7 @@ def _lines(path: Path) -> list[str]:
 def _first_error(output: str) -> str | None:
     """The first error that a rank raised; horovodrun says later that one did."""
     lines = re.findall(r"^(?:\[\d+\]<stderr>:)?(\w+(?:\.\w+)*(?:Error|Exception): .*)", output, re.MULTILINE)
-    return lines[0][:200] if lines else None
+    return lines[0][:300] if lines else None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

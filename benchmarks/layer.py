@@ -53,7 +53,7 @@ def measure(framework: Framework, shape: list[int], layout: str, dtype: str, rou
     make = {name: partial(framework.step, name, size, layout, dtype) for name in framework.local}
     make["copy"] = partial(_copy, math.prod(size) * ITEM_BYTES[dtype], framework.threads)
     steps, errors = m.attempt(make)
-    return {"times": m.rounds(steps, rounds), "errors": errors}
+    return {"times": m.rounds(steps, errors, rounds), "errors": errors}
 
 
 def _copy(size: int, threads: int) -> Step:
@@ -86,8 +86,9 @@ def measure_exact_sums(framework: Framework, shape: list[int], rounds: int) -> R
     packet = native.forward_packet(own, x, m.EPS)
     steps = {name: m.timed(partial(native.forward_packet, view, x, m.EPS)) for name, view in views.items()}
     steps["apply"] = m.timed(lambda: native.forward(own, x, packet, m.EPS))
-    m.rounds(steps, 1)
-    return {"times": m.rounds(steps, rounds), "errors": {}}
+    errors: dict[str, str] = {}
+    m.rounds(steps, errors, 1)
+    return {"times": m.rounds(steps, errors, rounds), "errors": errors}
 
 
 def exact_sums_share(times: m.Times) -> m.Spread:

@@ -144,13 +144,17 @@ def attempt(make: Mapping[str, Callable[[], Step]]) -> tuple[dict[str, Step], di
     return steps, errors
 
 
-def rounds(steps: Mapping[str, Step], count: int, before: Callable[[], None] = lambda: None) -> Times:
-    """Calls everything once per round, so a machine that changes its speed changes it for all."""
+def rounds(steps: dict[str, Step], errors: dict[str, str], count: int, before: Callable[[], None] = lambda: None) -> Times:
+    """Calls everything once per round, so a machine that changes its speed changes it for all; `errors` gets what fails."""
     times: Times = {name: [] for name in steps}
     for _ in range(count):
-        for name, step in steps.items():
+        for name in list(times):
             before()
-            times[name].append(list(step()))
+            try:
+                times[name].append(list(steps[name]()))
+            except Exception as error:
+                errors[name] = one_line(error)
+                del times[name]
     return times
 
 

@@ -30,7 +30,7 @@ def measure(framework: Framework, rounds: int) -> Record:
         "kernels": partial(_kernels, framework.depth)
     }
     steps, errors = m.attempt(make)
-    times = m.rounds(steps, rounds)
+    times = m.rounds(steps, errors, rounds)
     return {
         "times": {name: [[s / framework.depth for s in parts] for parts in times[name]] for name in times},
         "errors": errors,

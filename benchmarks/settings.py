@@ -57,14 +57,14 @@ def training_case(rounds: int) -> dict[str, Any]:
 def measure_packets(framework: Framework, channels: list[int], rounds: int) -> Record:
     """Times of bare allreduces of packets."""
     steps, errors = m.attempt({str(c): partial(framework.allreduce, native.packet_size(c)) for c in channels})
-    return {"times": m.rounds(steps, rounds, framework.barrier), "errors": errors}
+    return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
 
 
 def measure_training(framework: FrameworkThatTrains, images: int, size: int, rounds: int) -> Record:
     """Times of forward, backward and the optimizer's step, with its averaging of all gradients: with our layers, and with local
     ones, which is what a setting does to the rest of the job."""
     steps, errors = m.attempt({name: partial(framework.training, name, images, size) for name in ("local", "ours")})
-    return {"times": m.rounds(steps, rounds, framework.barrier), "errors": errors}
+    return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
 
 
 def packet_rows(outcomes: list[Outcome]) -> list[Record]:

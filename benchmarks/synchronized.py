@@ -44,7 +44,7 @@ def measure(framework: Framework, shape: list[int], rounds: int) -> Record:
     make = {name: partial(framework.step, name, size, framework.layout, "float32") for name in framework.synchronized}
     make["allreduce"] = partial(framework.allreduce, native.packet_size(shape[1]))
     steps, errors = m.attempt(make)
-    return {"times": m.rounds(steps, rounds, framework.barrier), "errors": errors}
+    return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
 
 
 def measure_network(framework: Framework, images: int, size: int, rounds: int) -> Record:
@@ -52,7 +52,7 @@ def measure_network(framework: Framework, images: int, size: int, rounds: int) -
     names = [name for name in framework.synchronized if name != "ours alone"]  # no floor is asked of a network
     make = {name: partial(framework.network, name, images, size) for name in names}
     steps, errors = m.attempt(make)
-    return {"times": m.rounds(steps, rounds, framework.barrier), "errors": errors}
+    return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
 
 
 def floor(times: m.Times) -> list[float]:

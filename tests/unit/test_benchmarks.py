@@ -40,8 +40,10 @@ class TestMeasure:
         steps, errors = m.attempt({"a": lambda: make("a"), "b": lambda: make("b"), "c": broken})
         assert errors == {"c": "ValueError: no such"}
         calls.clear()
-        assert m.rounds(steps, 2) == {"a": [[1.0, 2.0]] * 2, "b": [[1.0, 2.0]] * 2}
+        assert m.rounds(steps, errors, 2) == {"a": [[1.0, 2.0]] * 2, "b": [[1.0, 2.0]] * 2}
         assert calls == ["a", "b", "a", "b"]
+        assert m.rounds({"late": broken}, errors, 2) == {}
+        assert errors.keys() == {"c", "late"}
 
     @pytest.mark.parametrize(
         ("value", "text"), [(0.0, "0.0"), (1234.5, "1234"), (1.234, "1.23"), (0.0123, "0.0123"), (1e-6, "1.0e-06")]
