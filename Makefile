@@ -19,22 +19,23 @@ test: setup
 	$(BIN)/python -m pytest tests
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/hvd-syncbn bench
 
 # Needs the tools, not the build.
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy hvd_syncbn torch_impl tf_impl
+	$(BIN)/mypy hvd_syncbn torch_impl tf_impl benchmarks
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
 clean:
 	rm -rf $(VENV) build
 
-$(VENV)/.requirements: requirements.txt tools/system_deps.sh
+$(VENV)/.requirements: requirements.txt benchmarks/requirements.txt tools/system_deps.sh
 	@tools/system_deps.sh $(VENV)
 	@echo "Installing the requirements into $(VENV) (about 1.5 GB with both frameworks; takes minutes, once)"
 	@tools/with_clock.sh $(PIP) install -qq --disable-pip-version-check -r requirements.txt
+	@$(PIP) install -qq --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
 	@touch $@
 
 $(VENV)/.horovod: hvd_syncbn/horovod_build.py $(VENV)/.requirements

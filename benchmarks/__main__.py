@@ -1,34 +1,162 @@
-"""Runs the benchmarks: `python -m benchmarks [--quick]`. Tables on the screen, figures in benchmarks/results/."""
+"""Runs the benchmarks: `python -m benchmarks [--quick]`. Tables on the screen, figures and plots in benchmarks/results/.
+
+Every framework, thread count and rank count has processes of its own; within one, all contestants are called in turn, so
+a machine that changes its speed changes it for all. Ratios are medians of the rounds' ratios.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import time
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import layer
-from hvd_syncbn import native
+from benchmarks import accuracy, cost_model, goals, jobs, layer, overhead, plots, settings, synchronized
+from benchmarks import measure as m
+from benchmarks.jobs import Job, Outcome
+from hvd_syncbn import __version__, native
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def plan(quick: bool) -> list[Job]:
+    """What runs, in order."""
+    found = []
+    for threads in (1,) if quick else (1, 2):
+        for framework, name in m.FRAMEWORKS.items():
+            cases = layer.cases(quick, threads)
+            if threads == 1:
+                cases += overhead.cases(quick)
+            if threads == 1 and framework == "torch":
+                cases += [*layer.exact_sums_cases(quick), {"kind": "memory"}]
+            title = f"{name}, {threads} thread{'s' * (threads > 1)}"
+            found.append(Job(title, framework, cases, threads=threads, pin=True))
+    for ranks in (2,) if quick else (2, 4):
+        for framework, name in m.FRAMEWORKS.items():
+            cases = synchronized.cases(ranks, quick or ranks > 2)
+            if ranks == 2:
+                cases += [*accuracy.cases(), *([] if quick else [synchronized.network_case(7)])]
+            packets = [settings.packets_case(31)] if framework == "torch" and not quick else []
+            job = Job(f"{name}, {ranks} ranks", framework, cases + packets, ranks, environment=settings.RECOMMENDED)
+            found.append(job)
+            if framework == "tensorflow" and not quick:
+                title = f"{name}'s own strategy, {ranks} ranks"
+                found.append(Job(title, framework, cases, ranks, strategy=True, environment=settings.RECOMMENDED))
+    if not quick:
+        cases = [settings.packets_case(31)]
+        found.append(Job("PyTorch, 3 ranks", "torch", cases, 3, environment=settings.RECOMMENDED))
+        for title, setting in settings.SETTINGS.items():
+            training = [settings.training_case(7)] if setting.training else []
+            cases = [settings.packets_case(31), *training]
+            found.append(Job(title, "torch", cases, 2, pin=setting.pin, environment=setting.environment))
+    return found
+
+
+def run(plan: list[Job], console: Console) -> list[Outcome]:
+    """Runs all jobs under a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    outcomes = []
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=sum(len(job.cases) for job in plan))
+        for job in plan:
+            progress.update(task, description=job.title)
+            outcomes.append(jobs.run(job, lambda cases: progress.advance(task, cases)))
+            if outcomes[-1].error:
+                progress.console.print(f"[red]{job.title}:[/] ", outcomes[-1].error, markup=True, soft_wrap=True)
+        progress.update(task, description="All jobs")
+    return outcomes
+
+
+def collect(outcomes: list[Outcome]) -> dict[str, list[m.Record]]:
+    """Rows of every section."""
+    return {
+        "layer": layer.rows(outcomes),
+        "exact sums": layer.exact_sums_rows(outcomes),
+        "overhead": overhead.rows(outcomes),
+        "memory": overhead.memory_rows(outcomes),
+        "synchronized": synchronized.rows(outcomes, "synchronized"),
+        "network": synchronized.rows(outcomes, "network"),
+        "packets": settings.packet_rows(outcomes),
+        "training": settings.training_rows(outcomes),
+        "accuracy": accuracy.rows(outcomes),
+    }
+
+
+def points(packets: list[m.Record]) -> list[tuple[int, float, float]]:
+    """(ranks, bytes, seconds) of the packets that were measured with the recommended settings on every number of ranks."""
+    titles = [f"PyTorch, {ranks} ranks" for ranks in (2, 3, 4)]
+    return [(row["ranks"], row["bytes"], row["ms"].middle / 1e3) for row in packets if row["setting"] in titles]
+
+
+def tables(results: dict[str, list[m.Record]]) -> Iterable[Any]:
+    """What a person reads."""
+    for framework in m.FRAMEWORKS:
+        yield layer.table(results["layer"], framework)
+    yield overhead.table(results["overhead"])
+    if results["memory"]:
+        yield overhead.memory_table(results["memory"])
+    cycle = f"HOROVOD_CYCLE_TIME={settings.CYCLE_TIME}"
+    yield synchronized.table(f"Synchronized layer, forward and backward, {cycle}", results["synchronized"])
+    if results["network"]:
+        yield synchronized.table(f"Forward and backward of a ResNet-50, {cycle}", results["network"])
+    yield from synchronized.failures(results["synchronized"] + results["network"])
+    if results["training"]:
+        yield settings.table(results["packets"], results["training"])
+    if points(results["packets"]):
+        yield cost_model.check_table(points(results["packets"]), cost_model.fit(points(results["packets"])))
+    yield accuracy.table(results["accuracy"])
+    yield goals.table(goals.goals(results))
+
+
+def about() -> dict[str, Any]:
+    """The machine and what is installed."""
+    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    owners = packages_distributions()  # TensorFlow comes under several names
+    modules = ("torch", "tensorflow", "keras", "tf_keras", "horovod", "numpy")
+    return {
+        "processor": model[0] if model else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "instruction set": native.isa(),
+        "load before": os.getloadavg(),
+        "versions": {"hvd_syncbn": __version__} | {name: version(owners[name][0]) for name in modules if name in owners},
+    }
 
 
 def main() -> None:
     """Runs everything and saves it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and repetitions, about a minute")
+    parser.add_argument("--quick", action="store_true", help="2 ranks, fewer shapes and rounds: about a minute")
     args = parser.parse_args()
-    console = Console()
-    rows = layer.measure(args.quick, console)
-    console.print(layer.table(rows))
+    # Wide enough for its tables where the output is a file.
+    console = Console() if Console().is_terminal else Console(width=220)
+    machine, start = about(), time.monotonic()
+    outcomes = run(plan(args.quick), console)
+    results = collect(outcomes)
+    for item in tables(results):
+        console.print(item)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "layer.json"
-    about = {"machine": platform.processor() or platform.machine(), "isa": native.isa(), "torch": torch.__version__}
-    path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    console.print(f"Figures: {path}")
+    path = RESULTS / "results.json"
+    run_jobs = [
+        {
+            "job": outcome.job.title,
+            "seconds": round(outcome.seconds, 1),
+            "cases": [round(records[0]["seconds"], 1) for records in outcome.records],
+            "error": outcome.error,
+        }
+        for outcome in outcomes
+    ]
+    path.write_text(json.dumps({"about": machine, "jobs": run_jobs, **results}, indent=1) + "\n")
+    console.print(f"{time.monotonic() - start:.0f} s. Figures: {path}")
+    for picture in plots.draw(results, RESULTS):
+        console.print(f"Plot: {picture}")
 
 
 if __name__ == "__main__":

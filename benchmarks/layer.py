@@ -1,122 +1,161 @@
-"""The layer at size 1 (the same kernels, no collective) beside `torch.nn.functional.batch_norm`, forward and backward.
+"""The layer at size 1 (the same kernels, no collective) beside the framework's own, forward and backward.
 
-GB/s counts the least traffic that a batch norm needs: forward 3 passes over the tensor, backward 5. Ours, the peer and a copy
-are timed in turn, so a machine that changes its speed changes it for all; the figure is the median, the spread the
-quartiles.
+GB/s counts the least traffic that a batch norm needs: forward 3 passes over the tensor, backward 5.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
-import horovod.torch as hvd
-import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress
+import numpy as np
 from rich.table import Table
 
-from hvd_syncbn.torch import sync_batch_norm
+from benchmarks import measure as m
+from benchmarks.jobs import Outcome
+from benchmarks.measure import Framework, Record, Step
+from hvd_syncbn import native, protocol
 
-# facts.md's four, and a 2-D one.
-SHAPES = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 2048, 7, 7), (4096, 1024)]
-FORWARD_PASSES, BACKWARD_PASSES = 3, 5
-
-Row = dict[str, Any]
-
-
-def _inputs(shape: tuple[int, ...], layout: str) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
-    if layout == "channels_last":
-        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
-    return x.requires_grad_(), dy
+# The first four are those of a ResNet-50's stages, with 32 images.
+BIG = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28)]
+SHAPES = [*BIG, (32, 2048, 7, 7), (8, 16, 8, 8), (64, 256), (4096, 1024)]
+LAYOUTS = ("channels first", "channels last")
+PASSES = {"forward": 3, "backward": 5}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def _steps(x: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable[[], tuple[float, float]]]:
-    """Ours and the peer: seconds of one forward and one backward."""
-    channels = x.shape[1]
-    weight, bias = torch.ones(channels, requires_grad=True), torch.zeros(channels, requires_grad=True)
-    mean, var = torch.zeros(channels), torch.ones(channels)
-
-    def step(function: Callable[..., torch.Tensor]) -> tuple[float, float]:
-        x.grad = weight.grad = bias.grad = None
-        start = time.perf_counter()
-        y = function(x, mean, var, weight, bias, training=True)
-        middle = time.perf_counter()
-        y.backward(dy)
-        return middle - start, time.perf_counter() - middle
-
-    return {"ours": lambda: step(sync_batch_norm), "F.batch_norm": lambda: step(F.batch_norm)}
-
-
-def _copy(x: torch.Tensor) -> float:
-    target = torch.empty_like(x)
-    target.copy_(x.detach())
-    start = time.perf_counter()
-    target.copy_(x.detach())
-    return time.perf_counter() - start
-
-
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return low, middle, high
-
-
-def measure(quick: bool, console: Console) -> list[Row]:
-    """One row per shape, layout, thread count and direction."""
-    hvd.init()
-    shapes = SHAPES[1:2] + SHAPES[3:] if quick else SHAPES
-    repetitions = 7 if quick else 15
-    cases = [
-        (shape, layout, threads)
+def cases(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """Every shape in its layouts; 2-D input has one. What takes seconds per call is left out where it tells nothing new."""
+    shapes = [SHAPES[2], SHAPES[3], SHAPES[6]] if quick else SHAPES
+    return [
+        {"kind": "layer", "shape": shape, "layout": layout, "dtype": dtype, "rounds": _rounds(shape)}
+        for dtype in (("float32",) if quick or threads > 1 else ("float32", "bfloat16"))
         for shape in shapes
-        for layout in (("contiguous", "channels_last") if len(shape) == 4 else ("contiguous",))
-        for threads in ((1,) if quick else (1, 2))
+        if shape not in BIG[:2] or (dtype, threads) == ("float32", 1)
+        for layout in (LAYOUTS if len(shape) == 4 else LAYOUTS[1:])
     ]
-    rows: list[Row] = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("layer", total=len(cases))
-        for shape, layout, threads in cases:
-            torch.set_num_threads(threads)
-            x, dy = _inputs(shape, layout)
-            steps = _steps(x, dy)
-            times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-            copies = []
-            for repetition in range(repetitions + 1):  # the first warms up
-                copies.append(_copy(x))
-                for name, step in steps.items():
-                    seconds = step()
-                    if repetition:
-                        times[name].append(seconds)
-            size = x.numel() * x.element_size() / 1e9
-            copy = 2 * size / statistics.median(copies)
-            for i, (direction, passes) in enumerate((("forward", FORWARD_PASSES), ("backward", BACKWARD_PASSES))):
-                row: Row = {"shape": list(shape), "layout": layout, "threads": threads, "direction": direction, "copy": copy}
-                for name, samples in times.items():
-                    low, middle, high = _quartiles([seconds[i] for seconds in samples])
-                    row[name] = passes * size / middle
-                    row[f"{name} quartiles"] = [passes * size / high, passes * size / low]
-                ratios = [b[i] / a[i] for a, b in zip(times["ours"], times["F.batch_norm"], strict=True)]
-                row["ratio"] = statistics.median(ratios)
-                rows.append(row)
-            progress.advance(task)
-    return rows
 
 
-def table(rows: list[Row]) -> Table:
-    """The rows for a person."""
-    result = Table(title="Layer at size 1, float32, GB/s (quartiles)", title_justify="left")
-    for column in ("shape", "layout", "threads", "direction", "ours", "F.batch_norm", "copy", "ours / F.batch_norm"):
-        result.add_column(column, justify="left" if column in ("shape", "layout", "direction") else "right")
-    for row in rows:
-        speeds = [f"{row[name]:.1f} ({row[f'{name} quartiles'][0]:.1f}-{row[f'{name} quartiles'][1]:.1f})" for name in
-                  ("ours", "F.batch_norm")]  # fmt: skip
-        result.add_row(
-            "x".join(map(str, row["shape"])), row["layout"], str(row["threads"]), row["direction"], *speeds,
-            f"{row['copy']:.1f}", f"{row['ratio']:.2f}x",
-        )  # fmt: skip
+def exact_sums_cases(quick: bool) -> list[dict[str, Any]]:
+    """What exactness costs, on the four image shapes."""
+    return [{"kind": "exact sums", "shape": shape, "rounds": 7} for shape in SHAPES[2 if quick else 0 : 4]]
+
+
+def _rounds(shape: tuple[int, ...]) -> int:
+    return 7 if math.prod(shape) > 1 << 20 else 101
+
+
+def measure(framework: Framework, shape: list[int], layout: str, dtype: str, rounds: int) -> Record:
+    """Times of every contestant and of a copy of the input, which uses the same number of threads."""
+    size = tuple(shape)
+    make = {name: partial(framework.step, name, size, layout, dtype) for name in framework.local}
+    make["copy"] = partial(_copy, math.prod(size) * ITEM_BYTES[dtype], framework.threads)
+    steps, errors = m.attempt(make)
+    return {"times": m.rounds(steps, errors, rounds), "errors": errors}
+
+
+def _copy(size: int, threads: int) -> Step:
+    """Copies bytes, a slice per thread."""
+    source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
+    edges = [size * i // threads for i in range(threads + 1)]
+    pool = ThreadPoolExecutor(threads)
+
+    def part(i: int) -> None:
+        np.copyto(target[edges[i] : edges[i + 1]], source[edges[i] : edges[i + 1]])
+
+    return m.timed(lambda: list(pool.map(part, range(threads))) if threads > 1 else part(0))
+
+
+def measure_exact_sums(framework: Framework, shape: list[int], rounds: int) -> Record:
+    """Times of the forward kernels alone, and of the moments over the same memory cut into few large pieces and half as large.
+
+    A piece costs its additions, and what exactness asks besides (the fold of its lanes, the exact sum). The second part is what
+    is left above the time for no pieces at all, which the large and the half-sized ones tell: see `exact_sums_share`.
+    """
+    samples, channels, *spatial = shape
+    values = math.prod(shape)
+    x = np.random.default_rng(0).standard_normal(values, np.float32)
+    own = native.shape(samples, channels, math.prod(spatial), "float32")
+    views = {
+        "moments": own,
+        "large pieces": native.shape(values // protocol.PIECE // 16, 16, protocol.PIECE, "float32"),
+        "half pieces": native.shape(values // protocol.PIECE // 8, 16, protocol.PIECE // 2, "float32"),
+    }
+    packet = native.forward_packet(own, x, m.EPS)
+    steps = {name: m.timed(partial(native.forward_packet, view, x, m.EPS)) for name, view in views.items()}
+    steps["apply"] = m.timed(lambda: native.forward(own, x, packet, m.EPS))
+    errors: dict[str, str] = {}
+    m.rounds(steps, errors, 1)
+    return {"times": m.rounds(steps, errors, rounds), "errors": errors}
+
+
+def exact_sums_share(times: m.Times) -> m.Spread:
+    """Of the forward kernels' time, from what `measure_exact_sums` gives."""
+    own, large, half, apply = (m.total(times, name) for name in ("moments", "large pieces", "half pieces", "apply"))
+    above = [o - (2 * piece - h) for o, piece, h in zip(own, large, half, strict=True)]
+    return m.ratios(above, [o + a for o, a in zip(own, apply, strict=True)])
+
+
+def rows(outcomes: list[Outcome]) -> list[Record]:
+    """One per shape, layout, dtype, threads, framework and direction."""
+    found = []
+    for outcome in outcomes:
+        job = outcome.job
+        for case, times, errors, _ in outcome.of("layer"):
+            size = math.prod(case["shape"]) * ITEM_BYTES[case["dtype"]] / 1e9
+            row = {"framework": job.framework, "threads": job.threads} | {n: case[n] for n in ("shape", "layout", "dtype")}
+            if not {"ours", "local", "copy"} <= times.keys():
+                found.append(row | {"direction": "forward", "errors": errors})
+                continue
+            for i, (direction, passes) in enumerate(PASSES.items()):
+                seconds = {name: [parts[i] for parts in times[name]] for name in ("ours", "local")}
+                # A copy moves its bytes twice.
+                copies = [passes / 2 * parts[0] for parts in times["copy"]]
+                found.append(
+                    row
+                    | {
+                        "direction": direction,
+                        "GB/s": {name: m.spread([passes * size / s for s in seconds[name]]) for name in seconds},
+                        "copy GB/s": m.spread([passes * size / s for s in copies]),
+                        "ratio": m.ratios(seconds["local"], seconds["ours"]),
+                        "of copy": m.ratios(copies, seconds["ours"]),
+                    }
+                )
+    return found
+
+
+def exact_sums_rows(outcomes: list[Outcome]) -> list[Record]:
+    """One per shape."""
+    return [
+        {"shape": case["shape"], "share": exact_sums_share(times)}
+        for outcome in outcomes
+        for case, times, _, _ in outcome.of("exact sums")
+    ]
+
+
+def table(rows: list[Record], framework: str) -> Table:
+    """A framework's rows, both directions side by side."""
+    peer = m.label(framework, "local")
+    result = Table(title=f"{m.FRAMEWORKS[framework]} at size 1, GB/s by least traffic: ours / {peer}", title_justify="left")
+    for column in ("shape", "layout", "dtype", "threads"):
+        result.add_column(column)
+    for direction in PASSES:
+        for column in (f"{direction}: ours", "peer", "ratio (quartiles)", "of copy"):
+            result.add_column(column, justify="right")
+    mine = [row for row in rows if row["framework"] == framework]
+    for row in mine:
+        if row["direction"] != "forward":
+            continue
+        cells = [m.sizes(row["shape"]), row["layout"], row["dtype"], str(row["threads"])]
+        if "errors" in row:
+            result.add_row(*cells, str(row["errors"]))
+            continue
+        same = [r for r in mine if all(r[n] == row[n] for n in ("shape", "layout", "dtype", "threads"))]
+        for part in same:
+            speeds = part["GB/s"]
+            cells += [m.number(speeds[name].middle) for name in ("ours", "local")]
+            cells += [f"{part['ratio']}x", f"{part['of copy'].middle:.0%}"]
+        result.add_row(*cells)
     return result

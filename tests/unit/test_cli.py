@@ -1,6 +1,7 @@
 """The command line: what it accepts, and what doctor finds and advises."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,17 @@ class TestDoctor:
     def test_cycle_time_in_force(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOROVOD_CYCLE_TIME", "0.1")
         assert "HOROVOD_CYCLE_TIME 0.1 ms" in run(capsys, "doctor")[1]
+
+    def test_advice(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cli, "_huge_pages", lambda: "always [madvise] never")
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+        monkeypatch.setenv("HOROVOD_CACHE_CAPACITY", "0")
+        status, out = run(capsys, "doctor")
+        assert status == 0
+        assert "HOROVOD_CACHE_CAPACITY 0: the ranks agree anew" in out
+        assert "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in out
+        monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+        assert "Huge pages" not in run(capsys, "doctor")[1]
 
     def test_horovod_for_another_version(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(horovod_build, "check", lambda: ["Horovod was built for torch 2.12.0."])
@@ -107,3 +119,23 @@ def test_verify_tells_what_differs(monkeypatch: pytest.MonkeyPatch, capfd: pytes
     monkeypatch.setattr(verify.subprocess, "run", run)
     assert verify.verify() == 1
     assert "NOT EQUAL" in capfd.readouterr().out
+
+
+class TestBench:
+    def test_runs_the_benchmarks_of_the_checkout(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        called: list[object] = []
+
+        def run(command: list[str], *, cwd: Path, check: bool) -> subprocess.CompletedProcess[str]:
+            called.extend([command[1:], (cwd / "benchmarks" / "__main__.py").exists()])
+            return subprocess.CompletedProcess(command, 3)
+
+        monkeypatch.setattr(cli.subprocess, "run", run)
+        assert cli.main(["bench", "--quick"]) == 3
+        assert called == [["-m", "benchmarks", "--quick"], True]
+
+    def test_a_wheel_has_none(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(cli, "__file__", str(tmp_path / "hvd_syncbn" / "cli.py"))
+        assert cli.main(["bench"]) == 1
+        assert "run `make bench`" in capsys.readouterr().err

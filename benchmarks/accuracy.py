@@ -1,0 +1,120 @@
+"""How far outputs are from the exact ones, on a batch that the ranks share unevenly and whose mean is large.
+
+4 samples on one rank, 8 on the other (they differ a little, as batches do), with a standard deviation of about 1 around a large
+mean. Exact is computed from the same float32 values in extended precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from benchmarks import measure as m
+from benchmarks.jobs import Outcome
+from benchmarks.measure import Framework, Record
+
+MEANS = (0.0, 1e2, 1e4, 1e6)
+SHAPE = (12, 16, 8, 8)
+FIRST_RANK = 4  # samples
+
+Array = NDArray[np.float32]
+
+
+def cases() -> list[dict[str, Any]]:
+    """One for each mean."""
+    return [{"kind": "accuracy", "mean": mean} for mean in MEANS]
+
+
+def batch(mean: float) -> Array:
+    """The global batch."""
+    x = np.random.default_rng(0).standard_normal(SHAPE)
+    x[:FIRST_RANK] += 1
+    return (mean + x / x.std()).astype(np.float32)
+
+
+def exact(x: Array) -> NDArray[np.longdouble]:
+    """The outputs of a layer that does not round."""
+    wide = x.astype(np.longdouble)
+    centred = wide - wide.mean((0, 2, 3), keepdims=True)
+    return centred / np.sqrt(np.square(centred).mean((0, 2, 3), keepdims=True) + np.longdouble(m.EPS))
+
+
+def ulps(error: NDArray[Any], expected: NDArray[Any]) -> float:
+    """The largest error in float32 units in the last place of max(|y|, 1)."""
+    unit = np.spacing(np.maximum(np.abs(expected), 1).astype(np.float32))
+    return float(np.max(error / unit))
+
+
+def measure(framework: Framework, mean: float) -> Record:
+    """Errors on this rank's samples: largest absolute, and in ulps; and sha256 of what ours gives here and alone."""
+    x = batch(mean)
+    mine = slice(0, FIRST_RANK) if framework.rank == 0 else slice(FIRST_RANK, None)
+    expected = exact(x)
+    errors: dict[str, str] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name in framework.synchronized:
+        everything = name in m.WHOLE_BATCH
+        samples = slice(None) if everything else mine
+        try:
+            y = framework.normalize(name, x[samples])[mine if everything else slice(None)]
+        except Exception as error:
+            errors[name] = m.one_line(error)
+            continue
+        distance = np.abs(y - expected[mine]).astype(np.float64)
+        digest = hashlib.sha256(np.ascontiguousarray(y).tobytes()).hexdigest()
+        found[name] = {"error": float(distance.max()), "ulps": ulps(distance, expected[mine]), "sha256": digest}
+    return {"found": found, "errors": errors}
+
+
+def rows(outcomes: list[Outcome]) -> list[Record]:
+    """One per framework, mean and contestant: the worst rank's error; for ours, whether its bytes are those of one process."""
+    found: list[Record] = []
+    for outcome in outcomes:
+        framework = outcome.job.framework
+        for case, _, errors, ranks in outcome.of("accuracy"):
+            parts = [record["found"] for record in ranks]
+            for name in parts[0]:
+                row = {"framework": framework, "mean": case["mean"], "contestant": name}
+                if any(all(r[n] == row[n] for n in row) for r in found):
+                    continue  # the strategy's job repeats ours
+                # max() would lose a NaN.
+                row["error"], row["ulps"] = (float(np.max([part[name][n] for part in parts])) for n in ("error", "ulps"))
+                row["sha256"] = [part[name]["sha256"] for part in parts]
+                if name == "ours" and "ours alone" in parts[0]:
+                    row["equals one process"] = row["sha256"] == [part["ours alone"]["sha256"] for part in parts]
+                found.append(row)
+            for name, text in errors.items():
+                found.append({"framework": framework, "mean": case["mean"], "contestant": name, "failed": text})
+    return found
+
+
+def table(rows: list[Record]) -> Table:
+    """Contestants down, means across."""
+    result = Table(
+        title="Largest output error, float32, 4 samples on one rank and 8 on the other, standard deviation 1",
+        title_justify="left",
+        caption="'ours alone' and the frameworks' own layers have the whole batch in one process",
+    )
+    result.add_column("framework")
+    result.add_column("layer")
+    for mean in MEANS:
+        result.add_column(f"mean {mean:g}", justify="right")
+    contestants = dict.fromkeys((row["framework"], row["contestant"]) for row in rows)
+    for framework, name in contestants:
+        cells = []
+        for mean in MEANS:
+            row = next((r for r in rows if (r["framework"], r["contestant"], r["mean"]) == (framework, name, mean)), None)
+            if row is None:
+                cells.append("")
+            elif "failed" in row:
+                cells.append("failed")
+            else:
+                near = f" ({row['ulps']:.1f} ulp)" if row["ulps"] < 100 else ""
+                same = {True: ", equal bytes", False: ", OTHER BYTES", None: ""}[row.get("equals one process")]
+                cells.append(f"{row['error']:.1e}{near}{same}")
+        result.add_row(m.FRAMEWORKS[framework], m.label(framework, name), *cells)
+    return result

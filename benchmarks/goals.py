@@ -1,0 +1,114 @@
+"""The goals of the layer, each with its bound, next to what was measured; and whether it is met."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from rich.table import Table
+
+from benchmarks import layer, synchronized
+from benchmarks import measure as m
+from benchmarks.measure import Record
+
+
+class Found(NamedTuple):
+    """A measured value and where."""
+
+    where: str
+    value: float
+
+
+class Goal(NamedTuple):
+    """A bound for values: at least, or at most."""
+
+    text: str
+    bound: float
+    at_least: bool
+    found: list[Found]
+
+    def met(self, value: float) -> bool:
+        """Whether a value keeps the bound."""
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+def _layer(rows: list[Record], framework: str, direction: str, shapes: Iterable[tuple[int, ...]], column: str) -> list[Found]:
+    wanted = [list(shape) for shape in shapes]
+    return [
+        Found(f"{m.sizes(row['shape'])} {row['layout']}", row[column].middle)
+        for row in rows
+        if (row["framework"], row["direction"], row["dtype"], row["threads"]) == (framework, direction, "float32", 1)
+        and row["shape"] in wanted
+        and column in row
+    ]
+
+
+def goals(results: dict[str, list[Record]]) -> list[Goal]:
+    """Those that this run has values for."""
+    rows = results["layer"]
+    big, seven, flat = layer.BIG, layer.SHAPES[3:4], layer.SHAPES[6:7]
+    found = []
+    for direction, bound in (("forward", 3.0), ("backward", 2.0)):
+        found.append(
+            Goal(f"{direction}, large images: x F.batch_norm", bound, True, _layer(rows, "torch", direction, big, "ratio"))
+        )
+        found.append(Goal(f"{direction}, 7x7: x F.batch_norm", 1.3, True, _layer(rows, "torch", direction, seven, "ratio")))
+        found.append(Goal(f"{direction}, 2-D: x F.batch_norm", 1.0, True, _layer(rows, "torch", direction, flat, "ratio")))
+        four = layer.SHAPES[:4]
+        found.append(Goal(f"{direction}: x Keras layer", 3.0, True, _layer(rows, "tensorflow", direction, four, "ratio")))
+        for framework, name in m.FRAMEWORKS.items():
+            values = _layer(rows, framework, direction, big, "of copy")
+            found.append(Goal(f"{direction}, large images, {name}: share of copy bandwidth", 0.6, True, values))
+    for text, bound, shapes in (("large images", 0.05, big), ("7x7", 0.2, seven)):
+        wanted = [list(shape) for shape in shapes]
+        values = [Found(m.sizes(r["shape"]), r["share"].middle) for r in results["exact sums"] if r["shape"] in wanted]
+        found.append(Goal(f"exact sums' share of the forward kernels, {text}", bound, False, values))
+    for framework, name in m.FRAMEWORKS.items():
+        two = [row for row in results["synchronized"] if (row["framework"], row["ranks"]) == (framework, 2)]
+        values = [Found(row["what"], row["of floor"].middle) for row in two if "of floor" in row]
+        found.append(Goal(f"2 ranks, {name}: x (alone + one allreduce per direction)", 1.15, False, values))
+        values = [
+            Found(f"{m.label(framework, peer)}, {row['what']}", row["ratio"][peer].middle)
+            for row in two
+            for peer in synchronized.PEERS
+            if peer in row["ratio"]
+        ]
+        found.append(Goal(f"2 ranks, {name}: a peer's time, x ours", 1.0, True, values))
+    values = [Found(r["direction"], r["overhead us"].middle) for r in results["overhead"] if r["framework"] == "torch"]
+    found.append(Goal("PyTorch: us per call outside of the kernels", 40.0, False, values))
+    values = [
+        Found(r["contestant"], r["bytes"]["other tensors of its size"])
+        for r in results["memory"]
+        if r["contestant"].startswith("ours")
+    ]
+    found.append(Goal("bytes kept of the input's size, besides it (and the output with relu)", 0.0, False, values))
+    ours = [r for r in results["accuracy"] if r["contestant"] == "ours" and "ulps" in r]
+    values = [Found(f"{m.FRAMEWORKS[r['framework']]}, mean {r['mean']:g}", r["ulps"]) for r in ours if r["mean"] <= 1e4]
+    found.append(Goal("ulps from exact, 4 + 8 samples, mean up to 1e4 std", 2.0, False, values))
+    values = [
+        Found(f"{m.FRAMEWORKS[r['framework']]}, mean {r['mean']:g}", float(r["equals one process"]))
+        for r in ours
+        if "equals one process" in r
+    ]
+    found.append(Goal("bytes equal to those of one process (1: yes)", 1.0, True, values))
+    return [goal for goal in found if goal.found]
+
+
+def table(goals: list[Goal]) -> Table:
+    """Each goal with its best and its worst value, and where it is missed."""
+    result = Table(title="Goals (float32, 1 thread)", title_justify="left", show_lines=True)
+    for column in ("goal", "bound", "measured", "", "missed at"):
+        result.add_column(column)
+    for goal in goals:
+        values = sorted(goal.found, key=lambda found: found.value, reverse=goal.at_least)
+        missed = [found for found in values if not goal.met(found.value)]
+        verdict = "[green]met[/]" if not missed else f"[red]not met[/] ({len(values) - len(missed)} of {len(values)})"
+        best, worst = m.number(values[0].value), m.number(values[-1].value)
+        result.add_row(
+            goal.text,
+            f"{'>=' if goal.at_least else '<='} {goal.bound:g}",
+            best if best == worst else f"{best} to {worst}",
+            verdict,
+            "\n".join(f"{found.where}: {m.number(found.value)}" for found in reversed(missed)),
+        )
+    return result

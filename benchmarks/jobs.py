@@ -1,0 +1,140 @@
+"""Starts the processes of a job, alone or under `horovodrun`, and collects what they measured."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.measure import Record, Times, slowest
+
+ROOT = Path(__file__).parents[1]
+POLL_SECONDS = 0.2
+
+Case = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Cases that one set of processes measures one after the other."""
+
+    title: str
+    framework: str
+    cases: list[Case]
+    ranks: int = 1
+    threads: int = 1
+    pin: bool = False
+    """Whether each rank stays on one core (a process alone: on as many as it has threads)."""
+    strategy: bool = False
+    """Whether the ranks also make TensorFlow's MultiWorkerMirroredStrategy."""
+    environment: dict[str, str] = field(default_factory=dict)
+    limit: float = 300
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job left: per case it finished, the records of all ranks; and why it did not finish, if so."""
+
+    job: Job
+    records: list[list[Record]]
+    error: str | None
+    seconds: float
+
+    def of(self, kind: str) -> Iterator[tuple[Case, Times, dict[str, str], list[Record]]]:
+        """Of every case of a kind: the times of its slowest rank, what failed, and all ranks' records."""
+        for ranks in self.records:
+            if ranks[0]["case"]["kind"] == kind:
+                errors = {name: text for record in ranks for name, text in record["errors"].items()}
+                yield ranks[0]["case"], slowest([record.get("times", {}) for record in ranks]), errors, ranks
+
+
+def run(job: Job, advance: Callable[[int], None]) -> Outcome:
+    """Runs a job, ends it at its time limit, and tells `advance` how many more cases are done."""
+    with tempfile.TemporaryDirectory(prefix="hvd-syncbn-bench-") as name:
+        folder = Path(name)
+        (folder / "job.json").write_text(json.dumps(asdict(job) | {"ports": _free_ports(job.ranks * job.strategy)}))
+        command = [sys.executable, "-m", "benchmarks.worker", name]
+        if job.ranks > 1:
+            horovodrun = str(Path(sys.executable).parent / "horovodrun")
+            # As many slots as ranks: horovodrun starts one process per slot.
+            command = [horovodrun, "--gloo", "-np", str(job.ranks), "-H", f"localhost:{job.ranks}", *command]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(job.threads),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        with open(folder / "output", "w+") as output:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment | job.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+            start, seen = time.monotonic(), 0
+            try:
+                while process.poll() is None and time.monotonic() < start + job.limit:
+                    time.sleep(POLL_SECONDS)
+                    done = len(_lines(folder / "0.jsonl"))
+                    advance(done - seen)
+                    seen = done
+                timed_out = process.poll() is None
+            finally:
+                _end(process)
+            output.seek(0)
+            error = None
+            if timed_out:
+                error = f"ended after {job.limit:.0f} s"
+            elif process.returncode != 0:
+                error = _first_error(output.read()) or f"exit status {process.returncode}"
+        ranks = [[json.loads(line) for line in _lines(folder / f"{rank}.jsonl")] for rank in range(job.ranks)]
+        records = [list(together) for together in zip(*ranks, strict=False)]
+        advance(len(job.cases) - seen)
+        if error is None and len(records) < len(job.cases):
+            error = f"{len(job.cases) - len(records)} cases are missing"
+        return Outcome(job, records, error, time.monotonic() - start)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on just now; TensorFlow's strategy wants to know them before any rank starts."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _lines(path: Path) -> list[str]:
+    """The finished lines of a file that may not be there yet."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def _first_error(output: str) -> str | None:
+    """The first error that a rank raised; horovodrun says later that one did."""
+    lines = re.findall(r"^(?:\[\d+\]<stderr>:)?(\w+(?:\.\w+)*(?:Error|Exception): .*)", output, re.MULTILINE)
+    return lines[0][:300] if lines else None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process and everything below it, by process id: horovodrun's ranks are in sessions of their own."""
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        family = []
+    for member in family:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=10)
+    process.wait()

@@ -1,0 +1,117 @@
+"""Horovod's own settings: what one packet costs under each, and a whole training step with and without synchronized layers.
+
+Gloo's, because that is what Horovod is built with here. What is found goes into `hvd-syncbn doctor` and the README.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from benchmarks import measure as m
+from benchmarks.jobs import Outcome
+from benchmarks.measure import Framework, FrameworkThatTrains, Record
+from benchmarks.synchronized import NETWORK_IMAGES, NETWORK_SIZE
+from hvd_syncbn import native
+
+CYCLE_TIME = "0.1"  # ms; what we recommend where a job waits for packets
+RECOMMENDED = {"HOROVOD_CYCLE_TIME": CYCLE_TIME}
+
+
+class Setting(NamedTuple):
+    """Environment variables, whether ranks keep to a core each, and whether a training step is measured besides packets."""
+
+    environment: dict[str, str]
+    pin: bool = False
+    training: bool = False
+
+
+SETTINGS = {
+    "default (cycle 1 ms)": Setting({}, training=True),
+    "cycle 0.5 ms": Setting({"HOROVOD_CYCLE_TIME": "0.5"}, training=True),
+    "cycle 0.1 ms": Setting(RECOMMENDED, training=True),
+    "cycle 0.02 ms": Setting({"HOROVOD_CYCLE_TIME": "0.02"}),
+    "cycle 0.1 ms, no response cache": Setting(RECOMMENDED | {"HOROVOD_CACHE_CAPACITY": "0"}),
+    "cycle 0.1 ms, no fusion": Setting(RECOMMENDED | {"HOROVOD_FUSION_THRESHOLD": "0"}),
+    "cycle 0.1 ms, Horovod's threads pinned": Setting(RECOMMENDED | {"HOROVOD_THREAD_AFFINITY": "0,1"}),
+    "cycle 0.1 ms, ranks pinned": Setting(RECOMMENDED, pin=True, training=True),
+    # Not Horovod's, but a job's: large tensors come fresh from the kernel on every call, and small pages take their time.
+    "cycle 0.1 ms, huge pages": Setting(RECOMMENDED | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, training=True),
+}
+
+PACKET_CHANNELS = (8, 64, 256, 2048, 16384)
+
+
+def packets_case(rounds: int) -> dict[str, Any]:
+    """Packets from the smallest layers' to twice a large gradient bucket's."""
+    return {"kind": "packets", "channels": PACKET_CHANNELS, "rounds": rounds}
+
+
+def training_case(rounds: int) -> dict[str, Any]:
+    """A network's training step."""
+    return {"kind": "training", "images": NETWORK_IMAGES, "size": NETWORK_SIZE, "rounds": rounds}
+
+
+def measure_packets(framework: Framework, channels: list[int], rounds: int) -> Record:
+    """Times of bare allreduces of packets."""
+    steps, errors = m.attempt({str(c): partial(framework.allreduce, native.packet_size(c)) for c in channels})
+    return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
+
+
+def measure_training(framework: FrameworkThatTrains, images: int, size: int, rounds: int) -> Record:
+    """Times of forward, backward and the optimizer's step, with its averaging of all gradients: with our layers, and with local
+    ones, which is what a setting does to the rest of the job."""
+    steps, errors = m.attempt({name: partial(framework.training, name, images, size) for name in ("local", "ours")})
+    return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
+
+
+def packet_rows(outcomes: list[Outcome]) -> list[Record]:
+    """One per job and packet: milliseconds of one allreduce."""
+    return [
+        {
+            "setting": outcome.job.title,
+            "ranks": outcome.job.ranks,
+            "channels": int(channels),
+            "bytes": 8 * native.packet_size(int(channels)),
+            "ms": m.spread([1e3 * part for parts in times[channels] for part in parts]),
+        }
+        for outcome in outcomes
+        for _, times, _, _ in outcome.of("packets")
+        for channels in times
+    ]
+
+
+def training_rows(outcomes: list[Outcome]) -> list[Record]:
+    """One per setting."""
+    return [
+        {
+            "setting": outcome.job.title,
+            "ms": {name: m.spread([1e3 * seconds for seconds in m.total(times, name)]) for name in times},
+            "added ms": m.spread([1e3 * (a - b) for a, b in zip(*(m.total(times, n) for n in ("ours", "local")), strict=True)]),
+        }
+        for outcome in outcomes
+        for _, times, _, _ in outcome.of("training")
+    ]
+
+
+def table(packets: list[Record], training: list[Record]) -> Table:
+    """Settings down."""
+    result = Table(
+        title="Horovod's settings, PyTorch, 2 ranks, Gloo: ms, median (quartiles)",
+        title_justify="left",
+        caption="a ResNet-50's training step with the averaging of all gradients; with local layers: the rest of the job",
+    )
+    result.add_column("setting")
+    for channels in PACKET_CHANNELS:
+        result.add_column(f"packet, {8 * native.packet_size(channels) / 1000:.3g} kB", justify="right")
+    for column in ("step, local layers", "step, ours", "added by ours"):
+        result.add_column(column, justify="right")
+    for setting in SETTINGS:
+        mine = {r["channels"]: str(r["ms"]) for r in packets if r["setting"] == setting}
+        cells = [mine.get(channels, "") for channels in PACKET_CHANNELS]
+        for row in (row for row in training if row["setting"] == setting):
+            cells += [str(row["ms"]["local"]), str(row["ms"]["ours"]), str(row["added ms"])]
+        result.add_row(setting, *cells)
+    return result

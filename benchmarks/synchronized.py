@@ -1,0 +1,118 @@
+"""The layer on several ranks, beside every other way to synchronise it, and a whole network's step.
+
+A job is as fast as its slowest rank. "ours alone" is our layer on every rank at once with nobody to talk to (a process set of
+itself): two ranks share the memory's bandwidth, so its time in a process alone would be another. Ours cannot be faster than
+that and one bare allreduce of the packet per direction.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks import layer
+from benchmarks import measure as m
+from benchmarks.jobs import Outcome
+from benchmarks.measure import Framework, Record
+from hvd_syncbn import native
+
+IMAGES = 16  # of all ranks
+NETWORK_IMAGES, NETWORK_SIZE = 2, 64  # per rank
+
+
+def cases(ranks: int, few: bool) -> list[dict[str, Any]]:
+    """A rank's part of a batch, in the sizes of networks that train on few images per rank."""
+    images = IMAGES // ranks
+    shapes = [(images, *shape[1:]) if len(shape) == 4 else (shape[0] // ranks, *shape[1:]) for shape in layer.SHAPES]
+    return [
+        {"kind": "synchronized", "shape": shape, "rounds": 15}
+        for shape in ([shapes[2], shapes[3], shapes[6]] if few else shapes)
+    ]
+
+
+def network_case(rounds: int) -> dict[str, Any]:
+    """A ResNet-50 on small images."""
+    return {"kind": "network", "images": NETWORK_IMAGES, "size": NETWORK_SIZE, "rounds": rounds}
+
+
+def measure(framework: Framework, shape: list[int], rounds: int) -> Record:
+    """Times of every contestant and of the packet alone, in the layout that the framework's networks have."""
+    size = tuple(shape)
+    make = {name: partial(framework.step, name, size, framework.layout, "float32") for name in framework.synchronized}
+    make["allreduce"] = partial(framework.allreduce, native.packet_size(shape[1]))
+    steps, errors = m.attempt(make)
+    return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
+
+
+def measure_network(framework: Framework, images: int, size: int, rounds: int) -> Record:
+    """Times of a network's step with every contestant."""
+    names = [name for name in framework.synchronized if name != "ours alone"]  # no floor is asked of a network
+    make = {name: partial(framework.network, name, images, size) for name in names}
+    steps, errors = m.attempt(make)
+    return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
+
+
+def floor(times: m.Times) -> list[float]:
+    """Seconds per round of what ours cannot do without: the layer alone and one allreduce per direction."""
+    return [a + b for a, b in zip(m.total(times, "ours alone"), m.total(times, "allreduce"), strict=True)]
+
+
+CONTESTANTS = ("ours alone", "allreduce", "ours", "one round", "two rounds", "horovod", "synchronized", "local")
+PEERS = ("one round", "two rounds", "horovod", "synchronized")
+
+
+def rows(outcomes: list[Outcome], kind: str) -> list[Record]:
+    """One per rank count, framework and shape (or network); times in ms, ratios to ours of the same rounds."""
+    found: dict[tuple[Any, ...], Record] = {}
+    for outcome in outcomes:
+        job = outcome.job
+        for case, times, errors, _ in outcome.of(kind):
+            what = m.sizes(case["shape"]) if kind == "synchronized" else f"{case['images']} images of {case['size']}"
+            key = (job.ranks, job.framework, what)
+            row = found.setdefault(
+                key, {"ranks": key[0], "framework": key[1], "what": what, "ms": {}, "ratio": {}, "errors": {}}
+            )
+            row["errors"] |= errors
+            for name in times:
+                if name in row["ms"]:
+                    continue  # the strategy's job repeats ours, for its ratio
+                row["ms"][name] = m.spread([1e3 * seconds for seconds in m.total(times, name)])
+                if "ours" in times:
+                    row["ratio"][name] = m.ratios(m.total(times, name), m.total(times, "ours"))
+            if kind == "synchronized" and {"ours", "ours alone", "allreduce"} <= times.keys():
+                row["of floor"] = m.ratios(m.total(times, "ours"), floor(times))
+    return list(found.values())
+
+
+def table(title: str, rows: list[Record]) -> Table:
+    """Milliseconds of forward and backward, and how many times ours."""
+    result = Table(title=title, title_justify="left", caption="ms, median (quartiles); in brackets: times ours, same rounds")
+    result.add_column("ranks")
+    result.add_column("framework")
+    result.add_column("per rank")
+    columns = [name for name in CONTESTANTS if any(name in row["ms"] or name in row["errors"] for row in rows)]
+    for name in columns:
+        result.add_column(name if name in ("local", "horovod") else m.label("torch", name), justify="right")
+    if any("of floor" in row for row in rows):
+        result.add_column("ours / (alone + allreduce)", justify="right")
+    for row in rows:
+        cells = [str(row["ranks"]), m.FRAMEWORKS[row["framework"]], row["what"]]
+        for name in columns:
+            if name in row["ms"]:
+                times = "" if name == "ours" else f"\n[{m.number(row['ratio'][name].middle)}x]"
+                cells.append(f"{row['ms'][name]}{times}")
+            else:
+                cells.append("failed" if name in row["errors"] else "")
+        if "of floor" in row:
+            cells.append(f"{row['of floor']}x")
+        result.add_row(*(Text(cell) for cell in cells))
+    return result
+
+
+def failures(rows: list[Record]) -> list[str]:
+    """One line for each peer that failed."""
+    return sorted({f"{m.FRAMEWORKS[row['framework']]}, {m.label(row['framework'], name)}: {error}"
+                   for row in rows for name, error in row["errors"].items()})  # fmt: skip

@@ -1,0 +1,59 @@
+"""One process of a job: `python -m benchmarks.worker FOLDER`. Writes one line per case to FOLDER/<rank>.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import accuracy, layer, overhead, settings, synchronized
+from benchmarks.measure import Framework, Record
+
+MEASURE: dict[str, Callable[..., Record]] = {
+    "layer": layer.measure,
+    "exact sums": layer.measure_exact_sums,
+    "synchronized": synchronized.measure,
+    "network": synchronized.measure_network,
+    "packets": settings.measure_packets,
+    "training": settings.measure_training,
+    "accuracy": accuracy.measure,
+    "overhead": overhead.measure,
+    "memory": overhead.measure_memory,
+}
+
+
+def _framework(name: str, threads: int, ports: list[int]) -> Framework:
+    if name == "torch":
+        from benchmarks.with_torch import Torch
+
+        return Torch(threads, ports)
+    from benchmarks.with_tensorflow import TensorFlow
+
+    return TensorFlow(threads, ports)
+
+
+def main() -> None:
+    """Runs the job's cases in order."""
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / "job.json").read_text())
+    rank = int(os.environ.get("HOROVOD_RANK", "0"))
+    cores = sorted(os.sched_getaffinity(0))
+    if job["pin"]:
+        os.sched_setaffinity(0, cores[: job["threads"]] if job["ranks"] == 1 else {cores[rank % len(cores)]})
+    with open(folder / f"{rank}.jsonl", "w", buffering=1) as log:
+        framework = _framework(job["framework"], job["threads"], job["ports"])
+        for case in job["cases"]:
+            options, start = dict(case), time.monotonic()
+            record = MEASURE[options.pop("kind")](framework, **options)
+            log.write(json.dumps({"case": case, "seconds": time.monotonic() - start, **record}) + "\n")
+    # Not through the frameworks' farewells: TensorFlow's strategy waits there for workers that have gone.
+    framework.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
