@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_syncbn.horovod import FRAMEWORKS as FRAMEWORKS
+
 EPS = 1e-5  # of every layer here
 
 # Seconds of one call's parts: (forward, backward), or one number where a framework has one program for both.
@@ -69,7 +71,6 @@ LABELS = {
     "torch": {"local": "F.batch_norm", "horovod": "hvd.SyncBatchNorm"},
     "tensorflow": {"local": "Keras BatchNormalization", "horovod": "hvd.SyncBatchNormalization (tf_keras)"},
 }
-FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
 
 
 def label(framework: str, name: str) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import re
 from functools import cache
 from typing import Any
 
-_LABELS = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
+# By the name of the Horovod module, what people call the framework.
+FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
 
 
 @cache
 def load(framework: str) -> Any:
     """``horovod.<framework>``, or one ``RuntimeError`` that says what to run."""
-    label = _LABELS[framework]
+    label = FRAMEWORKS[framework]
     try:
         return importlib.import_module(f"horovod.{framework}")
     except ModuleNotFoundError as error:
@@ -44,6 +46,21 @@ def require(framework: str) -> Any:
     return hvd
 
 
+def process_set_id(process_set: Any) -> int:
+    """Horovod's number of a process set; None is that of all ranks.
+
+    Raises:
+        ValueError: the process set is not registered with Horovod.
+    """
+    number = 0 if process_set is None else process_set.process_set_id
+    if number is None:
+        raise ValueError(
+            "the process set is not registered: pass it to `hvd.init(process_sets=[...])` or `hvd.add_process_set(...)` "
+            f"first. Received: {process_set}"
+        )
+    return int(number)
+
+
 def size(hvd: Any, process_set: Any) -> int:
     """Ranks that share a batch: those of ``process_set``, or all where it is None.
 
@@ -51,27 +68,22 @@ def size(hvd: Any, process_set: Any) -> int:
         ValueError: the process set is not registered with Horovod, or this rank is not in it.
     """
     # The global set's own methods speak for whichever framework's Horovod was imported last.
-    if process_set is None or process_set.process_set_id == 0:
+    if process_set_id(process_set) == 0:
         return int(hvd.size())
-    ranks = process_set.size()
-    if ranks is None:
-        raise ValueError(
-            "the process set is not registered: pass it to `hvd.init(process_sets=[...])` or `hvd.add_process_set(...)` "
-            f"first. Received: {process_set}"
-        )
     if process_set.included() is False:
         raise ValueError(f"rank {hvd.rank()} is not in the process set that it should share with. Received: {process_set}")
-    return int(ranks)
+    return int(process_set.size())
 
 
-def is_mismatch(error: BaseException) -> bool:
-    """Whether a Horovod error says that the ranks sent packets of different lengths (their channel counts differ)."""
-    return "Mismatched" in str(error)
+def mismatch(error: BaseException) -> str | None:
+    """What Horovod says where the ranks sent packets of different lengths (their channel counts differ); None otherwise."""
+    found = re.search("Mismatched.*", str(error))
+    return found and found[0]
 
 
-def disagreement(layer: str, detail: str = "") -> str:
+def disagreement(layer: str, detail: str) -> str:
     """The message for ranks that could not share a batch."""
     return (
         f"the ranks disagree about layer {layer!r}: number of channels, eps, dtype and hvd-syncbn version have to be the same "
-        f"on every rank.{' ' + detail if detail else ''}"
+        f"on every rank. Received: {detail}"
     )

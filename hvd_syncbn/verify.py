@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hvd_syncbn import native, vectors
+from hvd_syncbn.horovod import FRAMEWORKS
 
 LAYOUTS = ("channels_first", "channels_last")
-FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
 TIME_LIMIT = 300
 
 Stack = tuple[NDArray[np.float32], NDArray[np.float32], list[tuple[NDArray[np.float32], NDArray[np.float32]]]]

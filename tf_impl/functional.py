@@ -225,7 +225,7 @@ def _train(
 ) -> tuple[Any, Any, Any]:
     hvd = horovod.require("tensorflow")
     horovod.size(hvd, process_set)  # raises if this rank has no business there
-    set_id = 0 if process_set is None else process_set.process_set_id
+    set_id = horovod.process_set_id(process_set)
     if set_id != 0:
         _process_sets[set_id] = process_set
     common = {"data_format": data_format, "epsilon_bits": _float64_bits(epsilon)}
@@ -333,10 +333,10 @@ def _clear_errors(layer: str) -> Iterator[None]:
         text = re.sub(r"^\{\{.*?\}\} | \[Op:\w+\].*", "", error.message, flags=re.DOTALL)
         raise ValueError(text) from error
     except tf.errors.FailedPreconditionError as error:
-        mismatch = re.search("Mismatched.*", error.message)
-        if mismatch is None:
+        detail = horovod.mismatch(error)
+        if detail is None:
             raise
-        raise ValueError(horovod.disagreement(layer, f"Received: {mismatch[0]}")) from error
+        raise ValueError(horovod.disagreement(layer, detail)) from error
     except tf.errors.UnknownError as error:
         from horovod.common.exceptions import HorovodInternalError
 

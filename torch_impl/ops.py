@@ -25,16 +25,10 @@ torch.library.define(
 
 def process_set_id(process_set: Any) -> int:
     """The id by which operators know a ``horovod.ProcessSet``; None is the set of all ranks."""
-    if process_set is None:
-        return GLOBAL
-    number = process_set.process_set_id
-    if number is None:
-        raise ValueError(
-            "the process set is not registered: pass it to `hvd.init(process_sets=[...])` or `hvd.add_process_set(...)` "
-            f"first. Received: {process_set}"
-        )
-    _process_sets[number] = process_set
-    return int(number)
+    number = horovod.process_set_id(process_set)
+    if number != GLOBAL:
+        _process_sets[number] = process_set
+    return number
 
 
 @torch.library.impl("hvd_syncbn::allreduce_", ["CPU", "CUDA"])
@@ -46,9 +40,10 @@ def _allreduce_(packet: Tensor, name: str, process_set: int) -> None:
     try:
         hvd.allreduce_(packet, name=name, op=hvd.Sum, process_set=ranks or hvd.global_process_set)
     except hvd.mpi_ops.HorovodInternalError as error:
-        if horovod.is_mismatch(error):
-            raise ValueError(horovod.disagreement(name, f"Horovod says: {error}")) from error
-        raise
+        detail = horovod.mismatch(error)
+        if detail is None:
+            raise
+        raise ValueError(horovod.disagreement(name, detail)) from error
 
 
 def batch_weight(batches: Tensor) -> float:

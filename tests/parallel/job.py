@@ -25,6 +25,8 @@ from typing import Any
 
 import psutil
 
+from hvd_syncbn import horovod
+
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = {"torch": "torch", "tensorflow": "tensorflow", "keras": "tensorflow"}
 
@@ -110,7 +112,7 @@ def main() -> None:
     """One rank."""
     group, folder = sys.argv[1:]
     framework = FRAMEWORKS[group.split("_")[0]]
-    hvd = importlib.import_module(f"horovod.{framework}")
+    hvd = horovod.load(framework)
     hvd.init()
     if framework == "torch":
         import torch
