@@ -17,7 +17,7 @@ inline int tile_width(const hvd_syncbn_shape& shape) {
   if (shape.layout != HVD_SYNCBN_CHANNELS_LAST && shape.s != 1) return shape.s < 1024 ? 64 : 16;
   // Few samples: narrower tiles, so that there is something for every thread.
   const int64_t pieces = shape.n * ((shape.s + kPiece - 1) / kPiece);
-  int64_t tiles = (shape.c + kMaxTile - 1) / kMaxTile;
+  int64_t tiles = shape.c > kMaxTile ? (shape.c + kMaxTile - 1) / kMaxTile : 1;
   while (pieces * tiles < 16 && shape.c / tiles > 128) tiles *= 2;
   return tiles < 2 ? kMaxTile : static_cast<int>(((shape.c + tiles - 1) / tiles + 15) / 16 * 16);
 }
