@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from hvd_syncbn import native, protocol
 from tests.arrays import hostile, logical, rounded, same_bits, storage
@@ -41,13 +42,36 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(before)
 
 
-def check(n: int, c: int, s: int, dtype: str, layout: str, seed: int, relu: bool, masked: bool, splits: int) -> None:
-    """One training step, both ways, from hostile data."""
+def usual(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, outliers: bool) -> NDArray[np.float64]:
+    """What networks see: values of one scale, zeros, and perhaps, rarely, something far from all others."""
+    values = rng.standard_normal(shape) * 2.0 ** rng.integers(-12, 12) + rng.integers(-2, 3)
+    values = np.where(rng.random(shape) < 0.2, 0.0, values)
+    if outliers:
+        values = np.where(rng.random(shape) < 0.01, values * 2.0 ** rng.integers(-60, 60, shape), values)
+    return rounded(values, dtype)
+
+
+def check(
+    n: int,
+    c: int,
+    s: int,
+    dtype: str,
+    layout: str,
+    seed: int,
+    relu: bool,
+    masked: bool,
+    splits: int,
+    data: str = "hostile",
+) -> None:
+    """One training step, both ways."""
     rng = np.random.default_rng(seed)
     eps = 1e-5
-    x = hostile(rng, (n, c, s), dtype, nonfinite=bool(seed % 3 == 0))
+    if data == "hostile":
+        x = hostile(rng, (n, c, s), dtype, nonfinite=bool(seed % 3 == 0))
+        dy = hostile(rng, (n, c, s), dtype, nonfinite=bool(seed % 5 == 0))
+    else:
+        x, dy = (usual(rng, (n, c, s), dtype, data == "outliers") for _ in range(2))
     residual = hostile(rng, (n, c, s), dtype, nonfinite=False)
-    dy = hostile(rng, (n, c, s), dtype, nonfinite=bool(seed % 5 == 0))
     mask = rng.random((n, s)) < 0.7 if masked else None
     param_type = "float64" if dtype == "float64" else "float32"
     gamma, beta = (rounded(rng.standard_normal(c), param_type) for _ in range(2))
@@ -125,3 +149,58 @@ def test_any_step_equals_reference(
         check(n, min(c, 1 + 3000 // (n * s + 1)), s, dtype, layout, seed, relu, masked, splits)
     finally:
         native.set_isa(before)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    n=st.integers(8, 40),
+    c=st.integers(1, 40),
+    s=st.sampled_from([1, 1, 3, 49]),
+    dtype=st.sampled_from(protocol.DTYPES),
+    layout=st.sampled_from(native.LAYOUTS),
+    seed=st.integers(0, 2**32),
+    relu=st.booleans(),
+    masked=st.booleans(),
+    splits=st.integers(1, 3),
+    data=st.sampled_from(["usual", "outliers", "hostile"]),
+    path=st.sampled_from(native.isas()),
+)
+def test_many_samples_equal_reference(
+    n: int,
+    c: int,
+    s: int,
+    dtype: str,
+    layout: str,
+    seed: int,
+    relu: bool,
+    masked: bool,
+    splits: int,
+    data: str,
+    path: str,
+) -> None:
+    """Enough samples for the bins of the exact sums (csrc/cpu/tile_sums.h): pieces of one element go in groups of samples."""
+    before = native.isa()
+    native.set_isa(path)
+    try:
+        check(n, c, s, dtype, layout, seed, relu, masked, splits, data)
+    finally:
+        native.set_isa(before)
+
+
+@pytest.mark.parametrize("sign", [(1.0, 1.0), (1.0, -1.0)], ids=["same sign", "alternating"])
+@pytest.mark.parametrize("scale", [0, -20, 30])
+def test_full_bins(isa: str, scale: int, sign: tuple[float, float]) -> None:
+    """More samples of the largest and finest values than a bin of the exact sums holds."""
+    n, c = 4096 + 77, 9
+    largest = np.float32(2 - 2**-23) * np.float32(2.0) ** scale
+    x = np.empty((n, c, 1))
+    x[0::2], x[1::2] = sign[0] * largest, sign[1] * largest
+    x[:8] /= 8  # the bins are placed for the first samples
+    x[::97] *= 2.0**-12
+    shape = native.shape(n, c, 1, "float32", "channels_first")
+    words = native.forward_packet(shape, storage(x, "float32"), 1e-5).tolist()
+    assert words == protocol.forward_packet(x, 1e-5, "float32").words()
+    statistics = protocol.finish_forward(protocol.forward_packet(x, 1e-5, "float32"), 1e-5)
+    stats = np.array([[t.mean for t in statistics], [t.invstd for t in statistics]])
+    words = native.backward_packet(shape, storage(x, "float32"), storage(x, "float32"), stats, 1e-5, None, n).tolist()
+    assert words == protocol.backward_packet(x, x, statistics, 1e-5, "float32", None, n).words()
