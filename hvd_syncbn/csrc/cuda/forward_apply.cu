@@ -18,7 +18,7 @@ struct ForwardFinish {
   const int64_t* packet;
   double eps;
   hvd_syncbn_vector gamma, beta, running_mean, running_var, new_running_mean, new_running_var;
-  double old_weight, new_weight;
+  float old_weight, new_weight;  // docs/protocol.md, 3
   bool unbiased;
   double* stats;
 };
@@ -103,7 +103,6 @@ extern "C" int32_t hvd_syncbn_cuda_forward_apply(
     hvd_syncbn_vector gamma, hvd_syncbn_vector beta, hvd_syncbn_vector running_mean, hvd_syncbn_vector running_var,
     hvd_syncbn_vector new_running_mean, hvd_syncbn_vector new_running_var, double old_weight, double new_weight,
     int32_t unbiased, const char* layer, double* stats, void* y, void* stream) {
-  // The weights are float32 values (docs/protocol.md, 3).
   const cuda::ForwardFinish in = {packet,
                                   eps,
                                   gamma,
