@@ -33,6 +33,4 @@ target_compile_options(hvd_syncbn_cuda PRIVATE
   --fmad=false --ftz=false --prec-div=true --prec-sqrt=true -Xcompiler=-Wall -Xcompiler=-ffp-contract=off)
 target_sources(hvd_syncbn PRIVATE $<TARGET_OBJECTS:hvd_syncbn_cuda>)
 target_link_libraries(hvd_syncbn PRIVATE CUDA::cudart_static)
-# For the adapters: cuda.h has something behind it.
-target_compile_definitions(hvd_syncbn INTERFACE HVD_SYNCBN_CUDA)
 set_target_properties(hvd_syncbn PROPERTIES LINKER_LANGUAGE CXX)
