@@ -46,7 +46,11 @@ using cudaStream_t = void*;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum { cudaDevAttrMultiProcessorCount = 16 };
 enum { cudaHostAllocMapped = 2 };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
 
 namespace cuda_emulator {
 
@@ -83,7 +87,7 @@ struct Machine {
   std::vector<unsigned char> shared;
   std::function<void()> kernel;
   int current = 0;
-  int running = 0;    // fibers that have not ended
+  int running = 0;     // fibers that have not ended
   bool moved = false;  // whether any fiber got on since the last look
   jmp_buf scheduler;
   ucontext_t first_context;

@@ -1,9 +1,12 @@
-// The operators for GPU tensors: the same four, on the current stream of the tensor's device. Nothing here waits for it.
+// The operators for GPU tensors: the same four, on the current stream of the tensor's device. Nothing here waits for
+// it.
 //
 // What the CPU kernels raise after reading a packet's header, the GPU finds out later; the next operator on that device
 // raises it, or check_device_errors.
 //
 // Built without PyTorch's CUDA headers and libraries, so that one library serves its CPU and its CUDA builds.
+#include "hvd_syncbn/cuda.h"
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
@@ -12,7 +15,6 @@
 
 #include <tuple>
 
-#include "hvd_syncbn/cuda.h"
 #include "tensors.h"
 
 namespace hvd_syncbn {
@@ -27,7 +29,8 @@ void* current_stream(const c10::Device& device) {
     return library == nullptr ? nullptr
                               : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
-  TORCH_CHECK(function != nullptr, "this PyTorch has no aoti_torch_get_current_cuda_stream; hvd-syncbn needs 2.6 or newer");
+  TORCH_CHECK(function != nullptr,
+              "this PyTorch has no aoti_torch_get_current_cuda_stream; hvd-syncbn needs 2.6 or newer");
   void* stream = nullptr;
   TORCH_CHECK(function(device.index(), &stream) == 0, "PyTorch did not tell the current stream of ", device);
   return stream;
@@ -88,8 +91,8 @@ std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, 
   Tensor y = at::empty_like(in.tensor);
   check_error(hvd_syncbn_cuda_forward_apply(
       &in.shape, eps, in.tensor.const_data_ptr(), data(added), relu, packet.const_data_ptr<int64_t>(),
-      vector(in.shape, call.here(weight)), vector(in.shape, call.here(bias)), mean, var, mean, var, old_weight, new_weight,
-      unbiased, name.c_str(), stats.mutable_data_ptr<double>(), y.mutable_data_ptr(), call.stream()));
+      vector(in.shape, call.here(weight)), vector(in.shape, call.here(bias)), mean, var, mean, var, old_weight,
+      new_weight, unbiased, name.c_str(), stats.mutable_data_ptr<double>(), y.mutable_data_ptr(), call.stream()));
   return {y, stats};
 }
 
@@ -101,10 +104,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_moments(const Tensor& x, const Tenso
   const OptionalTensor output = like(in, call.here(y));
   Tensor packet = call.empty({hvd_syncbn_packet_size(in.shape.c)}, at::kLong);
   Tensor dweight = call.empty({in.shape.c}, parameter_dtype), dbias = call.empty({in.shape.c}, parameter_dtype);
-  check_error(hvd_syncbn_cuda_backward_moments(
-      &in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(), data(output), nullptr,
-      call.here(stats).const_data_ptr<double>(), eps, packet.mutable_data_ptr<int64_t>(), vector(in.shape, dweight),
-      vector(in.shape, dbias), call.stream()));
+  check_error(hvd_syncbn_cuda_backward_moments(&in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(), data(output),
+                                               nullptr, call.here(stats).const_data_ptr<double>(), eps,
+                                               packet.mutable_data_ptr<int64_t>(), vector(in.shape, dweight),
+                                               vector(in.shape, dbias), call.stream()));
   return {packet, dweight, dbias};
 }
 

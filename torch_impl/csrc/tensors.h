@@ -76,7 +76,8 @@ inline void check_packet_size(const hvd_syncbn_shape& shape, const Tensor& packe
 // Raises what a packet's header says is wrong; `detail` ends the message.
 inline void raise_failure(int32_t status, const std::string& layer, const std::string& detail) {
   TORCH_CHECK_VALUE(status != HVD_SYNCBN_RANKS_DISAGREE, "the ranks disagree about layer '", layer,
-                    "': number of channels, eps, dtype and hvd-syncbn version have to be the same on every rank.", detail);
+                    "': number of channels, eps, dtype and hvd-syncbn version have to be the same on every rank.",
+                    detail);
   TORCH_CHECK_VALUE(status != HVD_SYNCBN_ONE_VALUE,
                     "Expected more than 1 value per channel when training, got 1 over all ranks in layer '", layer,
                     "'");

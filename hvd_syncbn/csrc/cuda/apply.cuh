@@ -47,8 +47,7 @@ struct Runs {
                               int64_t first, int64_t begin, int64_t end) {
     const int64_t channels = walk.c - first < walk.tile ? walk.c - first : walk.tile;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t n =
-          walk.chunks == 1 ? item : static_cast<unsigned>(item) / static_cast<unsigned>(walk.chunks);
+      const int64_t n = walk.chunks == 1 ? item : static_cast<unsigned>(item) / static_cast<unsigned>(walk.chunks);
       const int64_t base = (item - n * walk.chunks) * kChunk;
       const int64_t rest = channels * walk.s - base;
       const int length = static_cast<int>(walk.chunks > 1 && rest > kChunk ? kChunk : rest);

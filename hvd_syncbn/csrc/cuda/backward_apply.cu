@@ -71,10 +71,9 @@ struct BackwardApply {
     Value g = widen(loaded.dy.v[e]);
     if (y != nullptr) g = keep_where_positive(g, widen(loaded.y.v[e]));
     // A masked position took no part in the statistics: no gradient flows to it through them.
-    const Value dx_e =
-        loaded.counts
-            ? input_gradient<Value>(widen(loaded.x.v[e]), g, k.mean_hi, k.mean_lo, k.scale, k.c1, k.c2)
-            : k.scale * g;
+    const Value dx_e = loaded.counts
+                           ? input_gradient<Value>(widen(loaded.x.v[e]), g, k.mean_hi, k.mean_lo, k.scale, k.c1, k.c2)
+                           : k.scale * g;
     narrow(dx_e, &results->dx.v[e]);
     narrow(g, &results->dresidual.v[e]);
   }

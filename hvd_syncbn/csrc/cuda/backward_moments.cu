@@ -1,5 +1,5 @@
-// Backward moments: sum dy and sum dy * (x - mean) of every piece, in float64, added exactly to the packet; and from the
-// packet this rank's dgamma and dbeta. With a fused relu dy counts where the output y is positive.
+// Backward moments: sum dy and sum dy * (x - mean) of every piece, in float64, added exactly to the packet; and from
+// the packet this rank's dgamma and dbeta. With a fused relu dy counts where the output y is positive.
 //
 // Bytes: x and dy (and y) are read once, n*c*s elements each; the packet as in forward_moments.cu.
 // Geometry: as forward_moments.cu.

@@ -43,9 +43,7 @@ class ThreadSums {
     for (int w = 0; w < kWords; ++w) limbs_[w] = 0;
   }
 
-  __device__ void deposit(int moment, double value) {
-    deposit_value(value, &limbs_[moment], &limbs_[kNonfinite]);
-  }
+  __device__ void deposit(int moment, double value) { deposit_value(value, &limbs_[moment], &limbs_[kNonfinite]); }
 
   // To be called once per value of the moments.
   __device__ void count() {
@@ -179,9 +177,9 @@ __device__ inline void publish(const Closing& closing, int64_t* shared, int colu
     int64_t sum = 0;
     for (int column = channel; column < columns; column += tile) sum += shared[word * kWordStride + column];
     if (sum == 0) continue;
-    int64_t* const to = closing.packet + (word == kNonfinite   ? nonfinite_at(first + channel)
+    int64_t* const to = closing.packet + (word == kNonfinite ? nonfinite_at(first + channel)
                                           : word >= kMomentB ? moment_b_at(c, first + channel) + (word - kMomentB)
-                                                               : moment_a_at(c, first + channel) + word);
+                                                             : moment_a_at(c, first + channel) + word);
     add_to(to, sum);
   }
   __threadfence();  // before this block counts as done

@@ -3,8 +3,8 @@
 //
 // Bytes: x (and the residual) are read once, y is written once, n*c*s elements each; 136 bytes of packet and a few
 // vectors per channel and block. The blocks of the first split write the stats and the running statistics.
-// Geometry: 256 threads; channel tiles x splits, about 16 blocks per multiprocessor; see apply.cuh for what a block does
-// in each layout.
+// Geometry: 256 threads; channel tiles x splits, about 16 blocks per multiprocessor; see apply.cuh for what a block
+// does in each layout.
 #include "../common/elementwise.h"
 #include "../include/hvd_syncbn/cuda.h"
 #include "apply.cuh"
@@ -98,11 +98,13 @@ cudaError_t run(const hvd_syncbn_shape& shape, const void* x, const void* residu
 
 using namespace hvd_syncbn;
 
-extern "C" int32_t hvd_syncbn_cuda_forward_apply(
-    const hvd_syncbn_shape* shape, double eps, const void* x, const void* residual, int32_t relu, const int64_t* packet,
-    hvd_syncbn_vector gamma, hvd_syncbn_vector beta, hvd_syncbn_vector running_mean, hvd_syncbn_vector running_var,
-    hvd_syncbn_vector new_running_mean, hvd_syncbn_vector new_running_var, double old_weight, double new_weight,
-    int32_t unbiased, const char* layer, double* stats, void* y, void* stream) {
+extern "C" int32_t hvd_syncbn_cuda_forward_apply(const hvd_syncbn_shape* shape, double eps, const void* x,
+                                                 const void* residual, int32_t relu, const int64_t* packet,
+                                                 hvd_syncbn_vector gamma, hvd_syncbn_vector beta,
+                                                 hvd_syncbn_vector running_mean, hvd_syncbn_vector running_var,
+                                                 hvd_syncbn_vector new_running_mean, hvd_syncbn_vector new_running_var,
+                                                 double old_weight, double new_weight, int32_t unbiased,
+                                                 const char* layer, double* stats, void* y, void* stream) {
   const cuda::ForwardFinish in = {packet,
                                   eps,
                                   gamma,

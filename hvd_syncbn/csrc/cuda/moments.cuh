@@ -60,7 +60,7 @@ struct Range {
 
 template <int kWidth>
 struct Rows {
-  static constexpr int kGroup = 32 / kWidth;                // threads of a piece
+  static constexpr int kGroup = 32 / kWidth;               // threads of a piece
   static constexpr int kGroups = kMomentThreads / kGroup;  // pieces at a time
 
   template <class Terms>
@@ -354,8 +354,7 @@ struct Cells {
         const int64_t row = n * s;
         piece_sums.add(short_piece(s,
                                    [&](int i) {
-                                     const auto loaded =
-                                         terms.template load<1>((row + i) * walk.c + channel, row + i);
+                                     const auto loaded = terms.template load<1>((row + i) * walk.c + channel, row + i);
                                      return terms.term(terms.element(loaded, 0), mean);
                                    }),
                        sums);
@@ -377,7 +376,8 @@ struct MomentsArguments {
 
 // At least 4 blocks per multiprocessor: 128 registers.
 template <class Form, class Terms>
-__global__ void __launch_bounds__(kMomentThreads, 4) moments(const __grid_constant__ MomentsArguments<Terms> arguments) {
+__global__ void __launch_bounds__(kMomentThreads, 4)
+    moments(const __grid_constant__ MomentsArguments<Terms> arguments) {
   const Walk& walk = arguments.walk;
   const Closing& closing = arguments.closing;
   unsigned char* const shared = shared_memory();
@@ -427,8 +427,8 @@ cudaError_t launch_form(Walk walk, int tile, int64_t items, int64_t items_at_onc
 template <int kWidth, class Terms>
 cudaError_t launch_moments(const hvd_syncbn_shape& shape, bool wide, const Terms& terms, const Closing& closing,
                            void* stream) {
-  cudaError_t error = cudaMemsetAsync(closing.packet, 0, packet_size(shape.c) * sizeof(int64_t),
-                                      static_cast<cudaStream_t>(stream));
+  cudaError_t error =
+      cudaMemsetAsync(closing.packet, 0, packet_size(shape.c) * sizeof(int64_t), static_cast<cudaStream_t>(stream));
   int sms = 0;
   if (error == cudaSuccess) error = multiprocessors(&sms);
   if (error != cudaSuccess) return error;

@@ -1,13 +1,12 @@
 // One word of pinned host memory per device, which its apply kernels write and hvd_syncbn_cuda_failure reads; and the
 // names of layers, which travel to the device as numbers.
-#include "reports.h"
-
 #include <deque>
 #include <map>
 #include <mutex>
 #include <string>
 
 #include "../include/hvd_syncbn/cuda.h"
+#include "reports.h"
 
 namespace hvd_syncbn {
 namespace cuda {
