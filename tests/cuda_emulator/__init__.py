@@ -24,10 +24,10 @@ from hvd_syncbn.protocol import DTYPES
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "hvd_syncbn" / "csrc"
 # Misaligned accesses fault on a GPU and not here, so they are checked for.
-FLAGS = (
-    "-std=c++17 -O2 -march=native -ffp-contract=off -fno-math-errno -shared -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas "
-    "-fsanitize=alignment,bounds -fno-sanitize-recover=all"
-).split()
+FLAGS = [
+    *("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"),
+]
 
 
 class Vector(ctypes.Structure):
@@ -39,7 +39,9 @@ class Vector(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     """The kernels, built if they have changed."""
-    sources = sorted(path for folder in (HERE, CSRC) for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cc"))
+    sources = sorted(
+        path for folder in (HERE, CSRC) for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cc")
+    )
     digest = hashlib.sha256(repr(FLAGS).encode())
     for path in sources:
         digest.update(path.read_bytes())
@@ -98,9 +100,7 @@ def _call(name: str, *arguments: Any) -> None:
 def forward_moments(shape: Shape, x: NDArray[Any], mask: NDArray[np.uint8] | None, eps: float) -> NDArray[np.int64]:
     """The closed forward packet."""
     packet = guarded(np.full(native.packet_size(shape.c), -1, np.int64))
-    _call(
-        "forward_moments", ctypes.byref(shape), _pointer(x), _pointer(mask), ctypes.c_double(eps), _pointer(packet), None
-    )
+    _call("forward_moments", ctypes.byref(shape), _pointer(x), _pointer(mask), ctypes.c_double(eps), _pointer(packet), None)
     assert intact(packet)
     return packet
 

@@ -79,9 +79,7 @@ def step(
         )
     else:
         want_mean = want_var = None
-        wide_gamma, wide_beta = (
-            v.view(NUMPY[parameter]).astype(np.float64) if affine else None for v in (gamma, beta)
-        )
+        wide_gamma, wide_beta = (v.view(NUMPY[parameter]).astype(np.float64) if affine else None for v in (gamma, beta))
         want_y, want_stats = native.forward(shape, xs, packet, EPS, wide_gamma, wide_beta, residual=rs, relu=relu)
     y = cuda.guarded(np.zeros_like(want_y), offset)
     new_mean, new_var = cuda.guarded(mean), cuda.guarded(var)
