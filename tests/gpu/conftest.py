@@ -30,7 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _horovod(monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec("horovod") is None:
+    if importlib.util.find_spec("horovod") is not None:
+        import horovod.torch
+
+        horovod.torch.init()
+    else:
         stub = types.SimpleNamespace(is_initialized=lambda: True, size=lambda: 1)
         monkeypatch.setitem(sys.modules, "horovod", types.ModuleType("horovod"))
         monkeypatch.setitem(sys.modules, "horovod.torch", stub)
