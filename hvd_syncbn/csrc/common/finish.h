@@ -7,48 +7,56 @@
 
 namespace hvd_syncbn {
 
-// An unevaluated sum hi + lo with |lo| <= ulp(hi) / 2.
+// An unevaluated sum hi + lo with |lo| <= ulp(hi) / 2. V is a double or a vector of them.
+template <class V>
 struct DoubleDouble {
-  double hi, lo;
+  V hi, lo;
 };
 
-HVD_SYNCBN_HD DoubleDouble two_sum(double a, double b) {
-  const double s = a + b;
-  const double t = s - a;
+template <class V>
+HVD_SYNCBN_HD DoubleDouble<V> two_sum(V a, V b) {
+  const V s = a + b;
+  const V t = s - a;
   return {s, (a - (s - t)) + (b - t)};
 }
 
-HVD_SYNCBN_HD DoubleDouble quick_two_sum(double a, double b) {  // |a| >= |b|
-  const double s = a + b;
+template <class V>
+HVD_SYNCBN_HD DoubleDouble<V> quick_two_sum(V a, V b) {  // |a| >= |b|
+  const V s = a + b;
   return {s, b - (s - a)};
 }
 
-HVD_SYNCBN_HD DoubleDouble add(DoubleDouble a, double b) {
-  const DoubleDouble s = two_sum(a.hi, b);
+template <class V>
+HVD_SYNCBN_HD DoubleDouble<V> add(DoubleDouble<V> a, V b) {
+  const DoubleDouble<V> s = two_sum(a.hi, b);
   return quick_two_sum(s.hi, s.lo + a.lo);
 }
 
-HVD_SYNCBN_HD DoubleDouble subtract(DoubleDouble a, DoubleDouble b) {
-  const DoubleDouble s = two_sum(a.hi, -b.hi);
-  const DoubleDouble t = two_sum(a.lo, -b.lo);
-  const DoubleDouble u = quick_two_sum(s.hi, s.lo + t.hi);
+template <class V>
+HVD_SYNCBN_HD DoubleDouble<V> subtract(DoubleDouble<V> a, DoubleDouble<V> b) {
+  const DoubleDouble<V> s = two_sum(a.hi, -b.hi);
+  const DoubleDouble<V> t = two_sum(a.lo, -b.lo);
+  const DoubleDouble<V> u = quick_two_sum(s.hi, s.lo + t.hi);
   return quick_two_sum(u.hi, u.lo + t.lo);
 }
 
-HVD_SYNCBN_HD DoubleDouble multiply(DoubleDouble a, DoubleDouble b) {
-  const double p = a.hi * b.hi;
-  const double e = fused(a.lo, b.hi, fused(a.hi, b.lo, fused(a.hi, b.hi, -p)));
+template <class V>
+HVD_SYNCBN_HD DoubleDouble<V> multiply(DoubleDouble<V> a, DoubleDouble<V> b) {
+  const V p = a.hi * b.hi;
+  const V e = fused(a.lo, b.hi, fused(a.hi, b.lo, fused(a.hi, b.hi, -p)));
   return quick_two_sum(p, e);
 }
 
-HVD_SYNCBN_HD DoubleDouble divide(DoubleDouble a, double n) {
-  const double q = a.hi / n;
-  const double r = fused(-q, n, a.hi) + a.lo;
+template <class V>
+HVD_SYNCBN_HD DoubleDouble<V> divide(DoubleDouble<V> a, V n) {
+  const V q = a.hi / n;
+  const V r = fused(-q, n, a.hi) + a.lo;
   return quick_two_sum(q, r / n);
 }
 
-// The exact sum at `limbs` (any carry state), from its highest limb down.
-HVD_SYNCBN_HD DoubleDouble read_sum(const int64_t* limbs) {
+// The exact sum at `limbs` (any carry state) as kDigits doubles of one sign, the highest first, `stride` apart.
+constexpr int kDigits = kLimbs + 1;
+HVD_SYNCBN_HD void read_digits(const int64_t* limbs, int stride, double* digits) {
   int64_t magnitude[kLimbs];
   int64_t carry = 0;
   for (int i = 0; i < kLimbs - 1; ++i) {
@@ -62,35 +70,51 @@ HVD_SYNCBN_HD DoubleDouble read_sum(const int64_t* limbs) {
     for (int i = 0; i < kLimbs; ++i) magnitude[i] = -magnitude[i];
     normalize(magnitude);
   }
-  double unit = 0x1p120;  // 2^((kLimbs - 1) * kLimbBits + kLsbExp)
+  double unit = negative ? -0x1p120 : 0x1p120;  // 2^((kLimbs - 1) * kLimbBits + kLsbExp)
   // The top limb may have 63 bits, more than a double: its upper part goes first.
-  DoubleDouble sum = {static_cast<double>(magnitude[kLimbs - 1] & ~kLimbMask) * unit, 0.0};
+  digits[0] = static_cast<double>(magnitude[kLimbs - 1] & ~kLimbMask) * unit;
   for (int i = kLimbs - 1; i >= 0; --i) {
-    if (magnitude[i] & kLimbMask) sum = add(sum, static_cast<double>(magnitude[i] & kLimbMask) * unit);
+    digits[(kLimbs - i) * stride] = static_cast<double>(magnitude[i] & kLimbMask) * unit;
     unit *= 0x1p-40;
   }
-  if (negative) return {-sum.hi, -sum.lo};
+}
+
+// digit(i) is the i-th of them.
+template <class V, class Digit>
+HVD_SYNCBN_HD DoubleDouble<V> add_digits(const Digit& digit) {
+  DoubleDouble<V> sum = {digit(0), constant<V>(0.0)};
+  for (int i = 1; i < kDigits; ++i) sum = add(sum, digit(i));
   return sum;
 }
 
-// The batch statistics of one channel.
+HVD_SYNCBN_HD DoubleDouble<double> read_sum(const int64_t* limbs) {
+  double digits[kDigits];
+  read_digits(limbs, 1, digits);
+  return add_digits<double>([&](int i) { return digits[i]; });
+}
+
+// The batch statistics of one channel, or of a vector of channels.
+template <class V>
 struct Statistics {
-  double mean, var, invstd;
+  V mean, var, invstd;
 };
 
-HVD_SYNCBN_HD Statistics statistics(const int64_t* packet, int64_t c, int64_t channel, double eps) {
-  const double n = static_cast<double>(packet[1]);
+// From the sums of x and of x^2 over n > 0 values.
+template <class V>
+HVD_SYNCBN_HD Statistics<V> statistics(DoubleDouble<V> a, DoubleDouble<V> b, V n, V eps) {
+  const DoubleDouble<V> mean = divide(a, n);
+  const V var = larger(divide(subtract(b, multiply(a, mean)), n).hi, constant<V>(0.0));
+  return {mean.hi, var, constant<V>(1.0) / square_root(var + eps)};
+}
+
+HVD_SYNCBN_HD Statistics<double> statistics(const int64_t* packet, int64_t c, int64_t channel, double eps) {
   if (packet[nonfinite_at(channel)] != 0) {
     const double nan = canonical_nan<double>();
     return {nan, nan, nan};
   }
   if (packet[1] == 0) return {0, 0, 1 / sqrt(eps)};  // nobody has a value, or all are masked: as Keras has it
-  const DoubleDouble a = read_sum(packet + moment_a_at(c, channel));
-  const DoubleDouble b = read_sum(packet + moment_b_at(c, channel));
-  const DoubleDouble mean = divide(a, n);
-  const double var = divide(subtract(b, multiply(a, mean)), n).hi;
-  const double clipped = var > 0 ? var : 0;
-  return {mean.hi, clipped, 1 / sqrt(clipped + eps)};
+  return statistics(read_sum(packet + moment_a_at(c, channel)), read_sum(packet + moment_b_at(c, channel)),
+                    static_cast<double>(packet[1]), eps);
 }
 
 // `weight`s are f32 values, widened; one rounding follows, into the buffer.
@@ -119,34 +143,58 @@ struct BackwardCoefficients {
   T mean_hi, mean_lo, scale, c1, c2;
 };
 
-template <class T>
-HVD_SYNCBN_HD BackwardCoefficients<T> backward_coefficients(const int64_t* packet, int64_t c, int64_t channel,
-                                                            double mean, double invstd, double gamma) {
-  const ForwardCoefficients<T> forward = forward_coefficients<T>(mean, invstd, gamma, 0.0);
-  const double n = static_cast<double>(packet[1]);
+// c1 and c2 before they are rounded to T.
+template <class V>
+struct GradientMeans {
+  V dy, dyd;
+};
+
+// From the sums of dy and of dy * d over n > 0 values.
+template <class V>
+HVD_SYNCBN_HD GradientMeans<V> gradient_means(DoubleDouble<V> a, DoubleDouble<V> b, V n, V invstd) {
+  return {divide(a, n).hi, invstd * invstd * divide(b, n).hi};
+}
+
+HVD_SYNCBN_HD GradientMeans<double> gradient_means(const int64_t* packet, int64_t c, int64_t channel, double invstd) {
   if (packet[nonfinite_at(channel)] != 0) {
+    const double nan = canonical_nan<double>();
+    return {nan, nan};
+  }
+  if (packet[1] == 0) return {0, 0};
+  return gradient_means(read_sum(packet + moment_a_at(c, channel)), read_sum(packet + moment_b_at(c, channel)),
+                        static_cast<double>(packet[1]), invstd);
+}
+
+template <class T>
+HVD_SYNCBN_HD BackwardCoefficients<T> backward_coefficients(double mean, double invstd, double gamma,
+                                                            GradientMeans<double> means) {
+  if (means.dy != means.dy) {
     const T nan = canonical_nan<T>();
     return {nan, nan, nan, nan, nan};
   }
-  if (packet[1] == 0) return {forward.mean_hi, forward.mean_lo, forward.scale, 0, 0};
-  const double mean_dy = divide(read_sum(packet + moment_a_at(c, channel)), n).hi;
-  const double mean_dyd = divide(read_sum(packet + moment_b_at(c, channel)), n).hi;
-  return {forward.mean_hi, forward.mean_lo, forward.scale, static_cast<T>(mean_dy),
-          static_cast<T>(invstd * invstd * mean_dyd)};
+  const ForwardCoefficients<T> forward = forward_coefficients<T>(mean, invstd, gamma, 0.0);
+  return {forward.mean_hi, forward.mean_lo, forward.scale, static_cast<T>(means.dy), static_cast<T>(means.dyd)};
 }
 
 // This rank's parameter gradients, from its own packet.
+template <class V>
 struct ParameterGradients {
-  double dgamma, dbeta;
+  V dgamma, dbeta;
 };
 
-HVD_SYNCBN_HD ParameterGradients parameter_gradients(const int64_t* packet, int64_t c, int64_t channel, double mean,
-                                                     double invstd) {
+template <class V>
+HVD_SYNCBN_HD ParameterGradients<V> parameter_gradients(DoubleDouble<V> a, DoubleDouble<V> b, V invstd) {
+  return {invstd * b.hi, a.hi};
+}
+
+HVD_SYNCBN_HD ParameterGradients<double> parameter_gradients(const int64_t* packet, int64_t c, int64_t channel,
+                                                             double mean, double invstd) {
   if (packet[nonfinite_at(channel)] != 0 || mean != mean) {
     const double nan = canonical_nan<double>();
     return {nan, nan};
   }
-  return {invstd * read_sum(packet + moment_b_at(c, channel)).hi, read_sum(packet + moment_a_at(c, channel)).hi};
+  return parameter_gradients(read_sum(packet + moment_a_at(c, channel)), read_sum(packet + moment_b_at(c, channel)),
+                             invstd);
 }
 
 // 32 bits that differ where two ranks could not share a batch: FNV-1a over version, dtype, channel count and eps.

@@ -18,6 +18,19 @@ namespace hvd_syncbn {
 HVD_SYNCBN_HD double fused(double a, double b, double c) { return fma(a, b, c); }
 HVD_SYNCBN_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
+// What templates over a double or a vector V of them need of a double.
+template <class V>
+HVD_SYNCBN_HD V constant(double v) {
+  return V::splat(v);
+}
+template <>
+HVD_SYNCBN_HD double constant<double>(double v) {
+  return v;
+}
+HVD_SYNCBN_HD double square_root(double v) { return sqrt(v); }
+HVD_SYNCBN_HD float square_root(float v) { return sqrtf(v); }
+HVD_SYNCBN_HD double larger(double a, double b) { return a > b ? a : b; }  // b where a is NaN
+
 template <class To, class From>
 HVD_SYNCBN_HD To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");

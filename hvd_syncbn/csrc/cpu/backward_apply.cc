@@ -12,6 +12,7 @@ namespace {
 template <class T, bool kRelu>
 struct BackwardApply {
   using Value = Compute<T>;
+  static constexpr int kRows = 2;
   const T* x;
   const T* dy;
   const T* y;
@@ -22,6 +23,10 @@ struct BackwardApply {
   const Value* scale;
   const Value* c1;
   const Value* c2;
+
+  HVD_SYNCBN_INLINE uintptr_t outputs() const {
+    return reinterpret_cast<uintptr_t>(dx) | reinterpret_cast<uintptr_t>(dresidual);
+  }
 
   template <class V>
   struct Coefficients {
@@ -35,14 +40,14 @@ struct BackwardApply {
   HVD_SYNCBN_INLINE Coefficients<V> load(int64_t c) const {
     return {V::load(mean_hi + c), V::load(mean_lo + c), V::load(scale + c), V::load(c1 + c), V::load(c2 + c)};
   }
-  template <class V>
+  template <bool kStream, class V>
   HVD_SYNCBN_INLINE void apply(int64_t i, const Coefficients<V>& k, bool counts) const {
     V g = V::load(dy + i);
     if (kRelu) g = keep_where_positive(g, V::load(y + i));
     // A masked position took no part in the statistics: no gradient flows to it through them.
     const V dx_i = counts ? input_gradient(V::load(x + i), g, k.mean_hi, k.mean_lo, k.scale, k.c1, k.c2) : k.scale * g;
-    dx_i.store(dx + i);
-    if (dresidual != nullptr) g.store(dresidual + i);
+    dx_i.template store<kStream>(dx + i);
+    if (dresidual != nullptr) g.template store<kStream>(dresidual + i);
   }
 };
 

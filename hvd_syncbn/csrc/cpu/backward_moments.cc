@@ -10,18 +10,16 @@ namespace {
 
 template <class T, bool kRelu>
 struct BackwardTerms {
-  static constexpr bool kUsesMean = true;
+  static constexpr bool kNarrow = sizeof(T) < sizeof(double), kSquare = false;
   const T* x;
   const T* dy;
   const T* y;
 
   template <class V>
-  HVD_SYNCBN_INLINE void add(int64_t i, V mean, V* a, V* b) const {
-    const V d = V::load(x + i) - mean;
-    V g = V::load(dy + i);
-    if (kRelu) g = keep_where_positive(g, V::load(y + i));
-    *a = *a + g;
-    *b = fused(g, d, *b);
+  HVD_SYNCBN_INLINE void load(int64_t i, V mean, V* g, V* d) const {
+    *d = V::load(x + i) - mean;
+    *g = V::load(dy + i);
+    if (kRelu) *g = keep_where_positive(*g, V::load(y + i));
   }
   HVD_SYNCBN_INLINE void prefetch(int64_t i) const {
     __builtin_prefetch(x + i, 0, 2);

@@ -1,8 +1,7 @@
 // Forward apply: y = relu?(fma(d, scale, shift) + residual?), d = (x - mean_hi) - mean_lo, element by element.
 //
 // Traffic: x (and the residual) are read once, y is written once; four coefficients per channel stay in cache.
-// Geometry: channels first, one unit is a piece of one row (n, c), its coefficients in registers; channels last, one
-// unit is the c channels of one position, the coefficients read along.
+// Geometry: see apply.h.
 #include "apply.h"
 
 namespace hvd_syncbn {
@@ -12,6 +11,7 @@ namespace {
 template <class T, bool kResidual, bool kRelu>
 struct ForwardApply {
   using Value = Compute<T>;
+  static constexpr int kRows = 4;
   const T* x;
   const T* residual;
   T* y;
@@ -19,6 +19,8 @@ struct ForwardApply {
   const Value* mean_lo;
   const Value* scale;
   const Value* shift;
+
+  HVD_SYNCBN_INLINE uintptr_t outputs() const { return reinterpret_cast<uintptr_t>(y); }
 
   template <class V>
   struct Coefficients {
@@ -32,12 +34,12 @@ struct ForwardApply {
   HVD_SYNCBN_INLINE Coefficients<V> load(int64_t c) const {
     return {V::load(mean_hi + c), V::load(mean_lo + c), V::load(scale + c), V::load(shift + c)};
   }
-  template <class V>
+  template <bool kStream, class V>
   HVD_SYNCBN_INLINE void apply(int64_t i, const Coefficients<V>& k, bool) const {
     V v = normalized(V::load(x + i), k.mean_hi, k.mean_lo, k.scale, k.shift);
     if (kResidual) v = v + V::load(residual + i);
     if (kRelu) v = relu(v);
-    v.store(y + i);
+    v.template store<kStream>(y + i);
   }
 };
 

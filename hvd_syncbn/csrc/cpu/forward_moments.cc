@@ -10,20 +10,13 @@ namespace {
 
 template <class T>
 struct ForwardTerms {
-  static constexpr bool kUsesMean = false;
+  static constexpr bool kNarrow = sizeof(T) < sizeof(double), kSquare = true;
   const T* x;
   const uint8_t* mask;
 
   template <class V>
-  HVD_SYNCBN_INLINE void add(int64_t i, V, V* a, V* b) const {
-    const V v = V::load(x + i);
-    *a = *a + v;
-#if defined(__AVX2__)
-    *b = fused(v, v, *b);
-#else
-    // Without the instruction a fused multiply-add is a library call; the square of a value of 24 bits is exact anyway.
-    *b = sizeof(T) == sizeof(double) ? fused(v, v, *b) : *b + v * v;
-#endif
+  HVD_SYNCBN_INLINE void load(int64_t i, V, V* g, V* d) const {
+    *g = *d = V::load(x + i);
   }
   HVD_SYNCBN_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2); }
   HVD_SYNCBN_INLINE bool masked() const { return mask != nullptr; }

@@ -6,14 +6,17 @@
 
 namespace hvd_syncbn {
 
-// Channels that one unit of the moment kernels covers. Channels last, memory is read at speed only if (nearly) whole
-// rows are, and 512 channels' sums stay in the second-level cache; channels first, small tiles give threads more units.
-constexpr int kMaxTile = 512;
+// Channels that one unit of the moment kernels covers, at most. Channels last, memory is read at speed only if (nearly)
+// whole rows are; the sums of 1024 channels stay in the second-level cache, and with them 32 lanes of 512. Channels
+// first, small tiles give threads more units.
+constexpr int kMaxTile = 1024;
+constexpr int kMaxLaneTile = 512;
 
 inline int tile_width(const hvd_syncbn_shape& shape) {
   if (shape.layout == HVD_SYNCBN_CHANNELS_LAST || shape.s == 1) {
-    const int64_t tiles = (shape.c + kMaxTile - 1) / kMaxTile;
-    return tiles < 2 ? kMaxTile : static_cast<int>(((shape.c + tiles - 1) / tiles + 15) / 16 * 16);
+    const int widest = shape.s == 1 ? kMaxTile : kMaxLaneTile;
+    const int64_t tiles = (shape.c + widest - 1) / widest;
+    return tiles < 2 ? widest : static_cast<int>(((shape.c + tiles - 1) / tiles + 15) / 16 * 16);
   }
   return shape.s < 1024 ? 64 : 16;
 }

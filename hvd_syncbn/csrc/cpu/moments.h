@@ -1,7 +1,8 @@
 // Piece sums in the canonical order (docs/protocol.md, 1), for the two moment kernels.
 //
-// A kernel brings Terms: what one element adds to the two moments.
-//   terms.add(i, mean, &a, &b)    element (or vector of elements) at offset i
+// A kernel brings Terms: an element adds g to the first moment, g * d to the second.
+//   terms.load(i, mean, &g, &d)   of the element (or vector of elements) at offset i
+//   kNarrow, kSquare              g has at most 24 bits; d is g
 //   terms.masked(), counts(row)   whether there is a mask; false: this position is masked (channels last only; channels
 //                                 first masks beforehand)
 //   terms.prefetch(i)             a hint that element i is needed soon
@@ -19,6 +20,21 @@ namespace HVD_SYNCBN_PATH {
 struct Moments {
   double a, b;
 };
+
+template <class Terms, class V>
+HVD_SYNCBN_INLINE void add_element(const Terms& terms, int64_t i, V mean, V* a, V* b) {
+  V g, d;
+  terms.load(i, mean, &g, &d);
+  *a = *a + g;
+#if !defined(__AVX2__)
+  // Without the instruction a fused multiply-add is a library call.
+  if (Terms::kNarrow && Terms::kSquare) {  // exact as it is
+    *b = *b + g * d;
+    return;
+  }
+#endif
+  *b = fused(g, d, *b);
+}
 
 // lane[j] += lane[j + w] for w = 16, 8, 4, 2, 1.
 HVD_SYNCBN_INLINE double fold(double* lane) {
@@ -64,7 +80,7 @@ HVD_SYNCBN_INLINE Moments row_piece(const Terms& terms, int64_t offset, int leng
       }
       for (int64_t i = offset + start + pass; i < offset + stop; i += kLanes) {
 #pragma GCC unroll 32
-        for (int v = 0; v < kVectors; ++v) terms.add(i + v * F64::N, mean_vector, &a[v], &b[v]);
+        for (int v = 0; v < kVectors; ++v) add_element(terms, i + v * F64::N, mean_vector, &a[v], &b[v]);
       }
       for (int v = 0; v < kVectors; ++v) {
         a[v].keep(lane_a + pass + v * F64::N);
@@ -76,13 +92,13 @@ HVD_SYNCBN_INLINE Moments row_piece(const Terms& terms, int64_t offset, int leng
   int j = 0;
   for (; j + F64::N <= rest; j += F64::N) {
     F64 a = F64::load(lane_a + j), b = F64::load(lane_b + j);
-    terms.add(offset + whole + j, mean_vector, &a, &b);
+    add_element(terms, offset + whole + j, mean_vector, &a, &b);
     a.keep(lane_a + j);
     b.keep(lane_b + j);
   }
   for (; j < rest; ++j) {
     S64 a = S64::load(lane_a + j), b = S64::load(lane_b + j);
-    terms.add(offset + whole + j, S64::splat(mean), &a, &b);
+    add_element(terms, offset + whole + j, S64::splat(mean), &a, &b);
     a.keep(lane_a + j);
     b.keep(lane_b + j);
   }
@@ -104,12 +120,12 @@ HVD_SYNCBN_INLINE int lane_columns(const Terms& terms, const int64_t* offsets, i
       const int at = c + v * V::N;
       sum_a[v] = start ? V::splat(0.0) : V::load(a + at);
       sum_b[v] = start ? V::splat(0.0) : V::load(b + at);
-      if (Terms::kUsesMean) mean_vector[v] = V::load(mean + at);
+      if (!Terms::kSquare) mean_vector[v] = V::load(mean + at);
     }
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        terms.add(offsets[r] + c + v * V::N, mean_vector[v], &sum_a[v], &sum_b[v]);
+        add_element(terms, offsets[r] + c + v * V::N, mean_vector[v], &sum_a[v], &sum_b[v]);
       }
     }
     for (int v = 0; v < kVectors; ++v) {
@@ -123,6 +139,8 @@ HVD_SYNCBN_INLINE int lane_columns(const Terms& terms, const int64_t* offsets, i
 // A piece of at most kShort positions stays in the cache, so its lanes can be visited in the order of the fold: for one
 // group of channels, lanes j, j + 8, j + 16 and j + 24 are added up in registers, for j = 0 .. 7.
 constexpr int kShort = kLanes * kRows;
+// Pieces of one element are taken this many samples at a time, while the bins of a channel are in registers.
+constexpr int kSingles = 8;
 constexpr int kStrands = 8;
 
 template <class V, int kVectors>
@@ -142,8 +160,8 @@ HVD_SYNCBN_INLINE void strand(const Terms& terms, int64_t offset, int64_t stride
     for (int v = 0; v < kVectors; ++v) sums->a[v] = sums->b[v] = V::splat(0.0);
     for (int r = j; r < length; r += kLanes) {
       const int64_t i = offset + r * stride;
-      terms.prefetch(i + 4 * kVectors * V::N);
-      for (int v = 0; v < kVectors; ++v) terms.add(i + v * V::N, mean[v], &sums->a[v], &sums->b[v]);
+      terms.prefetch(i + 2 * kVectors * V::N);
+      for (int v = 0; v < kVectors; ++v) add_element(terms, i + v * V::N, mean[v], &sums->a[v], &sums->b[v]);
     }
   } else {
     strand<2 * kWidth>(terms, offset, stride, length, j, mean, sums);
@@ -157,12 +175,12 @@ HVD_SYNCBN_INLINE void strand(const Terms& terms, int64_t offset, int64_t stride
 
 template <class V, int kVectors, class Terms>
 HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t stride, int length, int c, int width,
-                                    const double* mean, double* a, double* b) {
+                                    const double* mean, TileSums* tile) {
   constexpr int kStep = kVectors * V::N;
   const int strands = length < kStrands ? length : kStrands;
   for (; c + kStep <= width; c += kStep) {
     V mean_vector[kVectors] = {};
-    if (Terms::kUsesMean) {
+    if (!Terms::kSquare) {
       for (int v = 0; v < kVectors; ++v) mean_vector[v] = V::load(mean + c + v * V::N);
     }
     Sums<V, kVectors> sums[kStrands];
@@ -171,23 +189,71 @@ HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t 
       for (int j = 0; j < w && j + w < strands; ++j) sums[j].add(sums[j + w]);
     }
     for (int v = 0; v < kVectors; ++v) {
-      sums[0].a[v].keep(a + c + v * V::N);
-      sums[0].b[v].keep(b + c + v * V::N);
+      tile->add<V, 1>(c + v * V::N, [&](int, V* value) {
+        value[0] = sums[0].a[v];
+        value[1] = sums[0].b[v];
+      });
     }
   }
   return c;
 }
 
+// Pieces of one element: kCount rows from the offset on.
+template <class V, int kVectors, int kCount, class Terms>
+HVD_SYNCBN_INLINE int single_columns(const Terms& terms, int64_t offset, int64_t stride, int c, int width,
+                                     const double* mean, TileSums* tile) {
+  constexpr int kStep = kVectors * V::N;
+  for (; c + kStep <= width; c += kStep) {
+    V means[kVectors] = {};
+    if (!Terms::kSquare) {
+      for (int v = 0; v < kVectors; ++v) means[v] = V::load(mean + c + v * V::N);
+    }
+    const auto factors = [&](int r, int i, V* g, V* d) {
+      terms.load(offset + r * stride + c + i, means[i / V::N], g, d);
+    };
+    if constexpr (V::N > 1 && kCount > 1 && Terms::kNarrow) {
+      tile->add_products<V, kVectors, kCount, Terms::kSquare>(c, factors);
+    } else {
+      for (int i = 0; i < kStep; i += V::N) {
+        tile->add<V, kCount>(c + i, [&](int r, V* value) {
+          V d;
+          factors(r, i, value, &d);
+          value[1] = value[0] * d;
+        });
+      }
+    }
+  }
+  return c;
+}
+
+// A piece that lies in arrays, a value per channel.
+template <class V>
+HVD_SYNCBN_INLINE int add_columns(const double* a, const double* b, int c, int width, TileSums* tile) {
+  for (; c + V::N <= width; c += V::N) {
+    tile->add<V, 1>(c, [&](int, V* value) {
+      value[0] = V::load(a + c);
+      value[1] = V::load(b + c);
+    });
+  }
+  return c;
+}
+
+HVD_SYNCBN_INLINE void add_tile(const double* a, const double* b, int width, TileSums* tile) {
+  const int c = add_columns<F64>(a, b, 0, width, tile);
+  if (F64::N > 1) add_columns<S64>(a, b, c, width, tile);
+}
+
 template <class Terms>
 HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length, int64_t channels, int64_t first,
-                                    int width, const double* mean, double (*a)[kMaxTile], double (*b)[kMaxTile]) {
+                                    int width, const double* mean, double (*a)[kMaxLaneTile], double (*b)[kMaxLaneTile],
+                                    TileSums* tile) {
   if (length <= kShort && !terms.masked()) {
-    constexpr int kGroup = Terms::kUsesMean ? 2 : 4;  // more vectors than that do not fit the registers
+    constexpr int kGroup = 4;  // more vectors than that do not fit the registers
     const int64_t offset = row * channels + first;
     int c = 0;
-    c = short_columns<F64, kGroup>(terms, offset, channels, length, c, width, mean, a[0], b[0]);
-    c = short_columns<F64, 1>(terms, offset, channels, length, c, width, mean, a[0], b[0]);
-    if (F64::N > 1) short_columns<S64, 1>(terms, offset, channels, length, c, width, mean, a[0], b[0]);
+    c = short_columns<F64, kGroup>(terms, offset, channels, length, c, width, mean, tile);
+    c = short_columns<F64, 1>(terms, offset, channels, length, c, width, mean, tile);
+    if (F64::N > 1) short_columns<S64, 1>(terms, offset, channels, length, c, width, mean, tile);
     return;
   }
   const int lanes = length < kLanes ? length : kLanes;  // adding the +0.0 of a lane without positions changes nothing
@@ -211,6 +277,7 @@ HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length,
       for (int c = 0; c < width; ++c) b[j][c] += b[j + w][c];
     }
   }
+  add_tile(a[0], b[0], width, tile);
 }
 
 // Walks units [begin, end). `mean` is NULL where the terms do not use it; `row(n, c, piece)` hands over the piece's
@@ -221,32 +288,53 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
   const int64_t pieces = (shape.s + kPiece - 1) / kPiece;
   const int tile_channels = tile_width(shape);
   const int64_t units_of_tile = shape.n * pieces;
-  const bool last = shape.layout == HVD_SYNCBN_CHANNELS_LAST || shape.s == 1;
+  const bool last = shape.layout == HVD_SYNCBN_CHANNELS_LAST;
   TileSums sums;
-  double a[kLanes][kMaxTile], b[kLanes][kMaxTile];
+  double a[kLanes][kMaxLaneTile], b[kLanes][kMaxLaneTile];
   while (begin < end) {
     const int64_t tile = begin / units_of_tile;
     const int64_t stop = end < (tile + 1) * units_of_tile ? end : (tile + 1) * units_of_tile;
     const int64_t first = tile * tile_channels;
     const int width = static_cast<int>(shape.c - first < tile_channels ? shape.c - first : tile_channels);
+    const bool alone = begin == tile * units_of_tile && stop - begin == units_of_tile;
     sums.begin(width);
-    for (; begin < stop; ++begin) {
+    while (begin < stop) {
       const int64_t unit = begin - tile * units_of_tile;
+      if (shape.s == 1) {
+        const int64_t offset = unit * shape.c + first;
+        const double* const means = mean ? mean + first : nullptr;
+        const bool group = !terms.masked() && stop - begin >= kSingles;
+        begin += group ? kSingles : 1;
+        if (!terms.counts(unit)) continue;
+        sums.expect(group ? kSingles : 1);
+        int c = 0;
+        if (group) {
+          c = single_columns<F64, 2, kSingles>(terms, offset, shape.c, c, width, means, &sums);
+          c = single_columns<S64, 1, kSingles>(terms, offset, shape.c, c, width, means, &sums);
+        } else {
+          c = single_columns<F64, 1, 1>(terms, offset, shape.c, c, width, means, &sums);
+          c = single_columns<S64, 1, 1>(terms, offset, shape.c, c, width, means, &sums);
+        }
+        continue;
+      }
+      ++begin;
       const int64_t n = unit / pieces, piece = unit - n * pieces;
       const int64_t position = piece * kPiece;
       const int length = static_cast<int>(shape.s - position < kPiece ? shape.s - position : kPiece);
+      sums.expect(1);
       if (last) {
-        column_piece(terms, n * shape.s + position, length, shape.c, first, width, mean ? mean + first : nullptr, a, b);
+        column_piece(terms, n * shape.s + position, length, shape.c, first, width, mean ? mean + first : nullptr, a, b,
+                     &sums);
       } else {
         for (int i = 0; i < width; ++i) {
           const Moments m = row(n, first + i, position, length, mean ? mean[first + i] : 0.0);
           a[0][i] = m.a;
           b[0][i] = m.b;
         }
+        add_tile(a[0], b[0], width, &sums);
       }
-      sums.add(a[0], b[0]);
     }
-    sums.finish(packet, shape.c, first);
+    sums.finish(packet, shape.c, first, alone);
   }
 }
 

@@ -2,8 +2,13 @@
 // it (baseline, avx2, avx512); all that differs between paths is in this file.
 //
 // F64 and F32 hold N values; S64 and S32 hold one and serve tails, and everything in the baseline path. All have
-//   load(p)     N elements of any type, widened (exact)        store(p)   rounded once, NaN made canonical
+//   load(p)     N elements of any type, widened (exact)
+//   store<kStream>(p)   rounded once, NaN made canonical; kStream: past the caches, to an aligned address
 //   splat(v)    + - *    fused(a, b, c)    relu(v)    keep_where_positive(v, y)
+// and those of float64, for the exact sums (tile_sums.h) and what is made of them (../common/finish.h),
+//   -a    a / b    square_root(v)
+//   a | b, a & b (of the bits)    magnitude(v)    larger(a, b), smaller(a, b): b where a is NaN
+//   any_above(a, b)    any_nonzero(v)
 #ifndef HVD_SYNCBN_CPU_SIMD_H_
 #define HVD_SYNCBN_CPU_SIMD_H_
 
@@ -33,7 +38,7 @@ struct Scalar {
     return {static_cast<T>(widen(*p))};
   }
   static HVD_SYNCBN_INLINE Scalar splat(T value) { return {value}; }
-  template <class Element>
+  template <bool kStream, class Element>
   HVD_SYNCBN_INLINE void store(Element* p) const {
     narrow(v, p);
   }
@@ -41,17 +46,68 @@ struct Scalar {
   HVD_SYNCBN_INLINE void keep(T* p) const { *p = v; }
   friend HVD_SYNCBN_INLINE Scalar operator+(Scalar a, Scalar b) { return {a.v + b.v}; }
   friend HVD_SYNCBN_INLINE Scalar operator-(Scalar a, Scalar b) { return {a.v - b.v}; }
+  friend HVD_SYNCBN_INLINE Scalar operator-(Scalar a) { return {-a.v}; }
   friend HVD_SYNCBN_INLINE Scalar operator*(Scalar a, Scalar b) { return {a.v * b.v}; }
+  friend HVD_SYNCBN_INLINE Scalar operator/(Scalar a, Scalar b) { return {a.v / b.v}; }
+  friend HVD_SYNCBN_INLINE Scalar square_root(Scalar a) { return {hvd_syncbn::square_root(a.v)}; }
   friend HVD_SYNCBN_INLINE Scalar fused(Scalar a, Scalar b, Scalar c) { return {hvd_syncbn::fused(a.v, b.v, c.v)}; }
   friend HVD_SYNCBN_INLINE Scalar relu(Scalar a) { return {hvd_syncbn::relu(a.v)}; }
   friend HVD_SYNCBN_INLINE Scalar keep_where_positive(Scalar a, Scalar y) {
     return {hvd_syncbn::keep_where_positive(a.v, y.v)};
   }
+  friend HVD_SYNCBN_INLINE Scalar operator|(Scalar a, Scalar b) {
+    static_assert(sizeof(T) == sizeof(uint64_t), "for float64");
+    return {bit_cast<T>(bit_cast<uint64_t>(a.v) | bit_cast<uint64_t>(b.v))};
+  }
+  friend HVD_SYNCBN_INLINE Scalar operator&(Scalar a, Scalar b) {
+    return {bit_cast<T>(bit_cast<uint64_t>(a.v) & bit_cast<uint64_t>(b.v))};
+  }
+  friend HVD_SYNCBN_INLINE Scalar magnitude(Scalar a) { return {fabs(a.v)}; }
+  friend HVD_SYNCBN_INLINE Scalar larger(Scalar a, Scalar b) { return {a.v > b.v ? a.v : b.v}; }
+  friend HVD_SYNCBN_INLINE Scalar smaller(Scalar a, Scalar b) { return {a.v < b.v ? a.v : b.v}; }
+  friend HVD_SYNCBN_INLINE bool any_above(Scalar a, Scalar b) { return a.v > b.v; }
+  friend HVD_SYNCBN_INLINE bool any_nonzero(Scalar a) { return a.v != 0; }
 };
 using S64 = Scalar<double>;
 using S32 = Scalar<float>;
 
+#if defined(__AVX512F__) || defined(__AVX2__)
+
+template <bool kStream>
+HVD_SYNCBN_INLINE void put(void* p, __m128i v) {
+  kStream ? _mm_stream_si128(static_cast<__m128i*>(p), v) : _mm_storeu_si128(static_cast<__m128i*>(p), v);
+}
+template <bool kStream>
+HVD_SYNCBN_INLINE void put(void* p, __m256i v) {
+  kStream ? _mm256_stream_si256(static_cast<__m256i*>(p), v) : _mm256_storeu_si256(static_cast<__m256i*>(p), v);
+}
+template <bool kStream>
+HVD_SYNCBN_INLINE void put(float* p, __m256 v) {
+  kStream ? _mm256_stream_ps(p, v) : _mm256_storeu_ps(p, v);
+}
+template <bool kStream>
+HVD_SYNCBN_INLINE void put(double* p, __m256d v) {
+  kStream ? _mm256_stream_pd(p, v) : _mm256_storeu_pd(p, v);
+}
+// Orders streamed stores before everything that follows.
+HVD_SYNCBN_INLINE void end_stream() { _mm_sfence(); }
+
+#else
+
+HVD_SYNCBN_INLINE void end_stream() {}
+
+#endif
+
 #if defined(__AVX512F__)
+
+template <bool kStream>
+HVD_SYNCBN_INLINE void put(float* p, __m512 v) {
+  kStream ? _mm512_stream_ps(p, v) : _mm512_storeu_ps(p, v);
+}
+template <bool kStream>
+HVD_SYNCBN_INLINE void put(double* p, __m512d v) {
+  kStream ? _mm512_stream_pd(p, v) : _mm512_storeu_pd(p, v);
+}
 
 struct F32 {
   static constexpr int N = 16;
@@ -70,16 +126,20 @@ struct F32 {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return {_mm512_mask_mov_ps(v, nan, _mm512_set1_ps(canonical_nan<float>()))};
   }
-  HVD_SYNCBN_INLINE void store(float* p) const { _mm512_storeu_ps(p, canonical().v); }
-  HVD_SYNCBN_INLINE void store(Half* p) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtps_ph(canonical().v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  template <bool kStream>
+  HVD_SYNCBN_INLINE void store(float* p) const {
+    put<kStream>(p, canonical().v);
   }
+  template <bool kStream>
+  HVD_SYNCBN_INLINE void store(Half* p) const {
+    put<kStream>(p, _mm512_cvtps_ph(canonical().v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  template <bool kStream>
   HVD_SYNCBN_INLINE void store(BFloat16* p) const {
     const __m512i bits = _mm512_castps_si512(canonical().v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    put<kStream>(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
   }
   friend HVD_SYNCBN_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend HVD_SYNCBN_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -105,19 +165,32 @@ struct F64 {
     return {_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)))};
   }
   static HVD_SYNCBN_INLINE F64 splat(double value) { return {_mm512_set1_pd(value)}; }
+  template <bool kStream>
   HVD_SYNCBN_INLINE void store(double* p) const {
     const __mmask8 nan = _mm512_cmp_pd_mask(v, v, _CMP_UNORD_Q);
-    _mm512_storeu_pd(p, _mm512_mask_mov_pd(v, nan, _mm512_set1_pd(canonical_nan<double>())));
+    put<kStream>(p, _mm512_mask_mov_pd(v, nan, _mm512_set1_pd(canonical_nan<double>())));
   }
   HVD_SYNCBN_INLINE void keep(double* p) const { _mm512_storeu_pd(p, v); }
   friend HVD_SYNCBN_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
   friend HVD_SYNCBN_INLINE F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 operator-(F64 a) { return {_mm512_xor_pd(_mm512_set1_pd(-0.0), a.v)}; }
   friend HVD_SYNCBN_INLINE F64 operator*(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 operator/(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 square_root(F64 a) { return {_mm512_sqrt_pd(a.v)}; }
   friend HVD_SYNCBN_INLINE F64 fused(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   friend HVD_SYNCBN_INLINE F64 keep_where_positive(F64 a, F64 y) {
     return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y.v, _mm512_setzero_pd(), _CMP_NLE_UQ), a.v)};
   }
   friend HVD_SYNCBN_INLINE F64 relu(F64 a) { return keep_where_positive(a, a); }
+  friend HVD_SYNCBN_INLINE F64 operator|(F64 a, F64 b) { return {_mm512_or_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 operator&(F64 a, F64 b) { return {_mm512_and_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 magnitude(F64 a) { return {_mm512_abs_pd(a.v)}; }
+  friend HVD_SYNCBN_INLINE F64 larger(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 smaller(F64 a, F64 b) { return {_mm512_min_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE bool any_above(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+  friend HVD_SYNCBN_INLINE bool any_nonzero(F64 a) {
+    return _mm512_cmp_pd_mask(a.v, _mm512_setzero_pd(), _CMP_NEQ_UQ) != 0;
+  }
 };
 
 #elif defined(__AVX2__)
@@ -139,18 +212,22 @@ struct F32 {
     const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
     return {_mm256_blendv_ps(v, _mm256_set1_ps(canonical_nan<float>()), nan)};
   }
-  HVD_SYNCBN_INLINE void store(float* p) const { _mm256_storeu_ps(p, canonical().v); }
-  HVD_SYNCBN_INLINE void store(Half* p) const {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm256_cvtps_ph(canonical().v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  template <bool kStream>
+  HVD_SYNCBN_INLINE void store(float* p) const {
+    put<kStream>(p, canonical().v);
   }
+  template <bool kStream>
+  HVD_SYNCBN_INLINE void store(Half* p) const {
+    put<kStream>(p, _mm256_cvtps_ph(canonical().v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  template <bool kStream>
   HVD_SYNCBN_INLINE void store(BFloat16* p) const {
     const __m256i bits = _mm256_castps_si256(canonical().v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
     const __m256i high = _mm256_srli_epi32(rounded, 16);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+    put<kStream>(p, packed);
   }
   friend HVD_SYNCBN_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend HVD_SYNCBN_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -176,19 +253,34 @@ struct F64 {
     return {_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(wide, 16)))};
   }
   static HVD_SYNCBN_INLINE F64 splat(double value) { return {_mm256_set1_pd(value)}; }
+  template <bool kStream>
   HVD_SYNCBN_INLINE void store(double* p) const {
     const __m256d nan = _mm256_cmp_pd(v, v, _CMP_UNORD_Q);
-    _mm256_storeu_pd(p, _mm256_blendv_pd(v, _mm256_set1_pd(canonical_nan<double>()), nan));
+    put<kStream>(p, _mm256_blendv_pd(v, _mm256_set1_pd(canonical_nan<double>()), nan));
   }
   HVD_SYNCBN_INLINE void keep(double* p) const { _mm256_storeu_pd(p, v); }
   friend HVD_SYNCBN_INLINE F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
   friend HVD_SYNCBN_INLINE F64 operator-(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 operator-(F64 a) { return {_mm256_xor_pd(_mm256_set1_pd(-0.0), a.v)}; }
   friend HVD_SYNCBN_INLINE F64 operator*(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 operator/(F64 a, F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 square_root(F64 a) { return {_mm256_sqrt_pd(a.v)}; }
   friend HVD_SYNCBN_INLINE F64 fused(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   friend HVD_SYNCBN_INLINE F64 keep_where_positive(F64 a, F64 y) {
     return {_mm256_and_pd(_mm256_cmp_pd(y.v, _mm256_setzero_pd(), _CMP_NLE_UQ), a.v)};
   }
   friend HVD_SYNCBN_INLINE F64 relu(F64 a) { return keep_where_positive(a, a); }
+  friend HVD_SYNCBN_INLINE F64 operator|(F64 a, F64 b) { return {_mm256_or_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 operator&(F64 a, F64 b) { return {_mm256_and_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 magnitude(F64 a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)}; }
+  friend HVD_SYNCBN_INLINE F64 larger(F64 a, F64 b) { return {_mm256_max_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE F64 smaller(F64 a, F64 b) { return {_mm256_min_pd(a.v, b.v)}; }
+  friend HVD_SYNCBN_INLINE bool any_above(F64 a, F64 b) {
+    return _mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)) != 0;
+  }
+  friend HVD_SYNCBN_INLINE bool any_nonzero(F64 a) {
+    return _mm256_movemask_pd(_mm256_cmp_pd(a.v, _mm256_setzero_pd(), _CMP_NEQ_UQ)) != 0;
+  }
 };
 
 #else  // baseline: plain C++, any machine

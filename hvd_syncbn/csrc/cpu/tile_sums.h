@@ -1,12 +1,14 @@
 // The exact sums of one tile of channels, while a thread walks its units.
 //
 // Splitting every piece value into limbs costs some 25 scalar instructions, too many where pieces are short. So a value
-// is first cut in two at 2^e, e chosen per channel from the values seen: `high` is its multiple of 2^e, `low` the rest,
-// and both parts are added as float64. That is exact as long as
-//   |v| <= 2^(e + kReach)                     then kFlush highs stay under 2^53 units of 2^e
-//   v is a multiple of 2^(e - kReach - 1)     then kFlush lows do, of that unit
-// which is checked for every value; one that fails goes to the limbs directly. After kFlush values both parts are split
-// into limbs. The result is the same integer whatever e was, so no rule about e is part of the protocol.
+// v is first added to two float64 bins per channel. The high bin stays between 2^(52 + e) and 2^(53 + e), so adding to
+// it rounds to a multiple of 2^e; what that leaves of v goes to the low bin, whose unit is 2^(e - kReach - 1). That is
+// exact as long as
+//   |v| <= 2^(e + kReach)                     then kFlush of them leave the high bin between its bounds
+//   v is a multiple of 2^(e - kReach - 1)     which the low bin shows: its addition lost nothing
+// which is checked for every value; one that fails goes to the limbs directly. After kFlush values both bins are split
+// into limbs. e is chosen per channel, from its first values and then from the last one that failed; the result is the
+// same integer whatever it was, so no rule about e is part of the protocol.
 #ifndef HVD_SYNCBN_CPU_TILE_SUMS_H_
 #define HVD_SYNCBN_CPU_TILE_SUMS_H_
 
@@ -17,26 +19,34 @@
 namespace hvd_syncbn {
 namespace HVD_SYNCBN_PATH {
 
-constexpr int kReach = 43;
-constexpr int kFlush = 1 << 9;
+constexpr int kReach = 39;
+constexpr int kFlush = 1 << 12;
+// The low bin's unit stays above 2^kLsbExp, because what is smaller has to be dropped value by value; and kFlush of the
+// largest values stay in the range of an exact sum, because what is larger has to be counted value by value.
+constexpr int kMinLimit = kLsbExp + kReach + 1 + kReach;
+constexpr int kMaxLimit = kLimbs * kLimbBits + kLsbExp - 2 - 12;
+// An empty bin, in units of the limit 2^(e + kReach).
+constexpr double kEmptyHigh = 0x1.8p13;
+constexpr double kEmptyLow = 0x1.8p-27;
+static_assert(kReach == 39 && kFlush == 1 << 12,
+              "kEmptyHigh is 1.5 * 2^(52 - kReach), kEmptyLow 1.5 * 2^(51 - 2 kReach)");
 
-#if defined(__AVX512F__)
-// One bit per value: 1 where the value may not be added as it is.
-HVD_SYNCBN_INLINE unsigned outside(F64 v, F64 limit, F64 rest, F64 rounded_rest) {
-  const __mmask8 large = _mm512_cmp_pd_mask(_mm512_abs_pd(v.v), limit.v, _CMP_NLE_UQ);
-  return large | _mm512_cmp_pd_mask(rest.v, rounded_rest.v, _CMP_NEQ_UQ);
-}
-#elif defined(__AVX2__)
-HVD_SYNCBN_INLINE unsigned outside(F64 v, F64 limit, F64 rest, F64 rounded_rest) {
-  const __m256d magnitude = _mm256_andnot_pd(_mm256_set1_pd(-0.0), v.v);
-  const __m256d large = _mm256_cmp_pd(magnitude, limit.v, _CMP_NLE_UQ);
-  const __m256d fine = _mm256_cmp_pd(rest.v, rounded_rest.v, _CMP_NEQ_UQ);
-  return static_cast<unsigned>(_mm256_movemask_pd(_mm256_or_pd(large, fine)));
-}
-#endif
-HVD_SYNCBN_INLINE unsigned outside(S64 v, S64 limit, S64 rest, S64 rounded_rest) {
-  return !(fabs(v.v) <= limit.v) || rest.v != rounded_rest.v;
-}
+// The bins of V::N channels.
+template <class V>
+struct Bins {
+  V high, low;
+
+  // Adds v. Returns what was lost: not 0 (or NaN) where v is not a multiple of the low bin's unit, or not finite.
+  HVD_SYNCBN_INLINE V add(V v) {
+    const V sum_high = high + v;
+    const V rest = v - (sum_high - high);
+    const V sum_low = low + rest;
+    const V lost = rest - (sum_low - low);
+    high = sum_high;
+    low = sum_low;
+    return lost;
+  }
+};
 
 class TileSums {
  public:
@@ -45,40 +55,129 @@ class TileSums {
     width_ = width;
     added_ = 0;
     flushes_ = 0;
+    unplaced_ = true;
     memset(nonfinite_, 0, width * sizeof(nonfinite_[0]));
-    for (int m = 0; m < 2; ++m) {
-      memset(limbs_[m], 0, width * sizeof(limbs_[m][0]));
-      memset(high_[m], 0, width * sizeof(double));
-      memset(low_[m], 0, width * sizeof(double));
-      for (int c = 0; c < width; ++c) place(m, c, -20);
+    for (int m = 0; m < 2; ++m) memset(limbs_[m], 0, width * sizeof(limbs_[m][0]));
+  }
+
+  // To be called before up to `values` (at most kFlush) are added to each channel.
+  HVD_SYNCBN_INLINE void expect(int values) {
+    if (added_ + values > kFlush) flush();
+    added_ += values;
+    first_ = unplaced_;
+    unplaced_ = false;
+  }
+
+  // Adds kCount values of both moments to each of V::N channels from c: value(r, v) writes the r-th of them to v[2].
+  template <class V, int kCount, class Value>
+  HVD_SYNCBN_INLINE void add(int c, const Value& value) {
+    V lost = V::splat(0.0), largest[2] = {lost, lost}, v[2];
+    if (__builtin_expect(first_, 0)) {
+      for (int r = 0; r < kCount; ++r) {
+        value(r, v);
+        for (int m = 0; m < 2; ++m) largest[m] = larger(magnitude(v[m]), largest[m]);
+      }
+      for (int m = 0; m < 2; ++m) place(m, c, largest[m], kCount == 1 ? 8 : 3);
+    }
+    Bins<V> bins[2] = {load<V>(0, c), load<V>(1, c)};
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+      value(r, v);
+      for (int m = 0; m < 2; ++m) {
+        largest[m] = larger(magnitude(v[m]), largest[m]);
+        lost = lost | bins[m].add(v[m]);
+      }
+    }
+    if (__builtin_expect(any_nonzero(lost) || any_above(largest[0], V::load(limit_[0] + c)) ||
+                             any_above(largest[1], V::load(limit_[1] + c)),
+                         0)) {
+      for (int r = 0; r < kCount; ++r) {
+        value(r, v);
+        add_each(c, v);
+      }
+      return;
+    }
+    keep(0, c, bins[0]);
+    keep(1, c, bins[1]);
+  }
+
+  // The same for kVectors * V::N channels where the values are g and g * d, g of 24 bits, which seldom needs a low bin:
+  // factors(r, i, &g, &d) gives the r-th of them in channels c + i. kSquare: d is g; then, if nothing of g is lost in a
+  // unit of 2^e, no bit of its square lies below 2^(2 e).
+  template <class V, int kVectors, int kCount, bool kSquare, class Factors>
+  HVD_SYNCBN_INLINE void add_products(int c, const Factors& factors) {
+    Bins<V> a[kVectors], b[kVectors];
+    V lost[kVectors], largest[kVectors], largest_b[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      a[i] = load<V>(0, c + i * V::N);
+      b[i] = load<V>(1, c + i * V::N);
+      lost[i] = largest[i] = largest_b[i] = V::splat(0.0);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+      for (int i = 0; i < kVectors; ++i) {
+        V g, d;
+        factors(r, i * V::N, &g, &d);
+        const V sum = a[i].high + g;
+        lost[i] = lost[i] | (g - (sum - a[i].high));
+        a[i].high = sum;
+        largest[i] = larger(magnitude(g), largest[i]);
+        if (kSquare) {
+          const V high = fused(g, g, b[i].high);
+          b[i].low = b[i].low + fused(g, g, b[i].high - high);
+          b[i].high = high;
+        } else {
+          const V product = g * d;
+          lost[i] = lost[i] | b[i].add(product);
+          largest_b[i] = larger(magnitude(product), largest_b[i]);
+        }
+      }
+    }
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = c + i * V::N;
+      const V limit_a = V::load(limit_[0] + at), limit_b = V::load(limit_[1] + at);
+      bool exact = !first_ && !any_nonzero(lost[i]) && !any_above(largest[i], limit_a);
+      if (kSquare) {
+        // Low units: of b 2^(e_b - kReach - 1), to be at most 2^(2 e_a).
+        const V coarsest = limit_a * limit_a * V::splat(power_of_two(1));
+        exact = exact && !any_above(largest[i] * largest[i], limit_b) && !any_above(limit_b, coarsest);
+      } else {
+        exact = exact && !any_above(largest_b[i], limit_b);
+      }
+      if (__builtin_expect(exact, 1)) {
+        keep(0, at, a[i]);
+        keep(1, at, b[i]);
+        continue;
+      }
+      add<V, kCount>(at, [&](int r, V* value) {
+        V d;
+        factors(r, i * V::N, value, &d);
+        value[1] = value[0] * d;
+      });
     }
   }
 
-  // Adds one piece value per channel, of each moment.
-  HVD_SYNCBN_INLINE void add(const double* a, const double* b) {
-    if (added_ == kFlush) flush();
-    ++added_;
-    add_moment(0, a);
-    add_moment(1, b);
-  }
-
-  // Adds everything to a packet of c channels, at channel first. Other threads may be adding to it.
-  void finish(int64_t* packet, int64_t c, int64_t first) {
+  // Adds everything to a packet of c channels, at channel first. alone: no other thread is adding to these channels.
+  void finish(int64_t* packet, int64_t c, int64_t first, bool alone) {
+    if (unplaced_) return;  // every unit was masked
     flush();
     for (int i = 0; i < width_; ++i) {
-      publish(packet + nonfinite_at(first + i), nonfinite_[i]);
-      for (int m = 0; m < 2; ++m) {
-        int64_t* const limbs = limbs_[m][i];
-        carry(limbs);
-        int64_t* const to = packet + (m ? moment_b_at(c, first + i) : moment_a_at(c, first + i));
-        for (int l = 0; l < kLimbs; ++l) publish(to + l, limbs[l]);
-      }
+      publish(packet + nonfinite_at(first + i), nonfinite_ + i, 1, alone);
+      publish(packet + moment_a_at(c, first + i), limbs_[0][i], kLimbs, alone);
+      publish(packet + moment_b_at(c, first + i), limbs_[1][i], kLimbs, alone);
     }
   }
 
  private:
-  static HVD_SYNCBN_INLINE void publish(int64_t* to, int64_t value) {
-    if (value) __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+  static HVD_SYNCBN_INLINE void publish(int64_t* to, int64_t* values, int count, bool alone) {
+    if (alone) {
+      for (int i = 0; i < count; ++i) to[i] += values[i];
+      return;
+    }
+    if (count == kLimbs) carry(values);
+    for (int i = 0; i < count; ++i) {
+      if (values[i]) __atomic_fetch_add(to + i, values[i], __ATOMIC_RELAXED);
+    }
   }
 
   // Carries toward zero, so that the upper limbs of a small negative sum stay 0 and cost no atomic add.
@@ -90,60 +189,56 @@ class TileSums {
     }
   }
 
-  static double power_of_two(int exponent) { return bit_cast<double>(static_cast<uint64_t>(1023 + exponent) << 52); }
-
-  void place(int m, int c, int e) {
-    // Adding and subtracting 1.5 * 2^(52 + e) rounds to a multiple of 2^e.
-    limit_[m][c] = power_of_two(e + kReach);
-    round_high_[m][c] = 1.5 * power_of_two(52 + e);
-    round_low_[m][c] = 1.5 * power_of_two(52 + e - kReach - 1);
+  template <class V>
+  HVD_SYNCBN_INLINE Bins<V> load(int m, int c) const {
+    return {V::load(high_[m] + c), V::load(low_[m] + c)};
   }
 
   template <class V>
-  HVD_SYNCBN_INLINE int add_vectors(int m, const double* values, int c) {
-    for (; c + V::N <= width_; c += V::N) {
-      const V v = V::load(values + c);
-      const V round_high = V::load(round_high_[m] + c), round_low = V::load(round_low_[m] + c);
-      const V high = (v + round_high) - round_high;
-      const V low = v - high;
-      const unsigned bad = outside(v, V::load(limit_[m] + c), low, (low + round_low) - round_low);
-      if (__builtin_expect(bad != 0, 0)) {
-        for (int i = 0; i < V::N; ++i) add_one(m, c + i, values[c + i]);
-        continue;
-      }
-      (V::load(high_[m] + c) + high).keep(high_[m] + c);
-      (V::load(low_[m] + c) + low).keep(low_[m] + c);
+  HVD_SYNCBN_INLINE void keep(int m, int c, const Bins<V>& bins) {
+    bins.high.keep(high_[m] + c);
+    bins.low.keep(low_[m] + c);
+  }
+
+  // Empty bins for values up to 2^margin times as large as `top`.
+  template <class V>
+  HVD_SYNCBN_INLINE void place(int m, int c, V top, int margin) {
+    const V powers = V::splat(bit_cast<double>(uint64_t{0x7ff} << 52));
+    const V limit = smaller(larger((top & powers) * V::splat(1 << margin), V::splat(power_of_two(kMinLimit))),
+                            V::splat(power_of_two(kMaxLimit)));
+    limit.keep(limit_[m] + c);
+    (limit * V::splat(kEmptyHigh)).keep(high_[m] + c);
+    (limit * V::splat(kEmptyLow)).keep(low_[m] + c);
+  }
+
+  template <class V>
+  __attribute__((noinline)) void add_each(int c, const V* values) {
+    for (int m = 0; m < 2; ++m) {
+      double v[V::N];
+      values[m].keep(v);
+      for (int i = 0; i < V::N; ++i) add_one(m, c + i, v[i]);
     }
-    return c;
   }
 
-  HVD_SYNCBN_INLINE void add_moment(int m, const double* values) {
-    const int c = add_vectors<F64>(m, values, 0);
-    if (F64::N > 1) add_vectors<S64>(m, values, c);
-  }
-
-  __attribute__((noinline)) void add_one(int m, int c, double v) {
-    const double high = (v + round_high_[m][c]) - round_high_[m][c];
-    const double low = v - high;
-    const double rounded = (low + round_low_[m][c]) - round_low_[m][c];
-    if (fabs(v) <= limit_[m][c] && low == rounded) {
-      high_[m][c] += high;
-      low_[m][c] += low;
+  void add_one(int m, int c, double v) {
+    Bins<S64> bins = load<S64>(m, c);
+    const bool exact = fabs(v) <= limit_[m][c] && !any_nonzero(bins.add({v}));
+    if (exact) {
+      keep(m, c, bins);
       return;
     }
     deposit(v, limbs_[m][c], nonfinite_ + c);
-    const int exponent = (static_cast<int>(bit_cast<uint64_t>(v) >> 52) & 0x7ff) - 1023;
-    // The next values may be like this one. Not so low that parts under 2^kLsbExp could add up before they are dropped.
-    if (exponent - 26 - kReach - 1 >= kLsbExp && exponent < 160) {
-      flush_one(m, c);
-      place(m, c, exponent - 26);
-    }
+    // The next values may be like this one.
+    flush_one(m, c);
+    place(m, c, S64{fabs(v)}, 3);
   }
 
   void flush_one(int m, int c) {
-    deposit(high_[m][c], limbs_[m][c], nonfinite_ + c);
-    deposit(low_[m][c], limbs_[m][c], nonfinite_ + c);
-    high_[m][c] = low_[m][c] = 0;
+    const double high = limit_[m][c] * kEmptyHigh, low = limit_[m][c] * kEmptyLow;
+    deposit(high_[m][c] - high, limbs_[m][c], nonfinite_ + c);
+    deposit(low_[m][c] - low, limbs_[m][c], nonfinite_ + c);
+    high_[m][c] = high;
+    low_[m][c] = low;
   }
 
   __attribute__((noinline)) void flush() {
@@ -162,13 +257,20 @@ class TileSums {
   // Between two flushes a channel may also take kFlush values directly, each with a flush_one of its own.
   static constexpr int64_t kFlushesBeforeCarry = kDepositsBeforeCarry / (4 * kFlush);
 
+  static constexpr double power_of_two(int exponent) {
+    double power = 1;
+    for (; exponent > 0; --exponent) power *= 2;
+    for (; exponent < 0; ++exponent) power /= 2;
+    return power;
+  }
+
+  bool unplaced_ = true, first_ = true;
   int width_ = 0;
   int added_ = 0;
   int64_t flushes_ = 0;
   int64_t limbs_[2][kMaxTile][kLimbs];
   int64_t nonfinite_[kMaxTile];
-  double high_[2][kMaxTile], low_[2][kMaxTile];
-  double limit_[2][kMaxTile], round_high_[2][kMaxTile], round_low_[2][kMaxTile];
+  double high_[2][kMaxTile], low_[2][kMaxTile], limit_[2][kMaxTile];
 };
 
 }  // namespace HVD_SYNCBN_PATH

@@ -27,8 +27,9 @@ __device__ __noinline__ BackwardCoefficients<Value> finish_channel(const Backwar
     const Value nan = canonical_nan<Value>();
     return {nan, nan, nan, nan, nan};
   }
-  return backward_coefficients<Value>(in.packet, c, channel, in.stats[channel], in.stats[c + channel],
-                                      read(in.gamma, channel, 1.0));
+  const double invstd = in.stats[c + channel];
+  return backward_coefficients<Value>(in.stats[channel], invstd, read(in.gamma, channel, 1.0),
+                                      gradient_means(in.packet, c, channel, invstd));
 }
 
 template <class T>

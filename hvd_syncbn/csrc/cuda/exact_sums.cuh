@@ -150,7 +150,8 @@ __device__ __noinline__ inline void close_channel(const Closing& closing, int64_
     for (int l = 0; l < kLimbs; ++l) limbs[l] = mine[l];
   }
   if (closing.dgamma.data == nullptr && closing.dbeta.data == nullptr) return;
-  const ParameterGradients g = parameter_gradients(own, 1, 0, closing.stats[channel], closing.stats[c + channel]);
+  const ParameterGradients<double> g =
+      parameter_gradients(own, 1, 0, closing.stats[channel], closing.stats[c + channel]);
   write(closing.dgamma, channel, g.dgamma);
   write(closing.dbeta, channel, g.dbeta);
 }

@@ -24,10 +24,11 @@ struct ForwardFinish {
 };
 
 // Once per channel and block, so not worth a copy in every kernel.
-__device__ __noinline__ Statistics finish_channel(const ForwardFinish& in, int64_t c, int64_t channel, int32_t status,
-                                                  bool first) {
+__device__ __noinline__ Statistics<double> finish_channel(const ForwardFinish& in, int64_t c, int64_t channel,
+                                                          int32_t status, bool first) {
   const double nan = canonical_nan<double>();
-  const Statistics s = failed(status) ? Statistics{nan, nan, nan} : statistics(in.packet, c, channel, in.eps);
+  const Statistics<double> s =
+      failed(status) ? Statistics<double>{nan, nan, nan} : statistics(in.packet, c, channel, in.eps);
   if (!first) return s;
   in.stats[channel] = s.mean;
   in.stats[c + channel] = s.invstd;
@@ -54,7 +55,7 @@ struct ForwardApply {
   ForwardFinish in;
 
   __device__ Coefficients finish(int64_t c, int64_t channel, int32_t status, bool first) const {
-    const Statistics s = finish_channel(in, c, channel, status, first);
+    const Statistics<double> s = finish_channel(in, c, channel, status, first);
     return forward_coefficients<Value>(s.mean, s.invstd, read(in.gamma, channel, 1.0), read(in.beta, channel, 0.0));
   }
 
