@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-NATIVE := $(shell find hvd_syncbn torch_impl tf_impl tests -name "*.cc" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+NATIVE := $(shell find hvd_syncbn torch_impl tf_impl -name "*.cc" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 CMAKE := $(shell find CMakeLists.txt hvd_syncbn torch_impl tf_impl -name "CMakeLists.txt" -o -name "*.cmake")
 
 .PHONY: setup demo test bench gpu lint clean
@@ -30,7 +30,7 @@ lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy hvd_syncbn torch_impl tf_impl
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cc)
 
 clean:
 	rm -rf $(VENV) build

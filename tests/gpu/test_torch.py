@@ -152,7 +152,9 @@ def test_current_stream() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
+        operators(now_x, now_dy, None, on_gpu, True)  # loads kernels and takes memory, which may wait
+        stream.synchronize()
+        torch.cuda._sleep(1_000_000_000)
         late_x.copy_(now_x)
         late_dy.copy_(now_dy)
         got = operators(late_x, late_dy, None, on_gpu, True)
