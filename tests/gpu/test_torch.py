@@ -158,8 +158,8 @@ def test_current_stream() -> None:
         late_x.copy_(now_x)
         late_dy.copy_(now_dy)
         got = operators(late_x, late_dy, None, on_gpu, True)
-        waited = stream.query()
-    assert not waited  # still asleep: nothing synchronised
+        finished = stream.query()
+    assert not finished  # still asleep: nothing synchronised
     stream.synchronize()
     assert_same(to_cpu(got), want)
 
