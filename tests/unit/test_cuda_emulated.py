@@ -166,11 +166,11 @@ def test_any_step_equals_cpu(
 
 @pytest.mark.parametrize("value", [-(2.0**118) * (1 - 2.0**-53), 2.0**100 * (1 - 2.0**-53)])
 def test_limbs_do_not_overflow(value: float) -> None:
-    """More equal values, with all bits of a limb set, than a limb takes without a carry; none fits TwoPartSum."""
-    n = 2**22 + 2**19
+    """More values with all bits of a limb set than a packet takes from its blocks without a carry."""
+    n = 5 * 2**22
     shape = native.shape(n, 1, 1, "float64")
-    # Alternating exponents, so that every value misses the place that its predecessor set.
-    x = np.where(np.arange(n) % 256 < 128, value, value * 2.0**-50)
+    # A thread sees them in turn, and none fits where its predecessor put TwoPartSum: all go to the limbs.
+    x = np.where(np.arange(n) // 4 % 2 == 0, value, value * 2.0**-50)
     cuda.configure(1, 0)
     assert same_bits(cuda.forward_moments(shape, x, None, EPS), native.forward_packet(shape, x, EPS))
 
