@@ -1,4 +1,4 @@
-# make setup | demo | test | bench | lint | clean: each sets up first what it needs. Nothing else has to be
+# make setup | demo | test | bench | gpu | lint | clean: each sets up first what it needs. Nothing else has to be
 # installed by hand; see tools/system_deps.sh for what is taken from the system.
 
 VENV := .venv
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip
 NATIVE := $(shell find hvd_syncbn torch_impl tf_impl -name "*.cc" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 CMAKE := $(shell find CMakeLists.txt hvd_syncbn torch_impl tf_impl -name "CMakeLists.txt" -o -name "*.cmake")
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test bench gpu lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -21,12 +21,16 @@ test: setup
 bench: setup
 	$(BIN)/hvd-syncbn bench
 
+# On a machine with a GPU, CUDA and a Python that has PyTorch; sets nothing up (see benchmarks/gpu).
+gpu:
+	python3 -m benchmarks.gpu --out out/gpu
+
 # Needs the tools, not the build.
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy hvd_syncbn torch_impl tf_impl benchmarks
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cc)
 
 clean:
 	rm -rf $(VENV) build

@@ -90,6 +90,11 @@ def library() -> ctypes.CDLL:
     return lib
 
 
+def has_cuda() -> bool:
+    """Whether the core was built with its CUDA kernels."""
+    return hasattr(library(), "hvd_syncbn_cuda_forward_moments")
+
+
 def packet_size(channels: int) -> int:
     """int64 words in the packet of ``channels`` channels."""
     return HEADER + channels * (1 + 2 * LIMBS)

@@ -3,5 +3,6 @@
 from hvd_syncbn.torch_impl.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from hvd_syncbn.torch_impl.functional import sync_batch_norm
 from hvd_syncbn.torch_impl.module import SyncBatchNorm
+from hvd_syncbn.torch_impl.ops import check_device_errors
 
-__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "revert_sync_batchnorm", "sync_batch_norm"]
+__all__ = ["SyncBatchNorm", "check_device_errors", "convert_sync_batchnorm", "revert_sync_batchnorm", "sync_batch_norm"]

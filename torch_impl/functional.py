@@ -115,6 +115,11 @@ def normalize(
             the number of batches before this one.
         unbiased: whether the running variance takes ``var * n / (n - 1)`` (PyTorch) or ``var`` (Keras).
     """
+    if x.is_cuda and not ops.HAS_CUDA:
+        raise RuntimeError(
+            f"hvd-syncbn was built without CUDA, and the input is on {x.device}: reinstall it where a CUDA compiler (nvcc) is "
+            "found, with `pip install --no-build-isolation --no-deps`"
+        )
     return _SyncBatchNorm.apply(
         x,
         weight,
@@ -185,7 +190,8 @@ def sync_batch_norm(
         The output, shaped and laid out as x. Equal in every bit for any number of ranks and any split of the batch.
 
     Raises:
-        TypeError, ValueError: what architecture.md's table of bad input says, on every rank.
+        TypeError, ValueError: what architecture.md's table of bad input says, on every rank. On a GPU, what only the packets of
+            all ranks tell is raised by the next step there; see ``check_device_errors``.
         RuntimeError: training without an initialised Horovod, and differentiating twice.
         HorovodInternalError: another rank failed.
     """

@@ -10,6 +10,7 @@ from torch import Tensor
 from hvd_syncbn import horovod, native
 
 GLOBAL = 0  # Horovod's id of the set of all ranks
+HAS_CUDA = native.has_cuda()
 
 _process_sets: dict[int, Any] = {}
 
@@ -37,13 +38,34 @@ def _allreduce_(packet: Tensor, name: str, process_set: int) -> None:
     ranks = None if process_set == GLOBAL else _process_sets[process_set]
     if horovod.size(hvd, ranks) == 1:
         return
+    # A Horovod without CUDA copies GPU tensors to pinned memory and does not wait for the copy: here they are copied first.
+    own = packet.cpu() if packet.is_cuda and not hvd.cuda_built() else packet
     try:
-        hvd.allreduce_(packet, name=name, op=hvd.Sum, process_set=ranks or hvd.global_process_set)
+        hvd.allreduce_(own, name=name, op=hvd.Sum, process_set=ranks or hvd.global_process_set)
     except hvd.mpi_ops.HorovodInternalError as error:
         detail = horovod.mismatch(error)
         if detail is None:
             raise
         raise ValueError(horovod.disagreement(name, detail)) from error
+    if own is not packet:
+        packet.copy_(own)
+
+
+def check_device_errors(device: torch.device | int | str | None = None) -> None:
+    """Raises what the kernels on a GPU have found wrong since the last look, without waiting for the GPU.
+
+    On a GPU the ranks' packets are checked by the kernels: outputs and gradients become NaN, and the next training step of any
+    hvd-syncbn layer on that GPU raises the error. Call this (after ``torch.cuda.synchronize()`` to be sure) where no layer
+    comes next: at the end of an epoch, or after replaying a CUDA graph.
+
+    Args:
+        device: the GPU; None is the current one.
+
+    Raises:
+        ValueError: the ranks disagreed about a layer, or their global batch held one value per channel.
+    """
+    if HAS_CUDA:
+        torch.ops.hvd_syncbn.check_device_errors(torch.device("cuda" if device is None else device))
 
 
 def batch_weight(batches: Tensor) -> float:

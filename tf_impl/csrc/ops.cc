@@ -19,29 +19,18 @@
 #include <string>
 #include <vector>
 
-#include "absl/status/status.h"
-#include "absl/strings/str_cat.h"
-#include "hvd_syncbn/core.h"
+#include "layer_op.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
-#include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/util/work_sharder.h"
 
 namespace hvd_syncbn {
 namespace {
 
-using tensorflow::DataType;
-using tensorflow::OpInputList;
-using tensorflow::OpKernel;
-using tensorflow::OpKernelConstruction;
-using tensorflow::OpKernelContext;
-using tensorflow::Tensor;
-using tensorflow::TensorShape;
 using tensorflow::shape_inference::DimensionHandle;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
-using Status = absl::Status;
 
 // ---- Registration
 
@@ -166,104 +155,19 @@ REGISTER_OP("HvdSyncbnBackwardApply")
 // either.
 REGISTER_OP("HvdSyncbnKeep").Input("packet: int64").SetIsStateful().SetShapeFn(tensorflow::shape_inference::NoOutputs);
 
-// ---- Kernels
+// ---- Kernels for the CPU
 
-template <class... Parts>
-Status InvalidArgument(const Parts&... parts) {
-  return absl::InvalidArgumentError(absl::StrCat(parts...));
+// Does `work` on [0, units) with TensorFlow's threads. A unit costs about a cycle per byte that it reads.
+void Run(OpKernelContext* ctx, int64_t units, int64_t unit_bytes, std::function<void(int64_t, int64_t)> work) {
+  const auto& threads = *ctx->device()->tensorflow_cpu_worker_threads();
+  tensorflow::Shard(threads.num_threads, threads.workers, units, unit_bytes, std::move(work));
 }
 
-int32_t CoreDtype(DataType dtype) {
-  switch (dtype) {
-    case tensorflow::DT_FLOAT:
-      return HVD_SYNCBN_FLOAT32;
-    case tensorflow::DT_DOUBLE:
-      return HVD_SYNCBN_FLOAT64;
-    case tensorflow::DT_HALF:
-      return HVD_SYNCBN_FLOAT16;
-    default:
-      return HVD_SYNCBN_BFLOAT16;
-  }
+// Positions that count.
+int64_t Unmasked(const hvd_syncbn_shape& shape, const uint8_t* mask) {
+  const int64_t positions = shape.n * shape.s;
+  return mask == nullptr ? positions : positions - std::count(mask, mask + positions, 0);
 }
-
-hvd_syncbn_vector Vector(const Tensor* tensor) {
-  return tensor == nullptr ? hvd_syncbn_vector{nullptr, 0}
-                           : hvd_syncbn_vector{tensor->data(), CoreDtype(tensor->dtype())};
-}
-
-template <class T>
-T* Data(const Tensor* tensor) {
-  return tensor == nullptr ? nullptr : static_cast<T*>(tensor->data());
-}
-
-// What the four kernels share: the shape of x, the checks that a graph leaves to run time, the threads.
-class LayerOp : public OpKernel {
- public:
-  explicit LayerOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    std::string data_format;
-    int64_t bits;
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("data_format", &data_format));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("epsilon_bits", &bits));
-    layout_ = data_format == "channels_first" ? HVD_SYNCBN_CHANNELS_FIRST : HVD_SYNCBN_CHANNELS_LAST;
-    std::memcpy(&epsilon_, &bits, sizeof(epsilon_));
-  }
-
- protected:
-  // x as the core sees it.
-  Status CoreShape(const Tensor& x, hvd_syncbn_shape* shape) const {
-    if (x.dims() < 2) return InvalidArgument("Expected x with at least 2 dims. Received: ", x.shape().DebugString());
-    const bool first = layout_ == HVD_SYNCBN_CHANNELS_FIRST;
-    int64_t spatial = 1;
-    for (int i = first ? 2 : 1; i < (first ? x.dims() : x.dims() - 1); ++i) spatial *= x.dim_size(i);
-    *shape = {x.dim_size(0), x.dim_size(first ? 1 : x.dims() - 1), spatial, CoreDtype(x.dtype()), layout_};
-    return absl::OkStatus();
-  }
-
-  static Status Expect(const char* name, const Tensor& tensor, const TensorShape& expected) {
-    if (tensor.shape() == expected) return absl::OkStatus();
-    return InvalidArgument("Expected ", name, " of shape ", expected.DebugString(),
-                           ". Received: ", tensor.shape().DebugString());
-  }
-
-  // An input that is always there.
-  static Status Input(OpKernelContext* ctx, const char* name, const TensorShape& expected, const Tensor** tensor) {
-    TF_RETURN_IF_ERROR(ctx->input(name, tensor));
-    return Expect(name, **tensor, expected);
-  }
-
-  // An input that may be missing: null then.
-  static Status OptionalInput(OpKernelContext* ctx, const char* name, const TensorShape& expected,
-                              const Tensor** tensor) {
-    OpInputList list;
-    TF_RETURN_IF_ERROR(ctx->input_list(name, &list));
-    *tensor = list.size() == 0 ? nullptr : &list[0];
-    return *tensor == nullptr ? absl::OkStatus() : Expect(name, **tensor, expected);
-  }
-
-  // The mask of shape [n, spatial...], and how many positions count.
-  static Status Mask(OpKernelContext* ctx, const hvd_syncbn_shape& shape, const uint8_t** mask, int64_t* count) {
-    OpInputList list;
-    TF_RETURN_IF_ERROR(ctx->input_list("mask", &list));
-    *count = shape.n * shape.s;
-    *mask = nullptr;
-    if (list.size() == 0) return absl::OkStatus();
-    if (list[0].NumElements() != *count) {
-      return InvalidArgument("Expected a mask of ", *count, " positions. Received: ", list[0].shape().DebugString());
-    }
-    *mask = Data<const uint8_t>(&list[0]);
-    *count -= std::count(*mask, *mask + *count, 0);
-    return absl::OkStatus();
-  }
-
-  // Does `work` on [0, units) with TensorFlow's threads. A unit costs about a cycle per byte that it reads.
-  static void Run(OpKernelContext* ctx, int64_t units, int64_t unit_bytes, std::function<void(int64_t, int64_t)> work) {
-    const auto& threads = *ctx->device()->tensorflow_cpu_worker_threads();
-    tensorflow::Shard(threads.num_threads, threads.workers, units, unit_bytes, std::move(work));
-  }
-
-  double epsilon_;
-  int32_t layout_;
-};
 
 // The ops after the collective know their layer's name: they are where disagreement shows.
 class ApplyOp : public LayerOp {
@@ -271,27 +175,20 @@ class ApplyOp : public LayerOp {
   explicit ApplyOp(OpKernelConstruction* ctx) : LayerOp(ctx) { OP_REQUIRES_OK(ctx, ctx->GetAttr("layer", &layer_)); }
 
  protected:
-  // Reads the reduced packet's header. Where no rank counted a position, `*packet` becomes that of a single 0: it
-  // normalises the masked positions, which nothing else would, as Keras does.
-  Status CheckPacket(const Tensor& x, const hvd_syncbn_shape& shape, const int64_t** packet,
-                     std::vector<int64_t>* stand_in, bool* empty) const {
-    *empty = false;
-    switch (hvd_syncbn_check_packet(&shape, epsilon_, *packet)) {
-      case HVD_SYNCBN_RANKS_DISAGREE:
-        return InvalidArgument(
-            "the ranks disagree about layer '", layer_,
-            "': number of channels, epsilon, dtype and hvd-syncbn version have to be the same on every "
-            "rank. Received on this rank: channels=",
-            shape.c, ", epsilon=", epsilon_, ", dtype=", tensorflow::DataTypeString(x.dtype()));
-      case HVD_SYNCBN_ONE_VALUE:
-        return InvalidArgument("Expected more than 1 value per channel when training, over all ranks (layer '", layer_,
-                               "'). Received on this rank: input of shape ", x.shape().DebugString());
-      case HVD_SYNCBN_EMPTY:
-        stand_in->assign(hvd_syncbn_packet_size(shape.c), 0);
-        (*stand_in)[1] = 1;
-        *packet = stand_in->data();
-        *empty = true;
+  // Reads the reduced packet's header.
+  Status CheckPacket(const Tensor& x, const hvd_syncbn_shape& shape, const Tensor* packet) const {
+    const int32_t status = hvd_syncbn_check_packet(&shape, epsilon_, Data<const int64_t>(packet));
+    if (status == HVD_SYNCBN_RANKS_DISAGREE) {
+      return Failure(status, layer_, "Received on this rank: channels=", shape.c, ", epsilon=", epsilon_,
+                     ", dtype=", tensorflow::DataTypeString(x.dtype()));
     }
+    return Failure(status, layer_, "Received on this rank: input of shape ", x.shape().DebugString());
+  }
+
+  // An output like x.
+  static Status AllocateLike(OpKernelContext* ctx, const Tensor& x, int index, Tensor** output) {
+    TF_RETURN_IF_ERROR(ctx->allocate_output(index, x.shape(), output));
+    hvd_syncbn_prefer_huge_pages((*output)->data(), static_cast<int64_t>((*output)->TotalBytes()));
     return absl::OkStatus();
   }
 
@@ -311,8 +208,7 @@ class ForwardMomentsOp : public LayerOp {
     hvd_syncbn_shape shape;
     OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
     const uint8_t* mask;
-    int64_t count;
-    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask, &count));
+    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask));
     Tensor* output;
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {hvd_syncbn_packet_size(shape.c)}, &output));
 
@@ -320,7 +216,7 @@ class ForwardMomentsOp : public LayerOp {
     std::memset(packet, 0, output->TotalBytes());
     Run(ctx, hvd_syncbn_moments_units(&shape), hvd_syncbn_moments_unit_bytes(&shape),
         [&](int64_t begin, int64_t end) { hvd_syncbn_forward_moments(&shape, x.data(), mask, begin, end, packet); });
-    hvd_syncbn_close_packet(&shape, epsilon_, count, packet);
+    hvd_syncbn_close_packet(&shape, epsilon_, Unmasked(shape, mask), packet);
   }
 };
 
@@ -338,21 +234,18 @@ class ForwardApplyOp : public ApplyOp {
     hvd_syncbn_shape shape;
     OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
     const TensorShape per_channel({shape.c});
-    const Tensor *reduced, *moving_mean, *moving_variance, *gamma, *beta, *residual;
-    OP_REQUIRES_OK(ctx, Input(ctx, "packet", {hvd_syncbn_packet_size(shape.c)}, &reduced));
+    const Tensor *packet, *moving_mean, *moving_variance, *gamma, *beta, *residual;
+    OP_REQUIRES_OK(ctx, Input(ctx, "packet", {hvd_syncbn_packet_size(shape.c)}, &packet));
     OP_REQUIRES_OK(ctx, Input(ctx, "moving_mean", per_channel, &moving_mean));
     OP_REQUIRES_OK(ctx, Input(ctx, "moving_variance", per_channel, &moving_variance));
     OP_REQUIRES_OK(ctx, OptionalInput(ctx, "gamma", per_channel, &gamma));
     OP_REQUIRES_OK(ctx, OptionalInput(ctx, "beta", per_channel, &beta));
     OP_REQUIRES_OK(ctx, OptionalInput(ctx, "residual", x.shape(), &residual));
 
-    const int64_t* packet = Data<const int64_t>(reduced);
-    std::vector<int64_t> stand_in;
-    bool empty;
-    OP_REQUIRES_OK(ctx, CheckPacket(x, shape, &packet, &stand_in, &empty));
+    OP_REQUIRES_OK(ctx, CheckPacket(x, shape, packet));
 
     Tensor *y, *stats, *new_mean, *new_variance;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("y", x.shape(), &y));
+    OP_REQUIRES_OK(ctx, AllocateLike(ctx, x, 0, &y));
     OP_REQUIRES_OK(ctx, ctx->allocate_output("stats", {2, shape.c}, &stats));
     OP_REQUIRES_OK(ctx, ctx->allocate_output("new_moving_mean", per_channel, &new_mean));
     OP_REQUIRES_OK(ctx, ctx->allocate_output("new_moving_variance", per_channel, &new_variance));
@@ -361,8 +254,8 @@ class ForwardApplyOp : public ApplyOp {
 
     Tensor coefficients;
     OP_REQUIRES_OK(ctx, Coefficients(ctx, shape, &coefficients));
-    hvd_syncbn_forward_finish(&shape, epsilon_, packet, Vector(gamma), Vector(beta), Vector(empty ? nullptr : new_mean),
-                              Vector(empty ? nullptr : new_variance), old_weight_, new_weight_, unbiased_,
+    hvd_syncbn_forward_finish(&shape, epsilon_, Data<const int64_t>(packet), Vector(gamma), Vector(beta),
+                              Vector(new_mean), Vector(new_variance), old_weight_, new_weight_, unbiased_,
                               Data<double>(stats), coefficients.data());
     Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
       hvd_syncbn_forward_apply(&shape, x.data(), Data<const void>(residual), relu_, coefficients.data(), begin, end,
@@ -388,8 +281,7 @@ class BackwardMomentsOp : public LayerOp {
     OP_REQUIRES_OK(ctx, Input(ctx, "stats", {2, shape.c}, &stats));
     OP_REQUIRES_OK(ctx, OptionalInput(ctx, "y", x.shape(), &y));
     const uint8_t* mask;  // only counted: dy of every position counts
-    int64_t count;
-    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask, &count));
+    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask));
     Tensor *output, *dgamma, *dbeta;
     OP_REQUIRES_OK(ctx, ctx->allocate_output("packet", {hvd_syncbn_packet_size(shape.c)}, &output));
     OP_REQUIRES_OK(ctx, ctx->allocate_output("dgamma", {shape.c}, &dgamma));
@@ -401,7 +293,7 @@ class BackwardMomentsOp : public LayerOp {
       hvd_syncbn_backward_moments(&shape, x.data(), dy->data(), Data<const void>(y), Data<const double>(stats), begin,
                                   end, packet);
     });
-    hvd_syncbn_close_packet(&shape, epsilon_, count, packet);
+    hvd_syncbn_close_packet(&shape, epsilon_, Unmasked(shape, mask), packet);
     hvd_syncbn_backward_params(&shape, packet, Data<const double>(stats), Vector(dgamma), Vector(dbeta));
   }
 };
@@ -414,28 +306,25 @@ class BackwardApplyOp : public ApplyOp {
     const Tensor& x = ctx->input(0);
     hvd_syncbn_shape shape;
     OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
-    const Tensor *dy, *reduced, *stats, *gamma, *y;
+    const Tensor *dy, *packet, *stats, *gamma, *y;
     OP_REQUIRES_OK(ctx, Input(ctx, "dy", x.shape(), &dy));
-    OP_REQUIRES_OK(ctx, Input(ctx, "packet", {hvd_syncbn_packet_size(shape.c)}, &reduced));
+    OP_REQUIRES_OK(ctx, Input(ctx, "packet", {hvd_syncbn_packet_size(shape.c)}, &packet));
     OP_REQUIRES_OK(ctx, Input(ctx, "stats", {2, shape.c}, &stats));
     OP_REQUIRES_OK(ctx, OptionalInput(ctx, "gamma", TensorShape({shape.c}), &gamma));
     OP_REQUIRES_OK(ctx, OptionalInput(ctx, "y", x.shape(), &y));
     const uint8_t* mask;
-    int64_t count;
-    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask, &count));
+    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask));
 
-    const int64_t* packet = Data<const int64_t>(reduced);
-    std::vector<int64_t> stand_in;
-    bool empty;
-    OP_REQUIRES_OK(ctx, CheckPacket(x, shape, &packet, &stand_in, &empty));
+    OP_REQUIRES_OK(ctx, CheckPacket(x, shape, packet));
 
     Tensor *dx, *dresidual = nullptr;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, x.shape(), &dx));
-    if (ctx->num_outputs() > 1) OP_REQUIRES_OK(ctx, ctx->allocate_output(1, x.shape(), &dresidual));
+    OP_REQUIRES_OK(ctx, AllocateLike(ctx, x, 0, &dx));
+    if (ctx->num_outputs() > 1) OP_REQUIRES_OK(ctx, AllocateLike(ctx, x, 1, &dresidual));
 
     Tensor coefficients;
     OP_REQUIRES_OK(ctx, Coefficients(ctx, shape, &coefficients));
-    hvd_syncbn_backward_finish(&shape, packet, Data<const double>(stats), Vector(gamma), coefficients.data());
+    hvd_syncbn_backward_finish(&shape, Data<const int64_t>(packet), Data<const double>(stats), Vector(gamma),
+                               coefficients.data());
     Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
       hvd_syncbn_backward_apply(&shape, x.data(), dy->data(), Data<const void>(y), mask, coefficients.data(), begin,
                                 end, dx->data(), Data<void>(dresidual));

@@ -1,4 +1,5 @@
-// PyTorch operators over the core: they own tensors, memory and threads, and no arithmetic.
+// PyTorch operators over the core, and their kernels for CPU tensors: they own tensors, memory and threads, and no
+// arithmetic. cuda.cc has the kernels for GPU tensors.
 //
 //   forward_moments(x) -> packet                         then hvd_syncbn::allreduce_(packet), registered from Python
 //   forward_apply(x, packet, ...) -> (y, stats)
@@ -7,77 +8,18 @@
 //
 // Shape functions are in torch_impl/ops.py.
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <optional>
-#include <string>
 #include <tuple>
 
-#include "hvd_syncbn/core.h"
+#include "tensors.h"
 
+namespace hvd_syncbn {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-int32_t dtype_code(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return HVD_SYNCBN_FLOAT32;
-    case at::kDouble:
-      return HVD_SYNCBN_FLOAT64;
-    case at::kHalf:
-      return HVD_SYNCBN_FLOAT16;
-    case at::kBFloat16:
-      return HVD_SYNCBN_BFLOAT16;
-    default:
-      TORCH_CHECK_TYPE(false, "expected float32, float64, float16 or bfloat16. Received: ", type);
-  }
-}
-
-// An input brought to one of the core's two layouts; no copy where it is in one already.
-struct Input {
-  Tensor tensor;
-  hvd_syncbn_shape shape;
-};
-
-Input input(const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() >= 2, "expected an input of at least 2 dimensions. Received: ", x.dim());
-  hvd_syncbn_shape shape = {x.size(0), x.size(1), 1, dtype_code(x.scalar_type()), HVD_SYNCBN_CHANNELS_FIRST};
-  for (int64_t d = 2; d < x.dim(); ++d) shape.s *= x.size(d);
-  if (x.is_contiguous()) return {x, shape};
-  if (x.movedim(1, -1).is_contiguous()) {
-    shape.layout = HVD_SYNCBN_CHANNELS_LAST;
-    return {x, shape};
-  }
-  return {x.contiguous(), shape};
-}
-
-// Another tensor of x's shape, in x's layout.
-Tensor like(const Input& x, const Tensor& other) {
-  if (x.shape.layout == HVD_SYNCBN_CHANNELS_FIRST) return other.contiguous();
-  return other.movedim(1, -1).contiguous().movedim(-1, 1);
-}
-
-OptionalTensor like(const Input& x, const OptionalTensor& other) {
-  return other.has_value() && other->defined() ? OptionalTensor(like(x, *other)) : std::nullopt;
-}
-
-hvd_syncbn_vector vector(const hvd_syncbn_shape& shape, const OptionalTensor& tensor) {
-  if (!tensor.has_value() || !tensor->defined()) return {nullptr, 0};
-  TORCH_CHECK_VALUE(tensor->numel() == shape.c && tensor->is_contiguous(), "expected a contiguous vector of ", shape.c,
-                    " channels. Received: ", tensor->sizes());
-  return {tensor->data_ptr(), dtype_code(tensor->scalar_type())};
-}
-
-const void* data(const OptionalTensor& tensor) {
-  return tensor.has_value() && tensor->defined() ? tensor->const_data_ptr() : nullptr;
-}
 
 Tensor empty_output(const Tensor& x) {
   Tensor out = at::empty_like(x);
@@ -110,15 +52,9 @@ Tensor forward_moments(const Tensor& x, double eps) {
 
 // What the header of a reduced packet says. `name` is the layer's, for the message.
 void check(const hvd_syncbn_shape& shape, double eps, const Tensor& packet, const std::string& name) {
-  TORCH_CHECK_VALUE(packet.numel() == hvd_syncbn_packet_size(shape.c), "expected a packet of ", shape.c,
-                    " channels. Received: ", packet.numel(), " words");
+  check_packet_size(shape, packet);
   const int32_t status = hvd_syncbn_check_packet(&shape, eps, packet.const_data_ptr<int64_t>());
-  TORCH_CHECK_VALUE(status != HVD_SYNCBN_RANKS_DISAGREE, "the ranks disagree about layer '", name,
-                    "': number of channels, eps, dtype and hvd-syncbn version have to be the same on every rank. "
-                    "This rank has: ",
-                    shape.c, " channels, eps ", eps);
-  TORCH_CHECK_VALUE(status != HVD_SYNCBN_ONE_VALUE,
-                    "Expected more than 1 value per channel when training, got 1 over all ranks in layer '", name, "'");
+  raise_failure(status, name, c10::str(" This rank has: ", shape.c, " channels, eps ", eps));
 }
 
 std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, const OptionalTensor& weight,
@@ -189,6 +125,7 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, con
 }
 
 }  // namespace
+}  // namespace hvd_syncbn
 
 TORCH_LIBRARY(hvd_syncbn, m) {
   m.def("forward_moments(Tensor x, float eps) -> Tensor");
@@ -206,6 +143,7 @@ TORCH_LIBRARY(hvd_syncbn, m) {
 }
 
 TORCH_LIBRARY_IMPL(hvd_syncbn, CPU, m) {
+  using namespace hvd_syncbn;
   m.impl("forward_moments", forward_moments);
   m.impl("forward_apply", forward_apply);
   m.impl("backward_moments", backward_moments);

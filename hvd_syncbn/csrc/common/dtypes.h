@@ -1,4 +1,4 @@
-// The four element types, and their exact or once-rounded conversions.
+// The four element types, and their exact or once-rounded conversions. A GPU has instructions for float16.
 #ifndef HVD_SYNCBN_COMMON_DTYPES_H_
 #define HVD_SYNCBN_COMMON_DTYPES_H_
 
@@ -29,6 +29,11 @@ HVD_SYNCBN_HD float widen(float v) { return v; }
 HVD_SYNCBN_HD double widen(double v) { return v; }
 HVD_SYNCBN_HD float widen(BFloat16 v) { return bit_cast<float>(uint32_t{v.bits} << 16); }
 HVD_SYNCBN_HD float widen(Half v) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
+  return wide;
+#else
   const uint32_t sign = uint32_t{v.bits & 0x8000u} << 16;
   const uint32_t exponent = (v.bits >> 10) & 0x1fu;
   const uint32_t fraction = v.bits & 0x3ffu;
@@ -37,6 +42,7 @@ HVD_SYNCBN_HD float widen(Half v) {
   }
   const uint32_t wide = exponent == 0x1fu ? 0xffu : exponent + 112;
   return bit_cast<float>(sign | (wide << 23) | (fraction << 13));
+#endif
 }
 
 // Round to nearest, ties to even; every NaN becomes the canonical one.
@@ -47,6 +53,10 @@ HVD_SYNCBN_HD void narrow(float v, BFloat16* out) {
   out->bits = static_cast<uint16_t>(v != v ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 HVD_SYNCBN_HD void narrow(float v, Half* out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(v));
+  if (v != v) out->bits = 0x7e00u;
+#else
   const uint32_t bits = bit_cast<uint32_t>(v);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -63,6 +73,7 @@ HVD_SYNCBN_HD void narrow(float v, Half* out) {
     half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   }
   out->bits = static_cast<uint16_t>(half | sign);
+#endif
 }
 
 // float64 to float32 with the last bit sticky (round to odd), so that rounding again to 16 bits rounds only once.

@@ -53,8 +53,9 @@ HVD_SYNCBN_HD bool split(double v, Digits* out) {
   return true;
 }
 
-// Adds v to the sum at `limbs`, or 1 to `nonfinite`.
-HVD_SYNCBN_HD void deposit(double v, int64_t* limbs, int64_t* nonfinite) {
+// Adds v to the sum at `limbs`, or 1 to `nonfinite`. Limbs: int64_t*, or what is indexed like one.
+template <class Limbs>
+HVD_SYNCBN_HD void deposit(double v, Limbs limbs, int64_t* nonfinite) {
   Digits d;
   if (!split(v, &d)) {
     *nonfinite += 1;
@@ -65,7 +66,8 @@ HVD_SYNCBN_HD void deposit(double v, int64_t* limbs, int64_t* nonfinite) {
   if (d.digit[2]) limbs[d.index + 2] += d.digit[2];
 }
 
-HVD_SYNCBN_HD void normalize(int64_t* limbs) {
+template <class Limbs>
+HVD_SYNCBN_HD void normalize(Limbs limbs) {
   int64_t carry = 0;
   for (int i = 0; i < kLimbs - 1; ++i) {
     const int64_t t = limbs[i] + carry;

@@ -2,6 +2,7 @@
 #ifndef HVD_SYNCBN_COMMON_FINISH_H_
 #define HVD_SYNCBN_COMMON_FINISH_H_
 
+#include "../include/hvd_syncbn/core.h"
 #include "exact_sum.h"
 
 namespace hvd_syncbn {
@@ -205,6 +206,23 @@ HVD_SYNCBN_HD uint32_t digest(double eps, int32_t dtype, int64_t channels) {
     for (int byte = 0; byte < 8; ++byte) hash = (hash ^ ((words[w] >> (8 * byte)) & 0xff)) * 0x100000001b3u;
   }
   return static_cast<uint32_t>(hash ^ (hash >> 32));
+}
+
+// Word `index` (not 1, the count) of a rank's own header.
+HVD_SYNCBN_HD int64_t header_word(int index, uint32_t digest) {
+  const uint64_t d = digest;
+  return index == 0 ? 1 : static_cast<int64_t>(index == 2 ? d : d * d);
+}
+
+// What the header of a reduced packet says: HVD_SYNCBN_OK, or what is wrong. If every rank sent d, the sums are p*d and
+// p*d^2; the sum of squares is larger for any other set with that sum.
+HVD_SYNCBN_HD int32_t check_header(const int64_t* packet, uint32_t digest) {
+  const uint64_t mine = digest, participants = static_cast<uint64_t>(packet[0]);
+  if (static_cast<uint64_t>(packet[2]) != participants * mine ||
+      static_cast<uint64_t>(packet[3]) != participants * (mine * mine)) {
+    return HVD_SYNCBN_RANKS_DISAGREE;
+  }
+  return packet[1] == 0 ? HVD_SYNCBN_EMPTY : packet[1] == 1 ? HVD_SYNCBN_ONE_VALUE : HVD_SYNCBN_OK;
 }
 
 }  // namespace hvd_syncbn

@@ -145,11 +145,8 @@ void hvd_syncbn_backward_moments(const hvd_syncbn_shape* shape, const void* x, c
 }
 
 void hvd_syncbn_close_packet(const hvd_syncbn_shape* shape, double eps, int64_t count, int64_t* packet) {
-  const uint64_t mine = digest(eps, shape->dtype, shape->c);
-  packet[0] = 1;
-  packet[1] = count;
-  packet[2] = static_cast<int64_t>(mine);
-  packet[3] = static_cast<int64_t>(mine * mine);
+  const uint32_t mine = digest(eps, shape->dtype, shape->c);
+  for (int i = 0; i < kHeader; ++i) packet[i] = i == 1 ? count : header_word(i, mine);
   for (int64_t i = 0; i < shape->c; ++i) {
     normalize(packet + moment_a_at(shape->c, i));
     normalize(packet + moment_b_at(shape->c, i));
@@ -157,13 +154,7 @@ void hvd_syncbn_close_packet(const hvd_syncbn_shape* shape, double eps, int64_t 
 }
 
 int32_t hvd_syncbn_check_packet(const hvd_syncbn_shape* shape, double eps, const int64_t* packet) {
-  // If every rank sent d, the sums are p*d and p*d^2; the sum of squares is larger for any other set with that sum.
-  const uint64_t mine = digest(eps, shape->dtype, shape->c), participants = static_cast<uint64_t>(packet[0]);
-  if (static_cast<uint64_t>(packet[2]) != participants * mine ||
-      static_cast<uint64_t>(packet[3]) != participants * (mine * mine)) {
-    return HVD_SYNCBN_RANKS_DISAGREE;
-  }
-  return packet[1] == 0 ? HVD_SYNCBN_EMPTY : packet[1] == 1 ? HVD_SYNCBN_ONE_VALUE : HVD_SYNCBN_OK;
+  return check_header(packet, digest(eps, shape->dtype, shape->c));
 }
 
 int64_t hvd_syncbn_packet_count(const int64_t* packet) { return packet[1]; }

@@ -4,41 +4,13 @@
 // Traffic: a packet of 136 bytes per channel, a few vectors. One thread, a vector of channels at a time.
 #include "../common/finish.h"
 
-#include "../common/dtypes.h"
+#include "../common/vectors.h"
 #include "kernels.h"
 #include "simd.h"
 
 namespace hvd_syncbn {
 namespace HVD_SYNCBN_PATH {
 namespace {
-
-double read(const hvd_syncbn_vector& vector, int64_t i, double absent) {
-  if (vector.data == nullptr) return absent;
-  switch (vector.dtype) {
-    case HVD_SYNCBN_FLOAT32:
-      return static_cast<const float*>(vector.data)[i];
-    case HVD_SYNCBN_FLOAT64:
-      return static_cast<const double*>(vector.data)[i];
-    case HVD_SYNCBN_FLOAT16:
-      return widen(static_cast<const Half*>(vector.data)[i]);
-    default:
-      return widen(static_cast<const BFloat16*>(vector.data)[i]);
-  }
-}
-
-void write(const hvd_syncbn_vector& vector, int64_t i, double value) {
-  if (vector.data == nullptr) return;
-  switch (vector.dtype) {
-    case HVD_SYNCBN_FLOAT32:
-      return narrow(value, static_cast<float*>(vector.data) + i);
-    case HVD_SYNCBN_FLOAT64:
-      return narrow(value, static_cast<double*>(vector.data) + i);
-    case HVD_SYNCBN_FLOAT16:
-      return narrow(value, static_cast<Half*>(vector.data) + i);
-    default:
-      return narrow(value, static_cast<BFloat16*>(vector.data) + i);
-  }
-}
 
 // Of V::N channels: the exact sums that lie from `limbs` on.
 template <class V>

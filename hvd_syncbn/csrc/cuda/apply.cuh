@@ -1,0 +1,233 @@
+// The walk over elements that both apply kernels share. An Op brings
+//   Coefficients, finish(channel, first)   what it needs of a channel, from the reduced packet; first: this block alone
+//                                          writes what there is one of per channel
+//   load<kWidth>(i, row)                   kWidth elements from offset i; row: their position, for a mask
+//   compute(loaded, e, k, &results)        the e-th of them
+//   store(i, results)
+//
+// One block finishes a tile of channels into shared memory and applies them to one of `splits` ranges of items. Two
+// forms:
+//   Runs<kWidth>    channels first. An item is a sample's run of the tile's rows, which lie side by side, or a part of
+//                   it where a row is long.
+//   Lines<kWidth>   channels last, and 2-D input. An item is a position; a thread stays on kWidth channels and keeps
+//                   their coefficients in registers.
+#ifndef HVD_SYNCBN_CUDA_APPLY_CUH_
+#define HVD_SYNCBN_CUDA_APPLY_CUH_
+
+#include "../common/finish.h"
+#include "../common/vectors.h"
+#include "device.cuh"
+
+namespace hvd_syncbn {
+namespace cuda {
+
+constexpr int kApplyThreads = 256;
+// Accesses of a thread in flight.
+constexpr int kApplyBatch = 4;
+
+struct ApplyWalk {
+  int64_t n, c, s;
+  int64_t items;  // of a tile
+  int64_t tiles;
+  int tile;  // channels
+  int splits;
+  int chunks;           // of a run
+  unsigned row_factor;  // Runs: row = offset in the run * row_factor / 2^32
+};
+
+// ---- Runs
+
+template <int kWidth>
+struct Runs {
+  static constexpr int kRun = 4096;    // elements, at least, of a run
+  static constexpr int kChunk = 8192;  // elements, at most, of an item where the run is one row
+
+  template <class Op>
+  __device__ static void walk(const ApplyWalk& walk, const Op& op, const typename Op::Coefficients* coefficients,
+                              int64_t first, int64_t begin, int64_t end) {
+    const int64_t channels = walk.c - first < walk.tile ? walk.c - first : walk.tile;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t n = walk.chunks == 1 ? item : static_cast<unsigned>(item) / static_cast<unsigned>(walk.chunks);
+      const int64_t base = (item - n * walk.chunks) * kChunk;
+      const int64_t rest = channels * walk.s - base;
+      const int length = static_cast<int>(walk.chunks > 1 && rest > kChunk ? kChunk : rest);
+      const int64_t offset = (n * walk.c + first) * walk.s + base;
+      for (int i = threadIdx.x * kWidth; i < length; i += kApplyBatch * kApplyThreads * kWidth) {
+        typename Op::template Loaded<kWidth> loaded[kApplyBatch];
+#pragma unroll
+        for (int u = 0; u < kApplyBatch; ++u) {
+          const int at = i + u * kApplyThreads * kWidth;
+          if (at < length) loaded[u] = op.template load<kWidth>(offset + at, n * walk.s + base + column(walk, at));
+        }
+#pragma unroll
+        for (int u = 0; u < kApplyBatch; ++u) {
+          const int at = i + u * kApplyThreads * kWidth;
+          if (at >= length) break;
+          const int row = row_of(walk, at);
+          const int64_t left = walk.s - column(walk, at);  // in this row
+          typename Op::template Results<kWidth> results;
+          if (left >= kWidth) {
+            const typename Op::Coefficients k = coefficients[row];
+#pragma unroll
+            for (int e = 0; e < kWidth; ++e) op.compute(loaded[u], e, k, &results);
+          } else {
+#pragma unroll
+            for (int e = 0; e < kWidth; ++e) {
+              op.compute(loaded[u], e, coefficients[e < left ? row : row + 1], &results);
+            }
+          }
+          op.store(offset + at, results);
+        }
+      }
+    }
+  }
+
+ private:
+  static __device__ int row_of(const ApplyWalk& walk, int at) {
+    return static_cast<int>(static_cast<uint64_t>(at) * walk.row_factor >> 32);
+  }
+  static __device__ int64_t column(const ApplyWalk& walk, int at) { return at - row_of(walk, at) * walk.s; }
+};
+
+// ---- Lines
+
+template <int kWidth>
+struct Lines {
+  static constexpr int kMaxColumns = 32;
+
+  template <class Op>
+  __device__ static void walk(const ApplyWalk& walk, const Op& op, const typename Op::Coefficients* coefficients,
+                              int64_t first, int64_t begin, int64_t end) {
+    const int columns = walk.tile / kWidth, rows = kApplyThreads / columns;
+    const int row = threadIdx.x / columns, column = (threadIdx.x - row * columns) * kWidth;
+    if (row >= rows || first + column >= walk.c) return;
+    typename Op::Coefficients k[kWidth];
+    constexpr int kBatch = sizeof(k) > 128 ? kApplyBatch / 2 : kApplyBatch;  // what fits the registers
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) k[e] = coefficients[column + e];
+    for (int64_t item = begin + row; item < end; item += kBatch * rows) {
+      typename Op::template Loaded<kWidth> loaded[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int64_t at = item + u * rows;
+        if (at < end) loaded[u] = op.template load<kWidth>(at * walk.c + first + column, at);
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int64_t at = item + u * rows;
+        if (at >= end) break;
+        typename Op::template Results<kWidth> results;
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) op.compute(loaded[u], e, k[e], &results);
+        op.store(at * walk.c + first + column, results);
+      }
+    }
+  }
+};
+
+// ---- The kernel
+
+// What apply kernels find wrong in a packet's header, for the host to read: a word of its memory.
+struct Report {
+  const int64_t* packet;
+  uint32_t digest;
+  int64_t* word;
+  int64_t layer;  // of kReportLayer units
+};
+constexpr int64_t kReportLayer = 4;  // a report is layer * kReportLayer + status
+
+__device__ inline bool failed(int32_t status) {
+  return status == HVD_SYNCBN_RANKS_DISAGREE || status == HVD_SYNCBN_ONE_VALUE;
+}
+
+template <class Op>
+struct ApplyArguments {
+  ApplyWalk walk;
+  Op op;
+  Report report;
+};
+
+// At least 2 blocks per multiprocessor: 128 registers.
+template <class Form, class Op>
+__global__ void __launch_bounds__(kApplyThreads, 2) apply(const __grid_constant__ ApplyArguments<Op> arguments) {
+  const ApplyWalk& walk = arguments.walk;
+  typename Op::Coefficients* const coefficients = reinterpret_cast<typename Op::Coefficients*>(shared_memory());
+  const int64_t tile = blockIdx.x % walk.tiles, first = tile * walk.tile;
+  const int split = static_cast<int>(blockIdx.x / walk.tiles);
+  const int32_t status = check_header(arguments.report.packet, arguments.report.digest);
+  for (int i = threadIdx.x; i < walk.tile && first + i < walk.c; i += kApplyThreads) {
+    coefficients[i] = arguments.op.finish(walk.c, first + i, status, split == 0);
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0 && failed(status)) {
+    *static_cast<volatile int64_t*>(arguments.report.word) = arguments.report.layer * kReportLayer + status;
+  }
+  __syncthreads();
+  Form::walk(walk, arguments.op, coefficients, first, walk.items * split / walk.splits,
+             walk.items * (split + 1) / walk.splits);
+}
+
+// ---- The launch
+
+template <class Form, class Op>
+cudaError_t launch_apply_form(ApplyWalk walk, int tile, int64_t items, int64_t items_at_once, const Op& op,
+                              const Report& report, void* stream) {
+  // A few waves: enough to even out, and each block long enough to be worth its finish.
+  constexpr int kBlocksPerMultiprocessor = 16;
+  int sms = 0;
+  const cudaError_t error = multiprocessors(&sms);
+  if (error != cudaSuccess) return error;
+  walk.tile = tile > 0 ? tile : 1;
+  walk.tiles = ceil_div(walk.c, walk.tile) > 1 ? ceil_div(walk.c, walk.tile) : 1;
+  walk.items = items;
+  int64_t splits = ceil_div(int64_t{kBlocksPerMultiprocessor} * sms, walk.tiles);
+  const int64_t useful = ceil_div(items, items_at_once);
+  if (splits > useful) splits = useful;
+  if (splits < 1) splits = 1;
+  walk.splits = static_cast<int>(splits);
+  return launch(apply<Form, Op>, walk.tiles * splits, kApplyThreads, walk.tile * sizeof(typename Op::Coefficients),
+                stream, ApplyArguments<Op>{walk, op, report});
+}
+
+template <int kWidth, class Op>
+cudaError_t launch_width(const hvd_syncbn_shape& shape, const Op& op, const Report& report, void* stream) {
+  ApplyWalk walk = {};
+  walk.n = shape.n;
+  walk.c = shape.c;
+  walk.s = shape.s;
+  walk.chunks = 1;
+  if (shape.layout == HVD_SYNCBN_CHANNELS_LAST || shape.s <= 1) {
+    const int64_t columns = ceil_div(shape.c, kWidth), tiles = ceil_div(columns, Lines<kWidth>::kMaxColumns);
+    const int tile = tiles == 0 ? 0 : static_cast<int>(ceil_div(columns, tiles)) * kWidth;
+    const int64_t at_once = int64_t{kApplyBatch} * kApplyThreads * kWidth / (tile > 0 ? tile : 1);
+    return launch_apply_form<Lines<kWidth>>(walk, tile, shape.n * shape.s, at_once, op, report, stream);
+  }
+  using Form = Runs<kWidth>;
+  if (shape.s >= Form::kRun) {
+    walk.chunks = static_cast<int>(ceil_div(shape.s, Form::kChunk));
+    return launch_apply_form<Form>(walk, 1, shape.n * walk.chunks, 1, op, report, stream);
+  }
+  // Tiles start on a boundary, too.
+  const int64_t rows = ceil_div(ceil_div(Form::kRun, shape.s), kWidth) * kWidth;
+  const int64_t most = shape.c < kApplyThreads ? shape.c : kApplyThreads;
+  walk.row_factor = static_cast<unsigned>((uint64_t{1} << 32) / shape.s + 1);
+  return launch_apply_form<Form>(walk, static_cast<int>(rows < most ? rows : most), shape.n, 1, op, report, stream);
+}
+
+// Picks wide accesses where every one of them is aligned.
+template <class T, class Op>
+cudaError_t launch_apply(const hvd_syncbn_shape& shape, bool aligned_arrays, bool masked, const Op& op,
+                         const Report& report, void* stream) {
+  constexpr int kWidth = 16 / sizeof(T);
+  const bool innermost = shape.layout == HVD_SYNCBN_CHANNELS_LAST || shape.s <= 1;
+  // Channels first, an access may reach into the next row, not further; and one mask byte is one position's.
+  const bool fits = innermost ? shape.c % kWidth == 0
+                              : !masked && shape.s >= kWidth &&
+                                    (shape.s >= Runs<kWidth>::kRun ? shape.s : shape.c * shape.s) % kWidth == 0;
+  return aligned_arrays && fits ? launch_width<kWidth>(shape, op, report, stream)
+                                : launch_width<1>(shape, op, report, stream);
+}
+
+}  // namespace cuda
+}  // namespace hvd_syncbn
+
+#endif  // HVD_SYNCBN_CUDA_APPLY_CUH_

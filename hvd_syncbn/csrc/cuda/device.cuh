@@ -1,0 +1,108 @@
+// What the kernels take from CUDA, and how they are launched.
+//
+// The tests compile these files as plain C++ too, against tests/cuda_emulator/cuda_emulator.h in place of the CUDA
+// headers.
+#ifndef HVD_SYNCBN_CUDA_DEVICE_CUH_
+#define HVD_SYNCBN_CUDA_DEVICE_CUH_
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#else
+#include "cuda_emulator.h"
+#endif
+
+#include "../common/dtypes.h"
+#include "../common/exact_sum.h"
+
+namespace hvd_syncbn {
+namespace cuda {
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// Shared memory that a launch may ask for on every device without opting in.
+constexpr int64_t kSharedBytes = 48 * 1024;
+
+__device__ inline unsigned char* shared_memory() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+#else
+  return cuda_emulator::shared_memory();
+#endif
+}
+
+__device__ inline int64_t add_to(int64_t* sum, int64_t value) {
+  return static_cast<int64_t>(
+      atomicAdd(reinterpret_cast<unsigned long long*>(sum), static_cast<unsigned long long>(value)));
+}
+
+// From the second-level cache: another block wrote it in this launch.
+__device__ inline int64_t fresh(const int64_t* word) {
+  return static_cast<int64_t>(__ldcg(reinterpret_cast<const long long*>(word)));
+}
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// kWidth elements that travel in one access of up to 16 bytes.
+template <class T, int kWidth>
+struct Pack {
+  T v[kWidth];
+};
+
+template <int kBytes>
+struct Access;
+template <>
+struct Access<2> {
+  using type = uint16_t;
+};
+template <>
+struct Access<4> {
+  using type = uint32_t;
+};
+template <>
+struct Access<8> {
+  using type = uint2;
+};
+template <>
+struct Access<16> {
+  using type = uint4;
+};
+
+template <int kWidth, class T>
+__device__ inline Pack<T, kWidth> load_pack(const T* from) {
+  using Raw = typename Access<kWidth * sizeof(T)>::type;
+  return bit_cast<Pack<T, kWidth>>(*reinterpret_cast<const Raw*>(from));
+}
+
+template <int kWidth, class T>
+__device__ inline void store_pack(T* to, const Pack<T, kWidth>& pack) {
+  using Raw = typename Access<kWidth * sizeof(T)>::type;
+  *reinterpret_cast<Raw*>(to) = bit_cast<Raw>(pack);
+}
+
+inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// Multiprocessors of the current device.
+inline cudaError_t multiprocessors(int* count) {
+  int device;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
+template <class Arguments>
+cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared_bytes, void* stream,
+                   Arguments arguments) {
+#if defined(__CUDACC__)
+  void* parameters[] = {&arguments};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                          dim3(static_cast<unsigned>(threads)), parameters, shared_bytes,
+                          static_cast<cudaStream_t>(stream));
+#else
+  return cuda_emulator::launch([&] { kernel(arguments); }, blocks, threads, shared_bytes, stream);
+#endif
+}
+
+}  // namespace cuda
+}  // namespace hvd_syncbn
+
+#endif  // HVD_SYNCBN_CUDA_DEVICE_CUH_

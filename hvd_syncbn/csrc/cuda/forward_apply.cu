@@ -1,0 +1,134 @@
+// Forward apply: finishes the reduced packet, then y = relu?(fma(d, scale, shift) + residual?), d = (x - mean_hi) -
+// mean_lo, element by element.
+//
+// Bytes: x (and the residual) are read once, y is written once, n*c*s elements each; 136 bytes of packet and a few
+// vectors per channel and block. The blocks of the first split write the stats and the running statistics.
+// Geometry: 256 threads; channel tiles x splits, about 16 blocks per multiprocessor; see apply.cuh for what a block
+// does in each layout.
+#include "../common/elementwise.h"
+#include "../include/hvd_syncbn/cuda.h"
+#include "apply.cuh"
+#include "reports.h"
+
+namespace hvd_syncbn {
+namespace cuda {
+namespace {
+
+struct ForwardFinish {
+  const int64_t* packet;
+  double eps;
+  hvd_syncbn_vector gamma, beta, running_mean, running_var, new_running_mean, new_running_var;
+  float old_weight, new_weight;  // docs/protocol.md, 3
+  bool unbiased;
+  double* stats;
+};
+
+// Once per channel and block, so not worth a copy in every kernel.
+__device__ __noinline__ Statistics<double> finish_channel(const ForwardFinish& in, int64_t c, int64_t channel,
+                                                          int32_t status, bool first) {
+  const double nan = canonical_nan<double>();
+  const Statistics<double> s =
+      failed(status) ? Statistics<double>{nan, nan, nan} : statistics(in.packet, c, channel, in.eps);
+  if (!first) return s;
+  in.stats[channel] = s.mean;
+  in.stats[c + channel] = s.invstd;
+  const double old_mean = read(in.running_mean, channel, 0.0), old_var = read(in.running_var, channel, 0.0);
+  if (status == HVD_SYNCBN_OK) {
+    const double var = in.unbiased ? unbiased(s.var, static_cast<double>(in.packet[1])) : s.var;
+    write(in.new_running_mean, channel, running(in.old_weight, old_mean, in.new_weight, s.mean));
+    write(in.new_running_var, channel, running(in.old_weight, old_var, in.new_weight, var));
+  } else if (in.new_running_mean.data != in.running_mean.data) {
+    write(in.new_running_mean, channel, old_mean);
+    write(in.new_running_var, channel, old_var);
+  }
+  return s;
+}
+
+template <class T>
+struct ForwardApply {
+  using Value = Compute<T>;
+  using Coefficients = ForwardCoefficients<Value>;
+  const T* x;
+  const T* residual;
+  T* y;
+  bool relu;
+  ForwardFinish in;
+
+  __device__ Coefficients finish(int64_t c, int64_t channel, int32_t status, bool first) const {
+    const Statistics<double> s = finish_channel(in, c, channel, status, first);
+    return forward_coefficients<Value>(s.mean, s.invstd, read(in.gamma, channel, 1.0), read(in.beta, channel, 0.0));
+  }
+
+  template <int kWidth>
+  struct Loaded {
+    Pack<T, kWidth> x, residual;
+  };
+  template <int kWidth>
+  using Results = Pack<T, kWidth>;
+
+  template <int kWidth>
+  __device__ Loaded<kWidth> load(int64_t i, int64_t) const {
+    Loaded<kWidth> loaded;
+    loaded.x = load_pack<kWidth>(x + i);
+    if (residual != nullptr) loaded.residual = load_pack<kWidth>(residual + i);
+    return loaded;
+  }
+  template <int kWidth>
+  __device__ void compute(const Loaded<kWidth>& loaded, int e, const Coefficients& k, Results<kWidth>* results) const {
+    Value v = normalized<Value>(widen(loaded.x.v[e]), k.mean_hi, k.mean_lo, k.scale, k.shift);
+    if (residual != nullptr) v = v + widen(loaded.residual.v[e]);
+    if (relu) v = hvd_syncbn::relu(v);
+    narrow(v, &results->v[e]);
+  }
+  template <int kWidth>
+  __device__ void store(int64_t i, const Results<kWidth>& results) const {
+    store_pack<kWidth>(y + i, results);
+  }
+};
+
+template <class T>
+cudaError_t run(const hvd_syncbn_shape& shape, const void* x, const void* residual, bool relu, const ForwardFinish& in,
+                const Report& report, void* y, void* stream) {
+  const ForwardApply<T> op = {static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<T*>(y), relu, in};
+  return launch_apply<T>(shape, aligned(x, 16) && aligned(residual, 16) && aligned(y, 16), false, op, report, stream);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace hvd_syncbn
+
+using namespace hvd_syncbn;
+
+extern "C" int32_t hvd_syncbn_cuda_forward_apply(const hvd_syncbn_shape* shape, double eps, const void* x,
+                                                 const void* residual, int32_t relu, const int64_t* packet,
+                                                 hvd_syncbn_vector gamma, hvd_syncbn_vector beta,
+                                                 hvd_syncbn_vector running_mean, hvd_syncbn_vector running_var,
+                                                 hvd_syncbn_vector new_running_mean, hvd_syncbn_vector new_running_var,
+                                                 double old_weight, double new_weight, int32_t unbiased,
+                                                 const char* layer, double* stats, void* y, void* stream) {
+  const cuda::ForwardFinish in = {packet,
+                                  eps,
+                                  gamma,
+                                  beta,
+                                  running_mean,
+                                  running_var,
+                                  new_running_mean,
+                                  new_running_var,
+                                  static_cast<float>(old_weight),
+                                  static_cast<float>(new_weight),
+                                  unbiased != 0,
+                                  stats};
+  cuda::Report report = {};
+  const cudaError_t error = cuda::make_report(*shape, eps, packet, layer, &report);
+  if (error != cudaSuccess) return error;
+  switch (shape->dtype) {
+    case HVD_SYNCBN_FLOAT32:
+      return cuda::run<float>(*shape, x, residual, relu != 0, in, report, y, stream);
+    case HVD_SYNCBN_FLOAT64:
+      return cuda::run<double>(*shape, x, residual, relu != 0, in, report, y, stream);
+    case HVD_SYNCBN_FLOAT16:
+      return cuda::run<Half>(*shape, x, residual, relu != 0, in, report, y, stream);
+    default:
+      return cuda::run<BFloat16>(*shape, x, residual, relu != 0, in, report, y, stream);
+  }
+}

@@ -1,0 +1,17 @@
+// How an apply kernel tells the host that a packet's header is wrong, without the host waiting for it.
+#ifndef HVD_SYNCBN_CUDA_REPORTS_H_
+#define HVD_SYNCBN_CUDA_REPORTS_H_
+
+#include "apply.cuh"
+
+namespace hvd_syncbn {
+namespace cuda {
+
+// The report of one launch on the current device.
+cudaError_t make_report(const hvd_syncbn_shape& shape, double eps, const int64_t* packet, const char* layer,
+                        Report* report);
+
+}  // namespace cuda
+}  // namespace hvd_syncbn
+
+#endif  // HVD_SYNCBN_CUDA_REPORTS_H_

@@ -1,0 +1,255 @@
+// Runs the kernels of hvd_syncbn/csrc/cuda on the CPU: just as much of CUDA as they use, as plain C++17.
+//
+// A block's threads are fibers of one thread of the host. A fiber runs until it waits for others (a barrier, a shuffle)
+// and then the next one does; the order of the threads of a block and of the blocks of a launch is drawn anew for every
+// launch. So a barrier that is missing, or that not every thread reaches, shows. What does not: races between threads
+// that no order of fibers brings out, between blocks that run at the same time, and the cost of anything. For those a
+// machine with a GPU has compute-sanitizer (benchmarks/gpu).
+#ifndef CUDA_EMULATOR_H_
+#define CUDA_EMULATOR_H_
+
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __noinline__ __attribute__((noinline))
+#define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one after another
+
+struct uint2 {
+  uint32_t x, y;
+} __attribute__((aligned(8)));
+struct uint4 {
+  uint32_t x, y, z, w;
+} __attribute__((aligned(16)));
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum { cudaDevAttrMultiProcessorCount = 16 };
+enum { cudaHostAllocMapped = 2 };
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
+
+namespace cuda_emulator {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 64 * 1024;
+
+[[noreturn]] inline void fail(const char* what) {
+  fprintf(stderr, "cuda_emulator: %s\n", what);
+  abort();
+}
+
+// Where some of the threads of a block wait for one another.
+struct Barrier {
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Fiber {
+  dim3 thread;
+  bool done = false;
+  bool started = false;
+  jmp_buf at;
+};
+
+struct Machine {
+  // Of the emulated device; tests set them.
+  int multiprocessors = 4;
+  uint64_t seed = 0;
+
+  // Of the block that runs.
+  dim3 block, block_size, grid_size;
+  std::vector<Fiber> fibers;
+  std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<unsigned char> shared;
+  std::function<void()> kernel;
+  int current = 0;
+  int running = 0;     // fibers that have not ended
+  bool moved = false;  // whether any fiber got on since the last look
+  jmp_buf scheduler;
+  ucontext_t first_context;
+  Barrier whole_block;
+  std::vector<Barrier> warps;
+  std::vector<uint64_t> exchange;  // what a thread shows the others of its warp
+
+  static Machine& get() {
+    static Machine machine;
+    return machine;
+  }
+
+  void yield() {
+    if (_setjmp(fibers[current].at) == 0) _longjmp(scheduler, 1);
+  }
+
+  void wait(Barrier* barrier, int count) {
+    moved = true;
+    if (++barrier->arrived == count) {
+      barrier->arrived = 0;
+      ++barrier->generation;
+      return;
+    }
+    const uint64_t mine = barrier->generation;
+    while (barrier->generation == mine) yield();
+    moved = true;
+  }
+
+  static void enter() {
+    Machine& m = get();
+    m.kernel();
+    m.fibers[m.current].done = true;
+    m.moved = true;
+    --m.running;
+    _longjmp(m.scheduler, 1);
+  }
+
+  void resume(int i) {
+    current = i;
+    if (_setjmp(scheduler) != 0) return;
+    Fiber& fiber = fibers[i];
+    if (fiber.started) _longjmp(fiber.at, 1);
+    fiber.started = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks[i].get();
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, enter, 0);
+    setcontext(&context);
+    fail("setcontext returned");
+  }
+
+  void run_block(const std::vector<int>& order) {
+    const int threads = static_cast<int>(block_size.x);
+    fibers.assign(threads, Fiber());
+    warps.assign((threads + kWarp - 1) / kWarp, Barrier());
+    exchange.assign(threads, 0);
+    whole_block = Barrier();
+    // What a kernel reads before it writes it is not 0.
+    std::fill(shared.begin(), shared.end(), 0xa5);
+    while (static_cast<int>(stacks.size()) < threads) stacks.emplace_back(new char[kStackBytes]);
+    running = threads;
+    for (int i = 0; i < threads; ++i) fibers[i].thread.x = static_cast<unsigned>(i);
+    while (running > 0) {
+      moved = false;
+      for (int i : order) {
+        if (!fibers[i].done) resume(i);
+      }
+      if (!moved) fail("deadlock: some threads wait at a barrier that others never reach");
+    }
+    if (whole_block.arrived != 0) fail("a block ended with threads at a barrier");
+  }
+};
+
+inline unsigned char* shared_memory() { return Machine::get().shared.data(); }
+
+inline cudaError_t launch(const std::function<void()>& kernel, int64_t blocks, int threads, size_t shared_bytes,
+                          void*) {
+  Machine& m = Machine::get();
+  if (blocks < 1 || blocks > 0x7fffffff || threads < 1 || threads > 1024 || shared_bytes > 48 * 1024) {
+    return cudaErrorInvalidValue;
+  }
+  std::mt19937_64 random(m.seed++);
+  std::vector<int> order(threads), block_order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  std::iota(block_order.begin(), block_order.end(), 0);
+  std::shuffle(block_order.begin(), block_order.end(), random);
+  m.kernel = kernel;
+  m.block_size = {static_cast<unsigned>(threads), 1, 1};
+  m.grid_size = {static_cast<unsigned>(blocks), 1, 1};
+  m.shared.resize(shared_bytes);
+  for (int block : block_order) {
+    std::shuffle(order.begin(), order.end(), random);
+    m.block = {static_cast<unsigned>(block), 0, 0};
+    m.run_block(order);
+  }
+  return cudaSuccess;
+}
+
+template <class T>
+T shuffle(unsigned mask, T value, int lane_mask) {
+  static_assert(sizeof(T) == 8, "the kernels shuffle 8 bytes");
+  Machine& m = Machine::get();
+  if (mask != 0xffffffffu) fail("the kernels shuffle whole warps");
+  const int me = m.current, warp = me / kWarp;
+  memcpy(&m.exchange[me], &value, sizeof(T));
+  m.wait(&m.warps[warp], kWarp);
+  T other;
+  memcpy(&other, &m.exchange[me ^ lane_mask], sizeof(T));
+  m.wait(&m.warps[warp], kWarp);
+  return other;
+}
+
+}  // namespace cuda_emulator
+
+#define threadIdx (cuda_emulator::Machine::get().fibers[cuda_emulator::Machine::get().current].thread)
+#define blockIdx (cuda_emulator::Machine::get().block)
+
+inline void __syncthreads() {
+  cuda_emulator::Machine& m = cuda_emulator::Machine::get();
+  m.wait(&m.whole_block, static_cast<int>(m.block_size.x));
+}
+inline void __threadfence() {}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  return cuda_emulator::shuffle(mask, value, lane_mask);
+}
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+  const unsigned long long old = *to;
+  *to += value;
+  return old;
+}
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
+}
+
+// ---- The host's side
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  *value = cuda_emulator::Machine::get().multiprocessors;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  memset(to, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+inline cudaError_t cudaHostAlloc(void** host, size_t bytes, unsigned) {
+  *host = malloc(bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
+  *device = host;
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid value"; }
+
+#endif  // CUDA_EMULATOR_H_

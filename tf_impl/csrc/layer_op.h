@@ -1,0 +1,131 @@
+// What the kernels of both devices share: tensors as the core sees them, and the checks that a graph leaves to run
+// time.
+#ifndef HVD_SYNCBN_TF_LAYER_OP_H_
+#define HVD_SYNCBN_TF_LAYER_OP_H_
+
+#include <cstring>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "hvd_syncbn/core.h"
+#include "tensorflow/core/framework/op_kernel.h"
+
+namespace hvd_syncbn {
+
+using tensorflow::DataType;
+using tensorflow::OpInputList;
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+using Status = absl::Status;
+
+template <class... Parts>
+Status InvalidArgument(const Parts&... parts) {
+  return absl::InvalidArgumentError(absl::StrCat(parts...));
+}
+
+inline int32_t CoreDtype(DataType dtype) {
+  switch (dtype) {
+    case tensorflow::DT_FLOAT:
+      return HVD_SYNCBN_FLOAT32;
+    case tensorflow::DT_DOUBLE:
+      return HVD_SYNCBN_FLOAT64;
+    case tensorflow::DT_HALF:
+      return HVD_SYNCBN_FLOAT16;
+    default:
+      return HVD_SYNCBN_BFLOAT16;
+  }
+}
+
+inline hvd_syncbn_vector Vector(const Tensor* tensor) {
+  return tensor == nullptr ? hvd_syncbn_vector{nullptr, 0}
+                           : hvd_syncbn_vector{tensor->data(), CoreDtype(tensor->dtype())};
+}
+
+template <class T>
+T* Data(const Tensor* tensor) {
+  return tensor == nullptr ? nullptr : static_cast<T*>(tensor->data());
+}
+
+// What the kernels share: the shape of x, the checks that a graph leaves to run time.
+class LayerOp : public OpKernel {
+ public:
+  explicit LayerOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
+    std::string data_format;
+    int64_t bits;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("data_format", &data_format));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("epsilon_bits", &bits));
+    layout_ = data_format == "channels_first" ? HVD_SYNCBN_CHANNELS_FIRST : HVD_SYNCBN_CHANNELS_LAST;
+    std::memcpy(&epsilon_, &bits, sizeof(epsilon_));
+  }
+
+ protected:
+  // x as the core sees it.
+  Status CoreShape(const Tensor& x, hvd_syncbn_shape* shape) const {
+    if (x.dims() < 2) return InvalidArgument("Expected x with at least 2 dims. Received: ", x.shape().DebugString());
+    const bool first = layout_ == HVD_SYNCBN_CHANNELS_FIRST;
+    int64_t spatial = 1;
+    for (int i = first ? 2 : 1; i < (first ? x.dims() : x.dims() - 1); ++i) spatial *= x.dim_size(i);
+    *shape = {x.dim_size(0), x.dim_size(first ? 1 : x.dims() - 1), spatial, CoreDtype(x.dtype()), layout_};
+    return absl::OkStatus();
+  }
+
+  static Status Expect(const char* name, const Tensor& tensor, const TensorShape& expected) {
+    if (tensor.shape() == expected) return absl::OkStatus();
+    return InvalidArgument("Expected ", name, " of shape ", expected.DebugString(),
+                           ". Received: ", tensor.shape().DebugString());
+  }
+
+  // An input that is always there.
+  static Status Input(OpKernelContext* ctx, const char* name, const TensorShape& expected, const Tensor** tensor) {
+    TF_RETURN_IF_ERROR(ctx->input(name, tensor));
+    return Expect(name, **tensor, expected);
+  }
+
+  // An input that may be missing: null then.
+  static Status OptionalInput(OpKernelContext* ctx, const char* name, const TensorShape& expected,
+                              const Tensor** tensor) {
+    OpInputList list;
+    TF_RETURN_IF_ERROR(ctx->input_list(name, &list));
+    *tensor = list.size() == 0 ? nullptr : &list[0];
+    return *tensor == nullptr ? absl::OkStatus() : Expect(name, **tensor, expected);
+  }
+
+  // The mask of shape [n, spatial...]; null: every position counts.
+  static Status Mask(OpKernelContext* ctx, const hvd_syncbn_shape& shape, const uint8_t** mask) {
+    OpInputList list;
+    TF_RETURN_IF_ERROR(ctx->input_list("mask", &list));
+    *mask = list.size() == 0 ? nullptr : Data<const uint8_t>(&list[0]);
+    if (list.size() == 0 || list[0].NumElements() == shape.n * shape.s) return absl::OkStatus();
+    return InvalidArgument("Expected a mask of ", shape.n * shape.s,
+                           " positions. Received: ", list[0].shape().DebugString());
+  }
+
+  double epsilon_;
+  int32_t layout_;
+};
+
+// What a packet's header says is wrong with a layer; `received` ends the message.
+template <class... Parts>
+Status Failure(int32_t status, const std::string& layer, const Parts&... received) {
+  switch (status) {
+    case HVD_SYNCBN_RANKS_DISAGREE:
+      return InvalidArgument(
+          "the ranks disagree about layer '", layer,
+          "': number of channels, epsilon, dtype and hvd-syncbn version have to be the same on every "
+          "rank. ",
+          received...);
+    case HVD_SYNCBN_ONE_VALUE:
+      return InvalidArgument("Expected more than 1 value per channel when training, over all ranks (layer '", layer,
+                             "'). ", received...);
+    default:
+      return absl::OkStatus();
+  }
+}
+
+}  // namespace hvd_syncbn
+
+#endif  // HVD_SYNCBN_TF_LAYER_OP_H_

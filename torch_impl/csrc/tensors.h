@@ -1,0 +1,101 @@
+// Tensors as the core sees them, for the kernels of both devices.
+#ifndef HVD_SYNCBN_TORCH_TENSORS_H_
+#define HVD_SYNCBN_TORCH_TENSORS_H_
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "hvd_syncbn/core.h"
+
+namespace hvd_syncbn {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline int32_t dtype_code(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return HVD_SYNCBN_FLOAT32;
+    case at::kDouble:
+      return HVD_SYNCBN_FLOAT64;
+    case at::kHalf:
+      return HVD_SYNCBN_FLOAT16;
+    case at::kBFloat16:
+      return HVD_SYNCBN_BFLOAT16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected float32, float64, float16 or bfloat16. Received: ", type);
+  }
+}
+
+// Whether memory holds [n, spatial..., c], as `movedim(1, -1).is_contiguous()` would say, which takes microseconds.
+inline bool is_channels_last(const Tensor& x) {
+  int64_t expected = 1;
+  const int64_t last = x.dim() - 1;
+  for (int64_t i = 0; i <= last; ++i) {
+    const int64_t d = i == 0 ? 1 : i == last ? 0 : last + 1 - i;  // 1, then the spatial ones from the last, then 0
+    if (x.size(d) == 1) continue;
+    if (x.stride(d) != expected) return x.numel() == 0;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
+// An input brought to one of the core's two layouts; no copy where it is in one already.
+struct Input {
+  Tensor tensor;
+  hvd_syncbn_shape shape;
+};
+
+inline Input input(const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() >= 2, "expected an input of at least 2 dimensions. Received: ", x.dim());
+  hvd_syncbn_shape shape = {x.size(0), x.size(1), 1, dtype_code(x.scalar_type()), HVD_SYNCBN_CHANNELS_FIRST};
+  for (int64_t d = 2; d < x.dim(); ++d) shape.s *= x.size(d);
+  if (x.is_contiguous()) return {x, shape};
+  if (is_channels_last(x)) {
+    shape.layout = HVD_SYNCBN_CHANNELS_LAST;
+    return {x, shape};
+  }
+  return {x.contiguous(), shape};
+}
+
+// Another tensor of x's shape, in x's layout.
+inline Tensor like(const Input& x, const Tensor& other) {
+  if (x.shape.layout == HVD_SYNCBN_CHANNELS_FIRST) return other.contiguous();
+  return is_channels_last(other) ? other : other.movedim(1, -1).contiguous().movedim(-1, 1);
+}
+
+inline OptionalTensor like(const Input& x, const OptionalTensor& other) {
+  return other.has_value() && other->defined() ? OptionalTensor(like(x, *other)) : std::nullopt;
+}
+
+inline hvd_syncbn_vector vector(const hvd_syncbn_shape& shape, const OptionalTensor& tensor) {
+  if (!tensor.has_value() || !tensor->defined()) return {nullptr, 0};
+  TORCH_CHECK_VALUE(tensor->numel() == shape.c && tensor->is_contiguous(), "expected a contiguous vector of ", shape.c,
+                    " channels. Received: ", tensor->sizes());
+  return {tensor->data_ptr(), dtype_code(tensor->scalar_type())};
+}
+
+inline const void* data(const OptionalTensor& tensor) {
+  return tensor.has_value() && tensor->defined() ? tensor->const_data_ptr() : nullptr;
+}
+
+inline void check_packet_size(const hvd_syncbn_shape& shape, const Tensor& packet) {
+  TORCH_CHECK_VALUE(packet.numel() == hvd_syncbn_packet_size(shape.c), "expected a packet of ", shape.c,
+                    " channels. Received: ", packet.numel(), " words");
+}
+
+// Raises what a packet's header says is wrong; `detail` ends the message.
+inline void raise_failure(int32_t status, const std::string& layer, const std::string& detail) {
+  TORCH_CHECK_VALUE(status != HVD_SYNCBN_RANKS_DISAGREE, "the ranks disagree about layer '", layer,
+                    "': number of channels, eps, dtype and hvd-syncbn version have to be the same on every rank.",
+                    detail);
+  TORCH_CHECK_VALUE(status != HVD_SYNCBN_ONE_VALUE,
+                    "Expected more than 1 value per channel when training, got 1 over all ranks in layer '", layer,
+                    "'");
+}
+
+}  // namespace hvd_syncbn
+
+#endif  // HVD_SYNCBN_TORCH_TENSORS_H_
