@@ -17,7 +17,6 @@
 #include <cstring>
 #include <functional>
 #include <string>
-#include <vector>
 
 #include "layer_op.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
