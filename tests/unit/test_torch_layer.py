@@ -771,3 +771,41 @@ def test_device_and_dtype() -> None:
     assert layer.weight.dtype == layer.running_var.dtype == torch.float64
     y = layer(torch.empty(4, 3, 5, device="meta", dtype=torch.float64))
     assert y.shape == (4, 3, 5) and y.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "channels_last"),
+    [
+        ((5, 64, 128, 112), torch.float32, False),
+        ((5, 64, 128, 112), torch.float32, True),
+        ((5, 64, 128, 224), torch.bfloat16, True),
+        ((5, 64, 128, 224), torch.float16, False),
+        ((5, 64, 64, 112), torch.float64, True),
+        ((4100, 1024), torch.float32, False),
+    ],
+    ids=str,
+)
+def test_large_outputs(sizes: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> None:
+    """Outputs of 16 MiB and more are written around the caches (csrc/cpu/apply.h): the same bytes as sample by sample."""
+    torch.manual_seed(0)
+    x, dy, residual = (torch.randn(sizes).to(dtype) for _ in range(3))
+    if channels_last:
+        x, dy, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy, residual))
+    assert x.nbytes >= 16 << 20
+    weight, bias = torch.randn(2, sizes[1])
+    step = -(-sizes[0] // 5)
+
+    packet = ops.forward_moments(x, 1e-5)
+    y, stats = ops.forward_apply(x, packet, weight, bias, residual, None, None, 0.9, 0.1, True, 1e-5, True, "layer")
+    gradients, _, _ = ops.backward_moments(x, dy, y, stats, 1e-5, torch.float32)
+    dx, dresidual = ops.backward_apply(x, dy, y, gradients, stats, weight, 1e-5, True, "layer")
+    for start in range(0, sizes[0], step):
+        part = slice(start, start + step)
+        y_part, _ = ops.forward_apply(
+            x[part], packet, weight, bias, residual[part], None, None, 0.9, 0.1, True, 1e-5, True, "layer"
+        )
+        assert y_part.nbytes < 16 << 20
+        assert_same(y[part], y_part)
+        parts = ops.backward_apply(x[part], dy[part], y[part], gradients, stats, weight, 1e-5, True, "layer")
+        assert_same(dx[part], parts[0])
+        assert_same(dresidual[part], parts[1])
