@@ -76,7 +76,9 @@ def _round_dyadic(m: int, e: int, dtype: str) -> float:
 
 
 def round_to(value: float, dtype: str) -> float:
-    """A float64 rounded once to ``dtype``."""
+    """A float64 rounded once to ``dtype``; every NaN becomes the canonical one."""
+    if math.isnan(value):
+        return math.nan
     if not math.isfinite(value) or value == 0.0 or dtype == "float64":
         return value
     return _round_dyadic(*_dyadic(value), dtype)
