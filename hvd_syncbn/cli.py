@@ -138,15 +138,7 @@ def _advice() -> list[Finding]:
     findings = [Finding("HOROVOD_CYCLE_TIME", f"{cycle} ms" if cycle else f"1 ms, the default: {advice}")]
     if os.environ.get("HOROVOD_CACHE_CAPACITY") == "0":
         findings.append(Finding("HOROVOD_CACHE_CAPACITY", "0: the ranks agree anew on every packet; better left alone"))
-    if "[madvise]" in _huge_pages() and "hugetlb" not in os.environ.get("GLIBC_TUNABLES", ""):
-        advice = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1 spares large CPU tensors most of their page faults"
-        findings.append(Finding("Huge pages", f"on request (madvise): {advice}"))
     return findings
-
-
-def _huge_pages() -> str:
-    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return path.read_text() if path.exists() else ""
 
 
 def doctor() -> int:
