@@ -55,7 +55,11 @@ def test_one_collective_per_layer_and_direction(tmp_path: Path) -> None:
 
 
 def test_a_peer_dies() -> None:
-    death = run("tensorflow_death", 2)
-    outcome = death.ranks[0].get("check_a_peer_dies")
+    for _ in range(3):
+        death = run("tensorflow_death", 2)
+        outcome = death.ranks[0].get("check_a_peer_dies")
+        # The peer closes its files. Seldom Gloo's thread there notices and aborts, and horovodrun kills us before we are through.
+        if outcome is not None or "nfds != -1" not in death.output:
+            break
     assert outcome is not None, death.output
     assert outcome.get("value") == ["HorovodInternalError", "UnknownError"], outcome
