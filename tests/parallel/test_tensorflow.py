@@ -58,7 +58,7 @@ def test_a_peer_dies() -> None:
     for _ in range(3):
         death = run("tensorflow_death", 2)
         outcome = death.ranks[0].get("check_a_peer_dies")
-        # The peer closes its files. Seldom Gloo's thread there notices and aborts, and horovodrun kills us before we are through.
+        # The peer closes its files. Seldom its Gloo thread aborts on that, and horovodrun kills us before we are through.
         if outcome is not None or "nfds != -1" not in death.output:
             break
     assert outcome is not None, death.output
