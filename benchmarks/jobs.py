@@ -90,7 +90,7 @@ def run(job: Job, advance: Callable[[int], None]) -> Outcome:
                     seen = done
                 timed_out = process.poll() is None
             finally:
-                _end(process)
+                end(process)
             output.seek(0)
             error = None
             if timed_out:
@@ -125,7 +125,7 @@ def _first_error(output: str) -> str | None:
     return lines[0][:300] if lines else None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     """Kills a process and everything below it, by process id: horovodrun's ranks are in sessions of their own."""
     try:
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]

@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,8 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from benchmarks.jobs import end
 from hvd_syncbn import horovod
 
 ROOT = Path(__file__).parents[2]
@@ -56,20 +54,6 @@ class Job:
         return [outcomes[check]["value"] for outcomes in self.ranks]
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Kills a process and everything below it, by process id: horovodrun's ranks are in sessions of their own."""
-    try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        try:
-            member.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=10)
-
-
 @cache
 def run(group: str, ranks: int, timeout: float = 240, **environment: str) -> Job:
     """Runs a group once per session and rank count; `ranks=1` runs without horovodrun, as a user would."""
@@ -95,10 +79,10 @@ def run(group: str, ranks: int, timeout: float = 240, **environment: str) -> Job
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            _end(process)
+            end(process)
             output = process.communicate()[0] + f"\n(ended after {timeout} s)"
         except BaseException:
-            _end(process)
+            end(process)
             raise
         outcomes: list[dict[str, dict[str, Any]]] = []
         for rank in range(ranks):
