@@ -1,4 +1,4 @@
-"""Synchronized batch normalization as a function of tensors: input checks, the autograd function, evaluation."""
+"""Synchronized batch normalization as a function of tensors: input checks, training, evaluation."""
 
 from __future__ import annotations
 
@@ -7,67 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hvd_syncbn.torch_impl import ops
 
 ACTIVATIONS = (None, "relu")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-class _SyncBatchNorm(torch.autograd.Function):
-    """One collective forward, one backward. Saved: x, the per-channel float64 stats, and with relu the output."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weights: tuple[float, float] | Tensor,
-        unbiased: bool,
-        eps: float,
-        relu: bool,
-        process_set: int,
-        name: str,
-    ) -> Tensor:
-        packet = ops.forward_moments(x, eps)
-        ops.allreduce_(packet, f"hvd_syncbn.{name}.forward", process_set)
-        tensors = x, packet, weight, bias, residual, running_mean, running_var
-        if isinstance(weights, Tensor):
-            y, stats = ops.forward_apply_average(*tensors, weights, unbiased, eps, relu, name)
-        else:
-            y, stats = ops.forward_apply(*tensors, *weights, unbiased, eps, relu, name)
-        ctx.save_for_backward(x, weight, stats, y if relu else None)
-        ctx.eps, ctx.process_set, ctx.name = eps, process_set, name
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, stats, y = ctx.saved_tensors
-        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
-        # Of the masked dy; without an activation the residual's gradient is dy itself.
-        masks_residual = want_residual and y is not None
-        parameter_dtype = torch.float32 if weight is None else weight.dtype
-        packet, dweight, dbias = ops.backward_moments(x, dy, y, stats, ctx.eps, parameter_dtype)
-        dx = dresidual = None
-        if want_x or masks_residual:
-            ops.allreduce_(packet, f"hvd_syncbn.{ctx.name}.backward", ctx.process_set)
-            dx, dresidual = ops.backward_apply(x, dy, y, packet, stats, weight, ctx.eps, masks_residual, ctx.name)
-        if want_residual and not masks_residual:
-            dresidual = dy
-        return (
-            dx if want_x else None,
-            dweight if want_weight else None,
-            dbias.to(ctx.bias_dtype) if want_bias else None,
-            dresidual if want_residual else None,
-            *(None,) * 8,
-        )
 
 
 def check_input(x: Tensor, num_features: int | None, residual: Tensor | None, activation: str | None) -> Tensor | None:
@@ -99,7 +43,8 @@ def normalize(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weights: tuple[float, float] | Tensor,
+    batches: Tensor | None,
+    weights: tuple[float, float] | None,
     unbiased: bool,
     eps: float,
     residual: Tensor | None,
@@ -110,9 +55,9 @@ def normalize(
     """Training-mode normalization over all ranks, for checked inputs.
 
     Args:
+        batches: the number of batches before this one, int64, which is counted in place.
         weights: of the old running statistic and of the batch's, before they are rounded to float32: ``(1 - momentum,
-            momentum)`` as PyTorch spells momentum, the other way round as Keras does. Or, for the average over all batches,
-            the number of batches before this one.
+            momentum)`` as PyTorch spells momentum, the other way round as Keras does; None averages over all batches.
         unbiased: whether the running variance takes ``var * n / (n - 1)`` (PyTorch) or ``var`` (Keras).
     """
     if x.is_cuda and not ops.HAS_CUDA:
@@ -120,21 +65,22 @@ def normalize(
             f"hvd-syncbn was built without CUDA, and the input is on {x.device}: reinstall it where a CUDA compiler (nvcc) is "
             "found, with `pip install --no-build-isolation --no-deps`"
         )
-    return _SyncBatchNorm.apply(
+    y: Tensor = ops.sync_batch_norm(
         x,
         weight,
         bias,
-        # torch.compile does not take one tensor in two places of an autograd function.
-        residual.view_as(residual) if residual is x else residual,
+        residual,
         running_mean,
         running_var,
-        weights,
+        batches,
+        *(weights or (None, None)),
         unbiased,
-        float(eps),
+        eps,
         activation == "relu",
         ops.process_set_id(process_set),
         name,
     )
+    return y
 
 
 def local_batch_norm(
@@ -196,8 +142,9 @@ def sync_batch_norm(
         HorovodInternalError: another rank failed.
     """
     residual = check_input(x, None, residual, activation)
+    expected = x.shape[1:2]
     for label, vector in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
-        if vector is not None and vector.shape != x.shape[1:2]:
+        if vector is not None and vector.shape != expected:
             raise ValueError(
                 f"expected a {label} of the input's {x.shape[1]} channels (dimension 1 of {tuple(x.shape)}). "
                 f"Received: shape {tuple(vector.shape)}"
@@ -210,6 +157,7 @@ def sync_batch_norm(
         bias,
         running_mean,
         running_var,
+        None,
         (1 - momentum, momentum),
         True,
         eps,

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_syncbn.torch_impl.functional import ACTIVATIONS, check_input, local_batch_norm, normalize
-from hvd_syncbn.torch_impl.ops import batch_weight
 
 _made_by_hand = itertools.count()
 
@@ -32,23 +31,15 @@ class BatchNorm(_BatchNorm):
         if input.dim() < 2:
             raise ValueError(f"expected an input of at least 2 dimensions. Received: shape {tuple(input.shape)}")
 
-    def _momentum(self) -> float | Tensor:
-        """This batch's weight in the running statistics; for their average, the number of batches before it."""
-        if self.momentum is not None:
-            return self.momentum
-        return 0.0 if self.num_batches_tracked is None else self.num_batches_tracked
-
-    def _count(self) -> None:
-        """Counts a batch that went well."""
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """As ``SyncBatchNorm``."""
         self._check_input_dim(input)
         batch = self.training or self.running_mean is None
         tracks = self.training and self.track_running_stats
-        momentum = self._momentum() if tracks else 0.0
+        batches = self.num_batches_tracked if tracks else None
+        momentum = self.momentum if tracks else 0.0
+        if momentum is None:
+            momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
         y = local_batch_norm(
             input,
             self.running_mean if tracks or not batch else None,
@@ -56,13 +47,13 @@ class BatchNorm(_BatchNorm):
             self.weight,
             self.bias,
             batch,
-            batch_weight(momentum) if isinstance(momentum, Tensor) else momentum,
+            momentum,
             self.eps,
             residual,
             self._fused,
         )
-        if tracks:
-            self._count()
+        if batches is not None:
+            batches.add_(1)
         return y
 
     def extra_repr(self) -> str:
@@ -128,28 +119,30 @@ class SyncBatchNorm(BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalises ``input``; see the class for shapes, ``sync_batch_norm`` for errors."""
         self._check_input_dim(input)
-        residual = check_input(input, self.num_features, residual, self._fused)
+        activation = self._fused
+        residual = check_input(input, self.num_features, residual, activation)
         if not self.training:
             return super().forward(input, residual)
         tracks = self.track_running_stats
-        momentum = self._momentum() if tracks else 0.0
-        y = normalize(
+        batches = self.num_batches_tracked if tracks else None
+        momentum = self.momentum
+        if momentum is None and batches is None:
+            momentum = 0.0
+        return normalize(
             input,
             self.weight,
             self.bias,
             self.running_mean if tracks else None,
             self.running_var if tracks else None,
-            momentum if isinstance(momentum, Tensor) else (1 - momentum, momentum),
+            batches,
+            None if momentum is None else (1 - momentum, momentum),
             True,
             self.eps,
             residual,
-            self._fused,
+            activation,
             self.process_set,
             self.collective_name,
         )
-        if tracks:
-            self._count()
-        return y
 
     def extra_repr(self) -> str:
         """The arguments of ``nn.BatchNorm``, the activation, and the process set."""

@@ -16,20 +16,21 @@ _process_sets: dict[int, Any] = {}
 
 
 torch.ops.load_library(native.adapter("torch_impl/libhvd_syncbn_torch.so", "PyTorch", torch.__version__))
-torch.library.define("hvd_syncbn::allreduce_", "(Tensor(a!) packet, str name, int process_set) -> ()")
-torch.library.define(
-    "hvd_syncbn::forward_apply_average",
-    "(Tensor x, Tensor packet, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor batches, bool unbiased, float eps, bool relu, str name) -> (Tensor y, Tensor stats)",
-)
 
 
-def process_set_id(process_set: Any) -> int:
-    """The id by which operators know a ``horovod.ProcessSet``; None is the set of all ranks."""
+def process_set_id(process_set: Any) -> int | None:
+    """The id by which operators know a ``horovod.ProcessSet`` (None is the set of all ranks), or None if it has one rank.
+
+    Raises:
+        RuntimeError: Horovod is missing or not initialised.
+        ValueError: the process set is not registered with Horovod, or this rank is not in it.
+    """
     number = horovod.process_set_id(process_set)
     if number != GLOBAL:
         _process_sets[number] = process_set
-    return number
+    if torch.compiler.is_compiling():  # the program may run in jobs of other sizes
+        return number
+    return None if horovod.size(horovod.require("torch"), process_set) == 1 else number
 
 
 @torch.library.impl("hvd_syncbn::allreduce_", ["CPU", "CUDA"])
@@ -68,29 +69,6 @@ def check_device_errors(device: torch.device | int | str | None = None) -> None:
         torch.ops.hvd_syncbn.check_device_errors(torch.device("cuda" if device is None else device))
 
 
-def batch_weight(batches: Tensor) -> float:
-    """The weight of a batch in the average over it and the ``batches`` before it."""
-    return 1.0 / (float(batches) + 1.0)
-
-
-@torch.library.impl("hvd_syncbn::forward_apply_average", ["CPU", "CUDA"])
-def _forward_apply_average(
-    x: Tensor,
-    packet: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batches: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    # An operator of its own: torch.compile would take a number that changes with every batch for a new program each time.
-    new = batch_weight(batches)
-    y, stats = forward_apply(x, packet, weight, bias, residual, running_mean, running_var, 1 - new, new, *options)
-    return y, stats
-
-
 def _like(x: Tensor) -> Tensor:
     """What the native operators return for an ``x``: channels last if x is so, else contiguous."""
     if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
@@ -107,7 +85,6 @@ def _forward_moments(x: Tensor, eps: float) -> Tensor:
     return _packet(x)
 
 
-@torch.library.register_fake("hvd_syncbn::forward_apply_average")
 @torch.library.register_fake("hvd_syncbn::forward_apply")
 def _forward_apply(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
@@ -143,7 +120,7 @@ def _fake_allreduce_(packet: Tensor, name: str, process_set: int) -> None:
 
 forward_moments = torch.ops.hvd_syncbn.forward_moments
 forward_apply = torch.ops.hvd_syncbn.forward_apply
-forward_apply_average = torch.ops.hvd_syncbn.forward_apply_average
 backward_moments = torch.ops.hvd_syncbn.backward_moments
 backward_apply = torch.ops.hvd_syncbn.backward_apply
 allreduce_ = torch.ops.hvd_syncbn.allreduce_
+sync_batch_norm = torch.ops.hvd_syncbn.sync_batch_norm

@@ -60,7 +60,9 @@ def operators(x: Tensor, dy: Tensor, residual: Tensor | None, vectors: list[Tens
     """All four operators, as the layer calls them; the packets are those of two ranks that have the same samples."""
     weight, bias, mean, var = (tensor.clone() for tensor in vectors)
     forward_packet = ops.forward_moments(x, EPS)
-    y, stats = ops.forward_apply(x, 2 * forward_packet, weight, bias, residual, mean, var, 0.9, 0.1, True, EPS, relu, "layer")
+    y, stats = ops.forward_apply(
+        x, 2 * forward_packet, weight, bias, residual, mean, var, None, 0.9, 0.1, True, EPS, relu, "layer"
+    )
     output = y if relu else None
     backward_packet, dweight, dbias = ops.backward_moments(x, dy, output, stats, EPS, weight.dtype)
     dx, dresidual = ops.backward_apply(x, dy, output, 2 * backward_packet, stats, weight, EPS, relu, "layer")
@@ -118,7 +120,7 @@ def test_every_16_bit_value(dtype: str) -> None:
     def run(device: str) -> Tensor:
         packet = ops.forward_moments(randn(7, 100, 64, dtype=DTYPES[dtype]).to(device), EPS)
         on = [v.to(device) for v in vectors]
-        return ops.forward_apply(x.to(device), packet, *on[:2], None, *on[2:], 0.9, 0.1, True, EPS, False, "layer")[0]
+        return ops.forward_apply(x.to(device), packet, *on[:2], None, *on[2:], None, 0.9, 0.1, True, EPS, False, "layer")[0]
 
     assert_same(run("cuda").cpu(), run("cpu"))
 
@@ -216,7 +218,7 @@ def test_size_one_equals_two_ranks() -> None:
 
     def apply(part: Tensor, packet: Tensor) -> Tensor:
         mean, var = (v.clone() for v in vectors[2:])
-        return ops.forward_apply(part, packet, *vectors[:2], None, mean, var, 0.9, 0.1, True, EPS, False, "layer")[0]
+        return ops.forward_apply(part, packet, *vectors[:2], None, mean, var, None, 0.9, 0.1, True, EPS, False, "layer")[0]
 
     halves = x[:3], x[3:]
     packet = ops.forward_moments(halves[0], EPS) + ops.forward_moments(halves[1], EPS)
@@ -229,7 +231,7 @@ def test_wrong_packets_become_nan_and_are_raised_later() -> None:
     mean, var = torch.full((5,), 3.0, device="cuda"), torch.full((5,), 4.0, device="cuda")
 
     def apply(packet: Tensor, name: str) -> Tensor:
-        return ops.forward_apply(x, packet, None, None, None, mean, var, 0.9, 0.1, True, EPS, True, name)[0]
+        return ops.forward_apply(x, packet, None, None, None, mean, var, None, 0.9, 0.1, True, EPS, True, name)[0]
 
     packet = ops.forward_moments(x, EPS)
     disagree, one_value = packet.clone(), packet.clone()
@@ -275,7 +277,7 @@ def test_more_than_2_31_elements() -> None:
 
     def apply(part: Tensor) -> Tensor:
         mean, var = torch.zeros(c, device="cuda"), torch.ones(c, device="cuda")
-        return ops.forward_apply(part, packet, None, None, None, mean, var, 0.9, 0.1, True, EPS, False, "layer")[0]
+        return ops.forward_apply(part, packet, None, None, None, mean, var, None, 0.9, 0.1, True, EPS, False, "layer")[0]
 
     total = torch.stack(parts).sum(0)
     assert packet[1] == n * s and total[1] == n * s

@@ -153,8 +153,8 @@ def test_operators_are_registered_soundly(kind: str) -> None:
     back, *_ = ops.backward_moments(x, x, x, stats, 1e-5, torch.float32)
     for operator, arguments in (
         (ops.forward_moments, (x, 1e-5)),
-        (ops.forward_apply, (*tensors, 0.9, 0.1, True, 1e-5, True, "name")),
-        (ops.forward_apply_average, (*tensors, torch.tensor(2), True, 1e-5, True, "name")),
+        (ops.forward_apply, (*tensors, None, 0.9, 0.1, True, 1e-5, True, "name")),
+        (ops.forward_apply, (*tensors, torch.tensor(2), 0.0, 0.0, True, 1e-5, True, "name")),
         (ops.backward_moments, (x, x.clone(), x.clone(), stats, 1e-5, torch.bfloat16)),
         (ops.backward_apply, (x, x.clone(), x.clone(), back, stats, vector, 1e-5, True, "name")),
         (ops.backward_apply, (x, x.clone(), None, back, stats, None, 1e-5, False, "name")),

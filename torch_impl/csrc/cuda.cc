@@ -13,8 +13,6 @@
 #include <dlfcn.h>
 #include <torch/library.h>
 
-#include <tuple>
-
 #include "tensors.h"
 
 namespace hvd_syncbn {
@@ -79,20 +77,21 @@ Tensor forward_moments(const Tensor& x, double eps) {
 std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, const OptionalTensor& weight,
                                          const OptionalTensor& bias, const OptionalTensor& residual,
                                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                         double old_weight, double new_weight, bool unbiased, double eps, bool relu,
-                                         const std::string& name) {
+                                         const OptionalTensor& batches, double old_weight, double new_weight,
+                                         bool unbiased, double eps, bool relu, const std::string& name) {
   const Call call(x);
   const Input in = input(x);
   check_packet_size(in.shape, call.here(packet));
   const OptionalTensor added = like(in, call.here(residual));
   const hvd_syncbn_vector mean = vector(in.shape, call.here(running_mean));
   const hvd_syncbn_vector var = vector(in.shape, call.here(running_var));
+  const auto [share_of_old, share_of_new] = weights(batches, old_weight, new_weight);
   Tensor stats = call.empty({2, in.shape.c}, at::kDouble);
   Tensor y = at::empty_like(in.tensor);
   check_error(hvd_syncbn_cuda_forward_apply(
       &in.shape, eps, in.tensor.const_data_ptr(), data(added), relu, packet.const_data_ptr<int64_t>(),
-      vector(in.shape, call.here(weight)), vector(in.shape, call.here(bias)), mean, var, mean, var, old_weight,
-      new_weight, unbiased, name.c_str(), stats.mutable_data_ptr<double>(), y.mutable_data_ptr(), call.stream()));
+      vector(in.shape, call.here(weight)), vector(in.shape, call.here(bias)), mean, var, mean, var, share_of_old,
+      share_of_new, unbiased, name.c_str(), stats.mutable_data_ptr<double>(), y.mutable_data_ptr(), call.stream()));
   return {y, stats};
 }
 

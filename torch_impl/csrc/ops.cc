@@ -1,12 +1,12 @@
 // PyTorch operators over the core, and their kernels for CPU tensors: they own tensors, memory and threads, and no
 // arithmetic. cuda.cc has the kernels for GPU tensors.
 //
-//   forward_moments(x) -> packet                         then hvd_syncbn::allreduce_(packet), registered from Python
+//   forward_moments(x) -> packet                         then allreduce_(packet), written in Python
 //   forward_apply(x, packet, ...) -> (y, stats)
 //   backward_moments(x, dy, y?) -> (packet, dweight, dbias)
 //   backward_apply(x, dy, y?, packet) -> (dx, dresidual)
 //
-// Shape functions are in torch_impl/ops.py.
+// autograd.cc makes a layer of them. Shape functions are in torch_impl/ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -14,7 +14,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <tuple>
 
 #include "tensors.h"
 
@@ -54,21 +53,22 @@ Tensor forward_moments(const Tensor& x, double eps) {
 void check(const hvd_syncbn_shape& shape, double eps, const Tensor& packet, const std::string& name) {
   check_packet_size(shape, packet);
   const int32_t status = hvd_syncbn_check_packet(&shape, eps, packet.const_data_ptr<int64_t>());
-  raise_failure(status, name, c10::str(" This rank has: ", shape.c, " channels, eps ", eps));
+  raise_failure(status, name, " This rank has: ", shape.c, " channels, eps ", eps);
 }
 
 std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, const OptionalTensor& weight,
                                          const OptionalTensor& bias, const OptionalTensor& residual,
                                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                         double old_weight, double new_weight, bool unbiased, double eps, bool relu,
-                                         const std::string& name) {
+                                         const OptionalTensor& batches, double old_weight, double new_weight,
+                                         bool unbiased, double eps, bool relu, const std::string& name) {
   const Input in = input(x);
   const int64_t* const words = packet.const_data_ptr<int64_t>();
   check(in.shape, eps, packet, name);
+  const auto [share_of_old, share_of_new] = weights(batches, old_weight, new_weight);
   Tensor stats = at::empty({2, in.shape.c}, at::TensorOptions().dtype(at::kDouble));
   Tensor scratch = coefficients(in.shape);
   hvd_syncbn_forward_finish(&in.shape, eps, words, vector(in.shape, weight), vector(in.shape, bias),
-                            vector(in.shape, running_mean), vector(in.shape, running_var), old_weight, new_weight,
+                            vector(in.shape, running_mean), vector(in.shape, running_var), share_of_old, share_of_new,
                             unbiased, stats.mutable_data_ptr<double>(), scratch.mutable_data_ptr());
   const OptionalTensor added = like(in, residual);
   Tensor y = empty_output(in.tensor);
@@ -131,9 +131,8 @@ TORCH_LIBRARY(hvd_syncbn, m) {
   m.def("forward_moments(Tensor x, float eps) -> Tensor");
   m.def(
       "forward_apply(Tensor x, Tensor packet, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? "
-      "running_mean, "
-      "Tensor(b!)? running_var, float old_weight, float new_weight, bool unbiased, float eps, bool relu, str name) "
-      "-> (Tensor y, Tensor stats)");
+      "running_mean, Tensor(b!)? running_var, Tensor? batches, float old_weight, float new_weight, bool unbiased, "
+      "float eps, bool relu, str name) -> (Tensor y, Tensor stats)");
   m.def(
       "backward_moments(Tensor x, Tensor dy, Tensor? y, Tensor stats, float eps, ScalarType parameter_dtype) -> "
       "(Tensor packet, Tensor dweight, Tensor dbias)");

@@ -6,6 +6,8 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "hvd_syncbn/core.h"
 
@@ -13,6 +15,21 @@ namespace hvd_syncbn {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// The operators, as the dispatcher knows them for either device.
+using ForwardMoments = Tensor(const Tensor& x, double eps);
+using ForwardApply = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& packet, const OptionalTensor& weight,
+                                                const OptionalTensor& bias, const OptionalTensor& residual,
+                                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                                const OptionalTensor& batches, double old_weight, double new_weight,
+                                                bool unbiased, double eps, bool relu, const std::string& name);
+using BackwardMoments = std::tuple<Tensor, Tensor, Tensor>(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
+                                                           const Tensor& stats, double eps,
+                                                           at::ScalarType parameter_dtype);
+using BackwardApply = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
+                                                 const Tensor& packet, const Tensor& stats,
+                                                 const OptionalTensor& weight, double eps, bool want_residual,
+                                                 const std::string& name);
 
 inline int32_t dtype_code(at::ScalarType type) {
   switch (type) {
@@ -77,6 +94,14 @@ inline hvd_syncbn_vector vector(const hvd_syncbn_shape& shape, const OptionalTen
   return {tensor->data_ptr(), dtype_code(tensor->scalar_type())};
 }
 
+// The weights of the old running statistics and of the batch's: as given, or those of the average over this batch and
+// the `batches` before it.
+inline std::pair<double, double> weights(const OptionalTensor& batches, double old_weight, double new_weight) {
+  if (!batches.has_value() || !batches->defined()) return {old_weight, new_weight};
+  const double share = 1 / (batches->item<double>() + 1);
+  return {1 - share, share};
+}
+
 inline const void* data(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->defined() ? tensor->const_data_ptr() : nullptr;
 }
@@ -87,10 +112,11 @@ inline void check_packet_size(const hvd_syncbn_shape& shape, const Tensor& packe
 }
 
 // Raises what a packet's header says is wrong; `detail` ends the message.
-inline void raise_failure(int32_t status, const std::string& layer, const std::string& detail) {
+template <typename... Detail>
+void raise_failure(int32_t status, const std::string& layer, const Detail&... detail) {
   TORCH_CHECK_VALUE(status != HVD_SYNCBN_RANKS_DISAGREE, "the ranks disagree about layer '", layer,
                     "': number of channels, eps, dtype and hvd-syncbn version have to be the same on every rank.",
-                    detail);
+                    detail...);
   TORCH_CHECK_VALUE(status != HVD_SYNCBN_ONE_VALUE,
                     "Expected more than 1 value per channel when training, got 1 over all ranks in layer '", layer,
                     "'");

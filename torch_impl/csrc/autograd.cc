@@ -1,0 +1,153 @@
+// The layer in training as one operator, and its gradient: the kernels of ops.cc or cuda.cc with the collective between
+// them. torch.compile looks through this operator at those it calls.
+//
+// In C++ because Python takes longer for a call than the kernels of a small layer.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "tensors.h"
+
+namespace hvd_syncbn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <typename Signature>
+auto find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// Everything that is not differentiated.
+struct Options {
+  OptionalTensor running_mean, running_var;
+  OptionalTensor batches;  // before this one, where the running statistics are their average
+  double old_weight, new_weight;
+  bool unbiased;
+  double eps;
+  bool relu;
+  std::optional<int64_t> process_set;  // none: this rank shares its batch with nobody
+  std::string name;
+};
+
+void allreduce(const Tensor& packet, const std::string& name, std::optional<int64_t> process_set) {
+  static const auto op = find_operator<void(const Tensor&, const std::string&, int64_t)>("hvd_syncbn::allreduce_");
+  if (process_set.has_value()) op.call(packet, "hvd_syncbn." + name, *process_set);
+}
+
+// Identity in value; differentiating it raises.
+Tensor not_differentiable(const Tensor& gradient) {
+  if (!gradient.defined()) return gradient;
+  Tensor input = gradient.detach();
+  input.set_requires_grad(true);
+  const auto error = std::make_shared<torch::autograd::DelayedError>(
+      "hvd-syncbn: synchronized batch normalization cannot be differentiated twice", 1);
+  return (*error)({std::move(input)})[0];
+}
+
+// Saved: x, the per-channel float64 stats, and with relu the output.
+class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& residual, const Options& options) {
+    static const auto moments = find_operator<ForwardMoments>("hvd_syncbn::forward_moments");
+    static const auto apply = find_operator<ForwardApply>("hvd_syncbn::forward_apply");
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const Tensor packet = moments.call(x, options.eps);
+    allreduce(packet, options.name + ".forward", options.process_set);
+    auto [y, stats] =
+        apply.call(x, packet, weight, bias, residual, options.running_mean, options.running_var, options.batches,
+                   options.old_weight, options.new_weight, options.unbiased, options.eps, options.relu, options.name);
+    ctx->save_for_backward({x, weight.value_or(Tensor()), stats, options.relu ? y : Tensor()});
+    ctx->saved_data["bias_dtype"] = bias.has_value() ? std::optional(bias->scalar_type()) : std::nullopt;
+    ctx->saved_data["has_residual"] = residual.has_value();
+    ctx->saved_data["eps"] = options.eps;
+    ctx->saved_data["process_set"] = options.process_set;
+    ctx->saved_data["name"] = options.name;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
+    variable_list gradients;
+    {
+      const at::AutoGradMode once(false);
+      gradients = differentiate(ctx, dy[0]);
+    }
+    if (at::GradMode::is_enabled()) {
+      for (Tensor& gradient : gradients) gradient = not_differentiable(gradient);
+    }
+    return gradients;
+  }
+
+ private:
+  static variable_list differentiate(AutogradContext* ctx, const Tensor& dy) {
+    static const auto moments = find_operator<BackwardMoments>("hvd_syncbn::backward_moments");
+    static const auto apply = find_operator<BackwardApply>("hvd_syncbn::backward_apply");
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &stats = saved[2], &y = saved[3];
+    const auto bias_dtype = ctx->saved_data["bias_dtype"].toOptional<at::ScalarType>();
+    const double eps = ctx->saved_data["eps"].toDouble();
+    const std::string& name = ctx->saved_data["name"].toStringRef();
+    // needs_input_grad counts the tensors that there are.
+    size_t tensors = 0;
+    const auto wanted = [&](bool exists) { return exists && ctx->needs_input_grad(tensors++); };
+    const bool want_x = wanted(true), want_weight = wanted(weight.defined()),
+               want_bias = wanted(bias_dtype.has_value());
+    const bool want_residual = wanted(ctx->saved_data["has_residual"].toBool());
+    // Of the masked dy; without an activation the residual's gradient is dy itself.
+    const bool masks_residual = want_residual && y.defined();
+
+    auto [packet, dweight, dbias] =
+        moments.call(x, dy, y, stats, eps, weight.defined() ? weight.scalar_type() : at::kFloat);
+    Tensor dx, dresidual;
+    if (want_x || masks_residual) {
+      allreduce(packet, name + ".backward", ctx->saved_data["process_set"].toOptional<int64_t>());
+      std::tie(dx, dresidual) = apply.call(x, dy, y, packet, stats, weight, eps, masks_residual, name);
+    }
+    if (!masks_residual) dresidual = dy;
+    return {want_x ? dx : Tensor(), want_weight ? dweight : Tensor(), want_bias ? dbias.to(*bias_dtype) : Tensor(),
+            want_residual ? dresidual : Tensor(), Tensor()};
+  }
+};
+
+Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& residual, const OptionalTensor& running_mean,
+                       const OptionalTensor& running_var, const OptionalTensor& batches,
+                       std::optional<double> old_weight, std::optional<double> new_weight, bool unbiased, double eps,
+                       bool relu, std::optional<int64_t> process_set, const std::string& name) {
+  const bool average = !old_weight.has_value() && !new_weight.has_value();
+  TORCH_CHECK_VALUE(!average || batches.has_value(), "expected weights, or batches to average over");
+  const Options options{running_mean,
+                        running_var,
+                        average ? batches : std::nullopt,
+                        old_weight.value_or(0),
+                        new_weight.value_or(0),
+                        unbiased,
+                        eps,
+                        relu,
+                        process_set,
+                        name};
+  Tensor y = SyncBatchNorm::apply(x, weight, bias, residual, options);
+  if (batches.has_value()) batches->add_(1);  // counts those that went well
+  return y;
+}
+
+}  // namespace
+}  // namespace hvd_syncbn
+
+TORCH_LIBRARY_FRAGMENT(hvd_syncbn, m) {
+  m.def("allreduce_(Tensor(a!) packet, str name, int process_set) -> ()");
+  m.def(
+      "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? batches, float? old_weight, float? new_weight, bool unbiased, "
+      "float eps, bool relu, int? process_set, str name) -> Tensor",
+      hvd_syncbn::sync_batch_norm);
+}
