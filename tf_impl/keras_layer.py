@@ -198,6 +198,7 @@ def _train_torch(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual
         beta,
         mean,
         variance,
+        None,
         (layer.momentum, 1.0 - layer.momentum),
         layer.unbiased_variance,
         layer.epsilon,

@@ -24,133 +24,62 @@ Status Earlier() {
   return Failure(status, layer, "(Found on the GPU, and raised when the host next looked.)");
 }
 
-class GpuForwardMomentsOp : public LayerOp {
+class GpuForwardMomentsOp : public ForwardMomentsOp {
  public:
-  using LayerOp::LayerOp;
+  using ForwardMomentsOp::ForwardMomentsOp;
 
-  void Compute(OpKernelContext* ctx) override {
-    OP_REQUIRES_OK(ctx, Earlier());
-    const Tensor& x = ctx->input(0);
-    hvd_syncbn_shape shape;
-    OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
-    const uint8_t* mask;
-    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask));
-    Tensor* packet;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {hvd_syncbn_packet_size(shape.c)}, &packet));
-    OP_REQUIRES_OK(ctx, Cuda(hvd_syncbn_cuda_forward_moments(&shape, x.data(), mask, epsilon_, Data<int64_t>(packet),
-                                                             StreamOf(ctx))));
+  Status Launch(OpKernelContext* ctx, const ForwardMomentsArrays& arrays) const override {
+    TF_RETURN_IF_ERROR(Earlier());
+    return Cuda(hvd_syncbn_cuda_forward_moments(&arrays.shape, arrays.x->data(), arrays.mask, epsilon_,
+                                                Data<int64_t>(arrays.packet), StreamOf(ctx)));
   }
 };
 
-class GpuForwardApplyOp : public LayerOp {
+class GpuForwardApplyOp : public ForwardApplyOp {
  public:
-  explicit GpuForwardApplyOp(OpKernelConstruction* ctx) : LayerOp(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("layer", &layer_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("relu", &relu_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("old_weight", &old_weight_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("new_weight", &new_weight_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("unbiased_variance", &unbiased_));
-  }
+  using ForwardApplyOp::ForwardApplyOp;
 
-  void Compute(OpKernelContext* ctx) override {
-    OP_REQUIRES_OK(ctx, Earlier());
-    const Tensor& x = ctx->input(0);
-    hvd_syncbn_shape shape;
-    OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
-    const TensorShape per_channel({shape.c});
-    const Tensor *packet, *moving_mean, *moving_variance, *gamma, *beta, *residual;
-    OP_REQUIRES_OK(ctx, Input(ctx, "packet", {hvd_syncbn_packet_size(shape.c)}, &packet));
-    OP_REQUIRES_OK(ctx, Input(ctx, "moving_mean", per_channel, &moving_mean));
-    OP_REQUIRES_OK(ctx, Input(ctx, "moving_variance", per_channel, &moving_variance));
-    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "gamma", per_channel, &gamma));
-    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "beta", per_channel, &beta));
-    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "residual", x.shape(), &residual));
-    Tensor *y, *stats, *new_mean, *new_variance;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("y", x.shape(), &y));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("stats", {2, shape.c}, &stats));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("new_moving_mean", per_channel, &new_mean));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("new_moving_variance", per_channel, &new_variance));
-    OP_REQUIRES_OK(ctx, Cuda(hvd_syncbn_cuda_forward_apply(
-                            &shape, epsilon_, x.data(), Data<const void>(residual), relu_, Data<const int64_t>(packet),
-                            Vector(gamma), Vector(beta), Vector(moving_mean), Vector(moving_variance), Vector(new_mean),
-                            Vector(new_variance), old_weight_, new_weight_, unbiased_, layer_.c_str(),
-                            Data<double>(stats), y->data(), StreamOf(ctx))));
-  }
-
- private:
-  std::string layer_;
-  bool relu_, unbiased_;
-  float old_weight_, new_weight_;
-};
-
-class GpuBackwardMomentsOp : public LayerOp {
- public:
-  using LayerOp::LayerOp;
-
-  void Compute(OpKernelContext* ctx) override {
-    OP_REQUIRES_OK(ctx, Earlier());
-    const Tensor& x = ctx->input(0);
-    hvd_syncbn_shape shape;
-    OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
-    const Tensor *dy, *stats, *y;
-    OP_REQUIRES_OK(ctx, Input(ctx, "dy", x.shape(), &dy));
-    OP_REQUIRES_OK(ctx, Input(ctx, "stats", {2, shape.c}, &stats));
-    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "y", x.shape(), &y));
-    const uint8_t* mask;
-    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask));
-    Tensor *packet, *dgamma, *dbeta;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("packet", {hvd_syncbn_packet_size(shape.c)}, &packet));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("dgamma", {shape.c}, &dgamma));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("dbeta", {shape.c}, &dbeta));
-    OP_REQUIRES_OK(ctx, Cuda(hvd_syncbn_cuda_backward_moments(
-                            &shape, x.data(), dy->data(), Data<const void>(y), mask, Data<const double>(stats),
-                            epsilon_, Data<int64_t>(packet), Vector(dgamma), Vector(dbeta), StreamOf(ctx))));
+  Status Launch(OpKernelContext* ctx, const ForwardApplyArrays& arrays) const override {
+    TF_RETURN_IF_ERROR(Earlier());
+    return Cuda(hvd_syncbn_cuda_forward_apply(
+        &arrays.shape, epsilon_, arrays.x->data(), Data<const void>(arrays.residual), relu_,
+        Data<const int64_t>(arrays.packet), Vector(arrays.gamma), Vector(arrays.beta), Vector(arrays.moving_mean),
+        Vector(arrays.moving_variance), Vector(arrays.new_mean), Vector(arrays.new_variance), old_weight_, new_weight_,
+        unbiased_, layer_.c_str(), Data<double>(arrays.stats), arrays.y->data(), StreamOf(ctx)));
   }
 };
 
-class GpuBackwardApplyOp : public LayerOp {
+class GpuBackwardMomentsOp : public BackwardMomentsOp {
  public:
-  explicit GpuBackwardApplyOp(OpKernelConstruction* ctx) : LayerOp(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("layer", &layer_));
-  }
+  using BackwardMomentsOp::BackwardMomentsOp;
 
-  void Compute(OpKernelContext* ctx) override {
-    OP_REQUIRES_OK(ctx, Earlier());
-    const Tensor& x = ctx->input(0);
-    hvd_syncbn_shape shape;
-    OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
-    const Tensor *dy, *packet, *stats, *gamma, *y;
-    OP_REQUIRES_OK(ctx, Input(ctx, "dy", x.shape(), &dy));
-    OP_REQUIRES_OK(ctx, Input(ctx, "packet", {hvd_syncbn_packet_size(shape.c)}, &packet));
-    OP_REQUIRES_OK(ctx, Input(ctx, "stats", {2, shape.c}, &stats));
-    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "gamma", TensorShape({shape.c}), &gamma));
-    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "y", x.shape(), &y));
-    const uint8_t* mask;
-    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask));
-    Tensor *dx, *dresidual = nullptr;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, x.shape(), &dx));
-    if (ctx->num_outputs() > 1) OP_REQUIRES_OK(ctx, ctx->allocate_output(1, x.shape(), &dresidual));
-    OP_REQUIRES_OK(
-        ctx, Cuda(hvd_syncbn_cuda_backward_apply(&shape, epsilon_, x.data(), dy->data(), Data<const void>(y), mask,
-                                                 Data<const int64_t>(packet), Data<const double>(stats), Vector(gamma),
-                                                 layer_.c_str(), dx->data(), Data<void>(dresidual), StreamOf(ctx))));
+  Status Launch(OpKernelContext* ctx, const BackwardMomentsArrays& arrays) const override {
+    TF_RETURN_IF_ERROR(Earlier());
+    return Cuda(hvd_syncbn_cuda_backward_moments(
+        &arrays.shape, arrays.x->data(), arrays.dy->data(), Data<const void>(arrays.y), arrays.mask,
+        Data<const double>(arrays.stats), epsilon_, Data<int64_t>(arrays.packet), Vector(arrays.dgamma),
+        Vector(arrays.dbeta), StreamOf(ctx)));
   }
-
- private:
-  std::string layer_;
 };
 
-class GpuKeepOp : public OpKernel {
+class GpuBackwardApplyOp : public BackwardApplyOp {
  public:
-  using OpKernel::OpKernel;
-  void Compute(OpKernelContext*) override {}
+  using BackwardApplyOp::BackwardApplyOp;
+
+  Status Launch(OpKernelContext* ctx, const BackwardApplyArrays& arrays) const override {
+    TF_RETURN_IF_ERROR(Earlier());
+    return Cuda(hvd_syncbn_cuda_backward_apply(
+        &arrays.shape, epsilon_, arrays.x->data(), arrays.dy->data(), Data<const void>(arrays.y), arrays.mask,
+        Data<const int64_t>(arrays.packet), Data<const double>(arrays.stats), Vector(arrays.gamma), layer_.c_str(),
+        arrays.dx->data(), Data<void>(arrays.dresidual), StreamOf(ctx)));
+  }
 };
 
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardMoments").Device(tensorflow::DEVICE_GPU), GpuForwardMomentsOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardApply").Device(tensorflow::DEVICE_GPU), GpuForwardApplyOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardMoments").Device(tensorflow::DEVICE_GPU), GpuBackwardMomentsOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardApply").Device(tensorflow::DEVICE_GPU), GpuBackwardApplyOp);
-REGISTER_KERNEL_BUILDER(Name("HvdSyncbnKeep").Device(tensorflow::DEVICE_GPU), GpuKeepOp);
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnKeep").Device(tensorflow::DEVICE_GPU), KeepOp);
 
 }  // namespace
 }  // namespace hvd_syncbn

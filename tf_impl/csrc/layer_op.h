@@ -1,5 +1,5 @@
-// What the kernels of both devices share: tensors as the core sees them, and the checks that a graph leaves to run
-// time.
+// The layer's ops for either device: tensors as the core sees them, the checks that a graph leaves to run time,
+// outputs. What is left to a device is Launch.
 #ifndef HVD_SYNCBN_TF_LAYER_OP_H_
 #define HVD_SYNCBN_TF_LAYER_OP_H_
 
@@ -125,6 +125,137 @@ Status Failure(int32_t status, const std::string& layer, const Parts&... receive
       return absl::OkStatus();
   }
 }
+
+// An op with the arrays that it reads and fills: Prepare finds those besides x, Launch is its device's.
+template <class Arrays>
+class PreparedOp : public LayerOp {
+ public:
+  using LayerOp::LayerOp;
+
+  void Compute(OpKernelContext* ctx) override {
+    Arrays arrays;
+    arrays.x = &ctx->input(0);
+    OP_REQUIRES_OK(ctx, CoreShape(*arrays.x, &arrays.shape));
+    OP_REQUIRES_OK(ctx, Prepare(ctx, &arrays));
+    OP_REQUIRES_OK(ctx, Launch(ctx, arrays));
+  }
+
+ protected:
+  virtual Status Prepare(OpKernelContext* ctx, Arrays* to) const = 0;
+  virtual Status Launch(OpKernelContext* ctx, const Arrays& arrays) const = 0;
+};
+
+struct ForwardMomentsArrays {
+  hvd_syncbn_shape shape;
+  const Tensor* x;
+  const uint8_t* mask;
+  Tensor* packet;
+};
+
+class ForwardMomentsOp : public PreparedOp<ForwardMomentsArrays> {
+ public:
+  using PreparedOp::PreparedOp;
+
+ protected:
+  Status Prepare(OpKernelContext* ctx, ForwardMomentsArrays* to) const override {
+    TF_RETURN_IF_ERROR(Mask(ctx, to->shape, &to->mask));
+    return ctx->allocate_output(0, {hvd_syncbn_packet_size(to->shape.c)}, &to->packet);
+  }
+};
+
+struct ForwardApplyArrays {
+  hvd_syncbn_shape shape;
+  const Tensor *x, *packet, *moving_mean, *moving_variance, *gamma, *beta, *residual;
+  Tensor *y, *stats, *new_mean, *new_variance;
+};
+
+class ForwardApplyOp : public PreparedOp<ForwardApplyArrays> {
+ public:
+  explicit ForwardApplyOp(OpKernelConstruction* ctx) : PreparedOp(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("layer", &layer_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("relu", &relu_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("old_weight", &old_weight_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("new_weight", &new_weight_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("unbiased_variance", &unbiased_));
+  }
+
+ protected:
+  std::string layer_;
+  bool relu_, unbiased_;
+  float old_weight_, new_weight_;
+
+  Status Prepare(OpKernelContext* ctx, ForwardApplyArrays* to) const override {
+    const TensorShape per_channel({to->shape.c});
+    TF_RETURN_IF_ERROR(Input(ctx, "packet", {hvd_syncbn_packet_size(to->shape.c)}, &to->packet));
+    TF_RETURN_IF_ERROR(Input(ctx, "moving_mean", per_channel, &to->moving_mean));
+    TF_RETURN_IF_ERROR(Input(ctx, "moving_variance", per_channel, &to->moving_variance));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "gamma", per_channel, &to->gamma));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "beta", per_channel, &to->beta));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "residual", to->x->shape(), &to->residual));
+    TF_RETURN_IF_ERROR(ctx->allocate_output("y", to->x->shape(), &to->y));
+    TF_RETURN_IF_ERROR(ctx->allocate_output("stats", {2, to->shape.c}, &to->stats));
+    TF_RETURN_IF_ERROR(ctx->allocate_output("new_moving_mean", per_channel, &to->new_mean));
+    return ctx->allocate_output("new_moving_variance", per_channel, &to->new_variance);
+  }
+};
+
+struct BackwardMomentsArrays {
+  hvd_syncbn_shape shape;
+  const Tensor *x, *dy, *stats, *y;
+  const uint8_t* mask;  // only counted: dy of every position counts
+  Tensor *packet, *dgamma, *dbeta;
+};
+
+class BackwardMomentsOp : public PreparedOp<BackwardMomentsArrays> {
+ public:
+  using PreparedOp::PreparedOp;
+
+ protected:
+  Status Prepare(OpKernelContext* ctx, BackwardMomentsArrays* to) const override {
+    TF_RETURN_IF_ERROR(Input(ctx, "dy", to->x->shape(), &to->dy));
+    TF_RETURN_IF_ERROR(Input(ctx, "stats", {2, to->shape.c}, &to->stats));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "y", to->x->shape(), &to->y));
+    TF_RETURN_IF_ERROR(Mask(ctx, to->shape, &to->mask));
+    TF_RETURN_IF_ERROR(ctx->allocate_output("packet", {hvd_syncbn_packet_size(to->shape.c)}, &to->packet));
+    TF_RETURN_IF_ERROR(ctx->allocate_output("dgamma", {to->shape.c}, &to->dgamma));
+    return ctx->allocate_output("dbeta", {to->shape.c}, &to->dbeta);
+  }
+};
+
+struct BackwardApplyArrays {
+  hvd_syncbn_shape shape;
+  const Tensor *x, *dy, *packet, *stats, *gamma, *y;
+  const uint8_t* mask;
+  Tensor *dx, *dresidual;
+};
+
+class BackwardApplyOp : public PreparedOp<BackwardApplyArrays> {
+ public:
+  explicit BackwardApplyOp(OpKernelConstruction* ctx) : PreparedOp(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("layer", &layer_));
+  }
+
+ protected:
+  std::string layer_;
+
+  Status Prepare(OpKernelContext* ctx, BackwardApplyArrays* to) const override {
+    TF_RETURN_IF_ERROR(Input(ctx, "dy", to->x->shape(), &to->dy));
+    TF_RETURN_IF_ERROR(Input(ctx, "packet", {hvd_syncbn_packet_size(to->shape.c)}, &to->packet));
+    TF_RETURN_IF_ERROR(Input(ctx, "stats", {2, to->shape.c}, &to->stats));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "gamma", TensorShape({to->shape.c}), &to->gamma));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "y", to->x->shape(), &to->y));
+    TF_RETURN_IF_ERROR(Mask(ctx, to->shape, &to->mask));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(0, to->x->shape(), &to->dx));
+    to->dresidual = nullptr;
+    return ctx->num_outputs() > 1 ? ctx->allocate_output(1, to->x->shape(), &to->dresidual) : absl::OkStatus();
+  }
+};
+
+class KeepOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(OpKernelContext*) override {}
+};
 
 }  // namespace hvd_syncbn
 

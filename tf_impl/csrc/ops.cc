@@ -168,179 +168,108 @@ int64_t Unmasked(const hvd_syncbn_shape& shape, const uint8_t* mask) {
   return mask == nullptr ? positions : positions - std::count(mask, mask + positions, 0);
 }
 
-// The ops after the collective know their layer's name: they are where disagreement shows.
-class ApplyOp : public LayerOp {
- public:
-  explicit ApplyOp(OpKernelConstruction* ctx) : LayerOp(ctx) { OP_REQUIRES_OK(ctx, ctx->GetAttr("layer", &layer_)); }
-
- protected:
-  // Reads the reduced packet's header.
-  Status CheckPacket(const Tensor& x, const hvd_syncbn_shape& shape, const Tensor* packet) const {
-    const int32_t status = hvd_syncbn_check_packet(&shape, epsilon_, Data<const int64_t>(packet));
-    if (status == HVD_SYNCBN_RANKS_DISAGREE) {
-      return Failure(status, layer_, "Received on this rank: channels=", shape.c, ", epsilon=", epsilon_,
-                     ", dtype=", tensorflow::DataTypeString(x.dtype()));
-    }
-    return Failure(status, layer_, "Received on this rank: input of shape ", x.shape().DebugString());
+// What the reduced packet's header says.
+Status CheckPacket(const Tensor& x, const hvd_syncbn_shape& shape, double epsilon, const Tensor* packet,
+                   const std::string& layer) {
+  const int32_t status = hvd_syncbn_check_packet(&shape, epsilon, Data<const int64_t>(packet));
+  if (status == HVD_SYNCBN_RANKS_DISAGREE) {
+    return Failure(status, layer, "Received on this rank: channels=", shape.c, ", epsilon=", epsilon,
+                   ", dtype=", tensorflow::DataTypeString(x.dtype()));
   }
+  return Failure(status, layer, "Received on this rank: input of shape ", x.shape().DebugString());
+}
 
-  // An output like x.
-  static Status AllocateLike(OpKernelContext* ctx, const Tensor& x, int index, Tensor** output) {
-    TF_RETURN_IF_ERROR(ctx->allocate_output(index, x.shape(), output));
-    hvd_syncbn_prefer_huge_pages((*output)->data(), static_cast<int64_t>((*output)->TotalBytes()));
+void PreferHugePages(const Tensor* output) {
+  if (output != nullptr) hvd_syncbn_prefer_huge_pages(output->data(), static_cast<int64_t>(output->TotalBytes()));
+}
+
+Status Coefficients(OpKernelContext* ctx, const hvd_syncbn_shape& shape, Tensor* coefficients) {
+  return ctx->allocate_temp(tensorflow::DT_UINT8, {hvd_syncbn_coefficients_size(&shape)}, coefficients);
+}
+
+class CpuForwardMomentsOp : public ForwardMomentsOp {
+ public:
+  using ForwardMomentsOp::ForwardMomentsOp;
+
+  Status Launch(OpKernelContext* ctx, const ForwardMomentsArrays& arrays) const override {
+    const hvd_syncbn_shape& shape = arrays.shape;
+    int64_t* const packet = Data<int64_t>(arrays.packet);
+    std::memset(packet, 0, arrays.packet->TotalBytes());
+    Run(ctx, hvd_syncbn_moments_units(&shape), hvd_syncbn_moments_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
+      hvd_syncbn_forward_moments(&shape, arrays.x->data(), arrays.mask, begin, end, packet);
+    });
+    hvd_syncbn_close_packet(&shape, epsilon_, Unmasked(shape, arrays.mask), packet);
     return absl::OkStatus();
   }
-
-  static Status Coefficients(OpKernelContext* ctx, const hvd_syncbn_shape& shape, Tensor* coefficients) {
-    return ctx->allocate_temp(tensorflow::DT_UINT8, {hvd_syncbn_coefficients_size(&shape)}, coefficients);
-  }
-
-  std::string layer_;
 };
 
-class ForwardMomentsOp : public LayerOp {
+class CpuForwardApplyOp : public ForwardApplyOp {
  public:
-  using LayerOp::LayerOp;
+  using ForwardApplyOp::ForwardApplyOp;
 
-  void Compute(OpKernelContext* ctx) override {
-    const Tensor& x = ctx->input(0);
-    hvd_syncbn_shape shape;
-    OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
-    const uint8_t* mask;
-    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask));
-    Tensor* output;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {hvd_syncbn_packet_size(shape.c)}, &output));
-
-    int64_t* const packet = Data<int64_t>(output);
-    std::memset(packet, 0, output->TotalBytes());
-    Run(ctx, hvd_syncbn_moments_units(&shape), hvd_syncbn_moments_unit_bytes(&shape),
-        [&](int64_t begin, int64_t end) { hvd_syncbn_forward_moments(&shape, x.data(), mask, begin, end, packet); });
-    hvd_syncbn_close_packet(&shape, epsilon_, Unmasked(shape, mask), packet);
-  }
-};
-
-class ForwardApplyOp : public ApplyOp {
- public:
-  explicit ForwardApplyOp(OpKernelConstruction* ctx) : ApplyOp(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("relu", &relu_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("old_weight", &old_weight_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("new_weight", &new_weight_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("unbiased_variance", &unbiased_));
-  }
-
-  void Compute(OpKernelContext* ctx) override {
-    const Tensor& x = ctx->input(0);
-    hvd_syncbn_shape shape;
-    OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
-    const TensorShape per_channel({shape.c});
-    const Tensor *packet, *moving_mean, *moving_variance, *gamma, *beta, *residual;
-    OP_REQUIRES_OK(ctx, Input(ctx, "packet", {hvd_syncbn_packet_size(shape.c)}, &packet));
-    OP_REQUIRES_OK(ctx, Input(ctx, "moving_mean", per_channel, &moving_mean));
-    OP_REQUIRES_OK(ctx, Input(ctx, "moving_variance", per_channel, &moving_variance));
-    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "gamma", per_channel, &gamma));
-    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "beta", per_channel, &beta));
-    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "residual", x.shape(), &residual));
-
-    OP_REQUIRES_OK(ctx, CheckPacket(x, shape, packet));
-
-    Tensor *y, *stats, *new_mean, *new_variance;
-    OP_REQUIRES_OK(ctx, AllocateLike(ctx, x, 0, &y));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("stats", {2, shape.c}, &stats));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("new_moving_mean", per_channel, &new_mean));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("new_moving_variance", per_channel, &new_variance));
-    std::memcpy(new_mean->data(), moving_mean->data(), moving_mean->TotalBytes());
-    std::memcpy(new_variance->data(), moving_variance->data(), moving_variance->TotalBytes());
-
+  Status Launch(OpKernelContext* ctx, const ForwardApplyArrays& arrays) const override {
+    const hvd_syncbn_shape& shape = arrays.shape;
+    TF_RETURN_IF_ERROR(CheckPacket(*arrays.x, shape, epsilon_, arrays.packet, layer_));
+    PreferHugePages(arrays.y);
+    std::memcpy(arrays.new_mean->data(), arrays.moving_mean->data(), arrays.moving_mean->TotalBytes());
+    std::memcpy(arrays.new_variance->data(), arrays.moving_variance->data(), arrays.moving_variance->TotalBytes());
     Tensor coefficients;
-    OP_REQUIRES_OK(ctx, Coefficients(ctx, shape, &coefficients));
-    hvd_syncbn_forward_finish(&shape, epsilon_, Data<const int64_t>(packet), Vector(gamma), Vector(beta),
-                              Vector(new_mean), Vector(new_variance), old_weight_, new_weight_, unbiased_,
-                              Data<double>(stats), coefficients.data());
+    TF_RETURN_IF_ERROR(Coefficients(ctx, shape, &coefficients));
+    hvd_syncbn_forward_finish(&shape, epsilon_, Data<const int64_t>(arrays.packet), Vector(arrays.gamma),
+                              Vector(arrays.beta), Vector(arrays.new_mean), Vector(arrays.new_variance), old_weight_,
+                              new_weight_, unbiased_, Data<double>(arrays.stats), coefficients.data());
     Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
-      hvd_syncbn_forward_apply(&shape, x.data(), Data<const void>(residual), relu_, coefficients.data(), begin, end,
-                               y->data());
+      hvd_syncbn_forward_apply(&shape, arrays.x->data(), Data<const void>(arrays.residual), relu_, coefficients.data(),
+                               begin, end, arrays.y->data());
     });
+    return absl::OkStatus();
   }
-
- private:
-  bool relu_, unbiased_;
-  float old_weight_, new_weight_;
 };
 
-class BackwardMomentsOp : public LayerOp {
+class CpuBackwardMomentsOp : public BackwardMomentsOp {
  public:
-  using LayerOp::LayerOp;
+  using BackwardMomentsOp::BackwardMomentsOp;
 
-  void Compute(OpKernelContext* ctx) override {
-    const Tensor& x = ctx->input(0);
-    hvd_syncbn_shape shape;
-    OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
-    const Tensor *dy, *stats, *y;
-    OP_REQUIRES_OK(ctx, Input(ctx, "dy", x.shape(), &dy));
-    OP_REQUIRES_OK(ctx, Input(ctx, "stats", {2, shape.c}, &stats));
-    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "y", x.shape(), &y));
-    const uint8_t* mask;  // only counted: dy of every position counts
-    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask));
-    Tensor *output, *dgamma, *dbeta;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("packet", {hvd_syncbn_packet_size(shape.c)}, &output));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("dgamma", {shape.c}, &dgamma));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output("dbeta", {shape.c}, &dbeta));
-
-    int64_t* const packet = Data<int64_t>(output);
-    std::memset(packet, 0, output->TotalBytes());
+  Status Launch(OpKernelContext* ctx, const BackwardMomentsArrays& arrays) const override {
+    const hvd_syncbn_shape& shape = arrays.shape;
+    const double* const stats = Data<const double>(arrays.stats);
+    int64_t* const packet = Data<int64_t>(arrays.packet);
+    std::memset(packet, 0, arrays.packet->TotalBytes());
     Run(ctx, hvd_syncbn_moments_units(&shape), hvd_syncbn_moments_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
-      hvd_syncbn_backward_moments(&shape, x.data(), dy->data(), Data<const void>(y), Data<const double>(stats), begin,
+      hvd_syncbn_backward_moments(&shape, arrays.x->data(), arrays.dy->data(), Data<const void>(arrays.y), stats, begin,
                                   end, packet);
     });
-    hvd_syncbn_close_packet(&shape, epsilon_, Unmasked(shape, mask), packet);
-    hvd_syncbn_backward_params(&shape, packet, Data<const double>(stats), Vector(dgamma), Vector(dbeta));
+    hvd_syncbn_close_packet(&shape, epsilon_, Unmasked(shape, arrays.mask), packet);
+    hvd_syncbn_backward_params(&shape, packet, stats, Vector(arrays.dgamma), Vector(arrays.dbeta));
+    return absl::OkStatus();
   }
 };
 
-class BackwardApplyOp : public ApplyOp {
+class CpuBackwardApplyOp : public BackwardApplyOp {
  public:
-  using ApplyOp::ApplyOp;
+  using BackwardApplyOp::BackwardApplyOp;
 
-  void Compute(OpKernelContext* ctx) override {
-    const Tensor& x = ctx->input(0);
-    hvd_syncbn_shape shape;
-    OP_REQUIRES_OK(ctx, CoreShape(x, &shape));
-    const Tensor *dy, *packet, *stats, *gamma, *y;
-    OP_REQUIRES_OK(ctx, Input(ctx, "dy", x.shape(), &dy));
-    OP_REQUIRES_OK(ctx, Input(ctx, "packet", {hvd_syncbn_packet_size(shape.c)}, &packet));
-    OP_REQUIRES_OK(ctx, Input(ctx, "stats", {2, shape.c}, &stats));
-    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "gamma", TensorShape({shape.c}), &gamma));
-    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "y", x.shape(), &y));
-    const uint8_t* mask;
-    OP_REQUIRES_OK(ctx, Mask(ctx, shape, &mask));
-
-    OP_REQUIRES_OK(ctx, CheckPacket(x, shape, packet));
-
-    Tensor *dx, *dresidual = nullptr;
-    OP_REQUIRES_OK(ctx, AllocateLike(ctx, x, 0, &dx));
-    if (ctx->num_outputs() > 1) OP_REQUIRES_OK(ctx, AllocateLike(ctx, x, 1, &dresidual));
-
+  Status Launch(OpKernelContext* ctx, const BackwardApplyArrays& arrays) const override {
+    const hvd_syncbn_shape& shape = arrays.shape;
+    TF_RETURN_IF_ERROR(CheckPacket(*arrays.x, shape, epsilon_, arrays.packet, layer_));
+    PreferHugePages(arrays.dx);
+    PreferHugePages(arrays.dresidual);
     Tensor coefficients;
-    OP_REQUIRES_OK(ctx, Coefficients(ctx, shape, &coefficients));
-    hvd_syncbn_backward_finish(&shape, Data<const int64_t>(packet), Data<const double>(stats), Vector(gamma),
-                               coefficients.data());
+    TF_RETURN_IF_ERROR(Coefficients(ctx, shape, &coefficients));
+    hvd_syncbn_backward_finish(&shape, Data<const int64_t>(arrays.packet), Data<const double>(arrays.stats),
+                               Vector(arrays.gamma), coefficients.data());
     Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
-      hvd_syncbn_backward_apply(&shape, x.data(), dy->data(), Data<const void>(y), mask, coefficients.data(), begin,
-                                end, dx->data(), Data<void>(dresidual));
+      hvd_syncbn_backward_apply(&shape, arrays.x->data(), arrays.dy->data(), Data<const void>(arrays.y), arrays.mask,
+                                coefficients.data(), begin, end, arrays.dx->data(), Data<void>(arrays.dresidual));
     });
+    return absl::OkStatus();
   }
 };
 
-class KeepOp : public OpKernel {
- public:
-  using OpKernel::OpKernel;
-  void Compute(OpKernelContext*) override {}
-};
-
-REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardMoments").Device(tensorflow::DEVICE_CPU), ForwardMomentsOp);
-REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardApply").Device(tensorflow::DEVICE_CPU), ForwardApplyOp);
-REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardMoments").Device(tensorflow::DEVICE_CPU), BackwardMomentsOp);
-REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardApply").Device(tensorflow::DEVICE_CPU), BackwardApplyOp);
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardMoments").Device(tensorflow::DEVICE_CPU), CpuForwardMomentsOp);
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardApply").Device(tensorflow::DEVICE_CPU), CpuForwardApplyOp);
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardMoments").Device(tensorflow::DEVICE_CPU), CpuBackwardMomentsOp);
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardApply").Device(tensorflow::DEVICE_CPU), CpuBackwardApplyOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnKeep").Device(tensorflow::DEVICE_CPU), KeepOp);
 
 }  // namespace
