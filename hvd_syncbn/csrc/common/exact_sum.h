@@ -66,15 +66,15 @@ HVD_SYNCBN_HD void deposit(double v, Limbs limbs, int64_t* nonfinite) {
   if (d.digit[2]) limbs[d.index + 2] += d.digit[2];
 }
 
+// Limbs: an int64_t* (or a vector's), or what is indexed like one.
 template <class Limbs>
 HVD_SYNCBN_HD void normalize(Limbs limbs) {
-  int64_t carry = 0;
+  auto digit = limbs[0] + 0;
   for (int i = 0; i < kLimbs - 1; ++i) {
-    const int64_t t = limbs[i] + carry;
-    limbs[i] = t & kLimbMask;
-    carry = t >> kLimbBits;
+    limbs[i] = digit & kLimbMask;
+    digit = limbs[i + 1] + shift_right<kLimbBits>(digit);
   }
-  limbs[kLimbs - 1] += carry;
+  limbs[kLimbs - 1] = digit;
 }
 
 // Where a channel's parts lie in a packet of c channels.

@@ -54,43 +54,30 @@ HVD_SYNCBN_HD DoubleDouble<V> divide(DoubleDouble<V> a, V n) {
   return quick_two_sum(q, r / n);
 }
 
-// The exact sum at `limbs` (any carry state) as kDigits doubles of one sign, the highest first, `stride` apart.
-constexpr int kDigits = kLimbs + 1;
-HVD_SYNCBN_HD void read_digits(const int64_t* limbs, int stride, double* digits) {
-  int64_t magnitude[kLimbs];
-  int64_t carry = 0;
-  for (int i = 0; i < kLimbs - 1; ++i) {
-    const int64_t t = limbs[i] + carry;
-    magnitude[i] = t & kLimbMask;
-    carry = t >> kLimbBits;
+// The exact sum in `limbs` (any carry state, left in another), for V double and I int64_t, or vectors of them.
+template <class V, class I>
+HVD_SYNCBN_HD DoubleDouble<V> read_limbs(I* limbs) {
+  normalize(limbs);
+  const I negative = where_negative(limbs[kLimbs - 1]);
+  if (any_nonzero(negative)) {  // the magnitude's digits
+    for (int i = 0; i < kLimbs; ++i) limbs[i] = (limbs[i] ^ negative) - negative;
+    normalize(limbs);
   }
-  magnitude[kLimbs - 1] = limbs[kLimbs - 1] + carry;
-  const bool negative = magnitude[kLimbs - 1] < 0;
-  if (negative) {
-    for (int i = 0; i < kLimbs; ++i) magnitude[i] = -magnitude[i];
-    normalize(magnitude);
-  }
-  double unit = negative ? -0x1p120 : 0x1p120;  // 2^((kLimbs - 1) * kLimbBits + kLsbExp)
-  // The top limb may have 63 bits, more than a double: its upper part goes first.
-  digits[0] = static_cast<double>(magnitude[kLimbs - 1] & ~kLimbMask) * unit;
+  // From the highest digit down. The top limb may have 63 bits, more than a double: its upper part goes first.
+  DoubleDouble<V> sum = {to_double(shift_right<kLimbBits>(limbs[kLimbs - 1])) * constant<V>(0x1p160), constant<V>(0.0)};
+  double unit = 0x1p120;  // 2^((kLimbs - 1) * kLimbBits + kLsbExp)
   for (int i = kLimbs - 1; i >= 0; --i) {
-    digits[(kLimbs - i) * stride] = static_cast<double>(magnitude[i] & kLimbMask) * unit;
+    const I digit = limbs[i] & kLimbMask;
+    if (any_nonzero(digit)) sum = add(sum, to_double(digit) * constant<V>(unit));
     unit *= 0x1p-40;
   }
-}
-
-// digit(i) is the i-th of them.
-template <class V, class Digit>
-HVD_SYNCBN_HD DoubleDouble<V> add_digits(const Digit& digit) {
-  DoubleDouble<V> sum = {digit(0), constant<V>(0.0)};
-  for (int i = 1; i < kDigits; ++i) sum = add(sum, digit(i));
-  return sum;
+  return {negate_where(negative, sum.hi), negate_where(negative, sum.lo)};
 }
 
 HVD_SYNCBN_HD DoubleDouble<double> read_sum(const int64_t* limbs) {
-  double digits[kDigits];
-  read_digits(limbs, 1, digits);
-  return add_digits<double>([&](int i) { return digits[i]; });
+  int64_t own[kLimbs];
+  for (int i = 0; i < kLimbs; ++i) own[i] = limbs[i];
+  return read_limbs<double>(own);
 }
 
 // The batch statistics of one channel, or of a vector of channels.

@@ -31,6 +31,16 @@ HVD_SYNCBN_HD double square_root(double v) { return sqrt(v); }
 HVD_SYNCBN_HD float square_root(float v) { return sqrtf(v); }
 HVD_SYNCBN_HD double larger(double a, double b) { return a > b ? a : b; }  // b where a is NaN
 
+// And of an integer, beside + - & ^.
+template <int kBits>
+HVD_SYNCBN_HD int64_t shift_right(int64_t v) {  // toward minus infinity
+  return v >> kBits;
+}
+HVD_SYNCBN_HD int64_t where_negative(int64_t v) { return v >> 63; }  // all bits, or none
+HVD_SYNCBN_HD bool any_nonzero(int64_t v) { return v != 0; }
+HVD_SYNCBN_HD double to_double(int64_t v) { return static_cast<double>(v); }  // 0 <= v < 2^52
+HVD_SYNCBN_HD double negate_where(int64_t negative, double v) { return negative ? -v : v; }
+
 template <class To, class From>
 HVD_SYNCBN_HD To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");

@@ -7,32 +7,30 @@
 
 namespace hvd_syncbn {
 
-HVD_SYNCBN_HD double read(const hvd_syncbn_vector& vector, int64_t i, double absent) {
-  if (vector.data == nullptr) return absent;
-  switch (vector.dtype) {
-    case HVD_SYNCBN_FLOAT32:
-      return static_cast<const float*>(vector.data)[i];
-    case HVD_SYNCBN_FLOAT64:
-      return static_cast<const double*>(vector.data)[i];
-    case HVD_SYNCBN_FLOAT16:
-      return widen(static_cast<const Half*>(vector.data)[i]);
-    default:
-      return widen(static_cast<const BFloat16*>(vector.data)[i]);
-  }
-}
-
-HVD_SYNCBN_HD void write(const hvd_syncbn_vector& vector, int64_t i, double value) {
+// Calls work(elements, with their type), or nothing where there are none.
+template <class Work>
+HVD_SYNCBN_HD void with_elements(const hvd_syncbn_vector& vector, const Work& work) {
   if (vector.data == nullptr) return;
   switch (vector.dtype) {
     case HVD_SYNCBN_FLOAT32:
-      return narrow(value, static_cast<float*>(vector.data) + i);
+      return work(static_cast<float*>(vector.data));
     case HVD_SYNCBN_FLOAT64:
-      return narrow(value, static_cast<double*>(vector.data) + i);
+      return work(static_cast<double*>(vector.data));
     case HVD_SYNCBN_FLOAT16:
-      return narrow(value, static_cast<Half*>(vector.data) + i);
+      return work(static_cast<Half*>(vector.data));
     default:
-      return narrow(value, static_cast<BFloat16*>(vector.data) + i);
+      return work(static_cast<BFloat16*>(vector.data));
   }
+}
+
+HVD_SYNCBN_HD double read(const hvd_syncbn_vector& vector, int64_t i, double absent) {
+  double value = absent;
+  with_elements(vector, [&](const auto* elements) { value = widen(elements[i]); });
+  return value;
+}
+
+HVD_SYNCBN_HD void write(const hvd_syncbn_vector& vector, int64_t i, double value) {
+  with_elements(vector, [&](auto* elements) { narrow(value, elements + i); });
 }
 
 }  // namespace hvd_syncbn

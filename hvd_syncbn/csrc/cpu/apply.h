@@ -18,7 +18,7 @@ namespace HVD_SYNCBN_PATH {
 
 // Outputs past this size are written around the caches: they would not stay there until somebody reads them, and a
 // store that goes through a cache reads the line first.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 template <class T, int kRows, bool kStream, class Op>
 HVD_SYNCBN_INLINE void apply_rows(const Op& op, const uint8_t* mask, int64_t row, int64_t channels) {

@@ -7,7 +7,7 @@
 //                                 first masks beforehand)
 //
 // A unit is (tile of channels, sample, piece), the tile slowest: a thread walks the samples with the sums of one tile
-// in L1.
+// in its second-level cache.
 #ifndef HVD_SYNCBN_CPU_MOMENTS_H_
 #define HVD_SYNCBN_CPU_MOMENTS_H_
 
@@ -153,44 +153,51 @@ struct Sums {
   }
 };
 
-// What the fold leaves in lane j < length when kWidth lanes are left.
-template <int kWidth, class V, int kVectors, class Terms>
-HVD_SYNCBN_INLINE void strand(const Terms& terms, int64_t offset, int64_t stride, int length, int j, const V* mean,
+// What the fold leaves of `count` > 0 rows, `step` apart, which belong to four lanes in turn.
+template <class V, int kVectors, class Terms>
+HVD_SYNCBN_INLINE void strand(const Terms& terms, int64_t offset, int64_t step, int count, const V* mean,
                               Sums<V, kVectors>* sums) {
-  if constexpr (kWidth == kLanes) {
+  const auto lane = [&](int first, Sums<V, kVectors>* sum) {
     for (int v = 0; v < kVectors; ++v) {
       V d;
-      terms.load(offset + j * stride + v * V::N, mean[v], &sums->a[v], &d);
-      sums->b[v] = sums->a[v] * d;  // as fma(g, d, +0.0), but for the sign of a zero, which no sum shows
+      terms.load(offset + first * step + v * V::N, mean[v], &sum->a[v], &d);
+      sum->b[v] = sum->a[v] * d;  // as fma(g, d, +0.0), but for the sign of a zero, which no sum shows
     }
-    for (int r = j + kLanes; r < length; r += kLanes) {
+#pragma GCC unroll 2
+    for (int r = first + 4; r < count; r += 4) {
       for (int v = 0; v < kVectors; ++v) {
-        add_element(terms, offset + r * stride + v * V::N, mean[v], &sums->a[v], &sums->b[v]);
+        add_element(terms, offset + r * step + v * V::N, mean[v], &sum->a[v], &sum->b[v]);
       }
     }
-  } else {
-    strand<2 * kWidth>(terms, offset, stride, length, j, mean, sums);
-    if (j + kWidth < length) {
-      Sums<V, kVectors> right;
-      strand<2 * kWidth>(terms, offset, stride, length, j + kWidth, mean, &right);
-      sums->add(right);
+  };
+  Sums<V, kVectors> other, last;
+  lane(0, sums);
+  if (count > 2) {
+    lane(2, &other);
+    sums->add(other);
+  }
+  if (count > 1) {
+    lane(1, &other);
+    if (count > 3) {
+      lane(3, &last);
+      other.add(last);
     }
+    sums->add(other);
   }
 }
 
 template <class V, int kVectors, class Terms>
-HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t stride, int length, int k, int c,
-                                    int width, const double* mean, double* a, double* b, TileSums* tile) {
+HVD_SYNCBN_INLINE int strand_columns(const Terms& terms, int64_t offset, int64_t step, int count, int k, int c,
+                                     int width, const double* mean, double* a, double* b, TileSums* tile) {
   constexpr int kStep = kVectors * V::N;
-  const int j = kStrandOrder[k];
   for (; c + kStep <= width; c += kStep) {
     V mean_vector[kVectors] = {};
     if (!Terms::kSquare) {
       for (int v = 0; v < kVectors; ++v) mean_vector[v] = V::load(mean + c + v * V::N);
     }
     Sums<V, kVectors> sums;
-    if (j < length) {
-      strand<kStrands>(terms, offset + c, stride, length, j, mean_vector, &sums);
+    if (count > 0) {
+      strand(terms, offset + c, step, count, mean_vector, &sums);
     } else {
       for (int v = 0; v < kVectors; ++v) sums.a[v] = sums.b[v] = V::splat(0.0);
     }
@@ -217,6 +224,36 @@ HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t 
   return c;
 }
 
+// Strand k of the piece, in the widest vectors. Without branches for the counts that images of 7 x 7 and less have.
+template <class Terms>
+HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t stride, int length, int k, int width,
+                                    const double* mean, double* a, double* b, TileSums* tile) {
+  const int j = kStrandOrder[k];
+  const int count = j < length ? (length - j + kStrands - 1) / kStrands : 0;
+  const auto columns = [&](int constant) {
+    return strand_columns<F64, 2>(terms, offset + j * stride, kStrands * stride, constant, k, 0, width, mean, a, b,
+                                  tile);
+  };
+  int c;
+  switch (count) {
+#define HVD_SYNCBN_CASE(n) \
+  case n:                  \
+    c = columns(n);        \
+    break;
+    HVD_SYNCBN_CASE(1)
+    HVD_SYNCBN_CASE(2)
+    HVD_SYNCBN_CASE(3)
+    HVD_SYNCBN_CASE(4)
+    HVD_SYNCBN_CASE(5)
+    HVD_SYNCBN_CASE(6)
+    HVD_SYNCBN_CASE(7)
+#undef HVD_SYNCBN_CASE
+    default:
+      c = columns(count);
+  }
+  return strand_columns<S64, 1>(terms, offset + j * stride, kStrands * stride, count, k, c, width, mean, a, b, tile);
+}
+
 // Pieces of one element: kCount rows from the offset on.
 template <class V, int kVectors, int kCount, class Terms>
 HVD_SYNCBN_INLINE int single_columns(const Terms& terms, int64_t offset, int64_t stride, int c, int width,
@@ -231,14 +268,10 @@ HVD_SYNCBN_INLINE int single_columns(const Terms& terms, int64_t offset, int64_t
       terms.load(offset + r * stride + c + i, means[i / V::N], g, d);
     };
     if constexpr (V::N > 1 && kCount > 1 && Terms::kNarrow) {
-      tile->add_products<V, kVectors, kCount, Terms::kSquare>(c, factors);
+      tile->add_many_products<V, kVectors, kCount, Terms::kSquare>(c, factors);
     } else {
       for (int i = 0; i < kStep; i += V::N) {
-        tile->add<V, kCount>(c + i, [&](int r, V* value) {
-          V d;
-          factors(r, i, value, &d);
-          value[1] = value[0] * d;
-        });
+        tile->add_products<V, kCount>(c + i, [&](int r, V* g, V* d) { factors(r, i, g, d); });
       }
     }
   }
@@ -273,10 +306,7 @@ HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length,
   if (length <= kShort && !terms.masked()) {
     const int64_t offset = row * channels + first;
     for (int k = 0; k < kStrands; ++k) {
-      int c = 0;
-      c = short_columns<F64, 2>(terms, offset, channels, length, k, c, width, mean, a, b, tile);
-      c = short_columns<F64, 1>(terms, offset, channels, length, k, c, width, mean, a, b, tile);
-      if (F64::N > 1) short_columns<S64, 1>(terms, offset, channels, length, k, c, width, mean, a, b, tile);
+      short_columns(terms, offset, channels, length, k, width, mean, a, b, tile);
     }
     return;
   }
@@ -326,7 +356,7 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
     const int width = static_cast<int>(shape.c - first < tile_channels ? shape.c - first : tile_channels);
     const double* const tile_mean = mean ? mean + first : nullptr;
     const bool alone = begin == tile * units_of_tile && stop - begin == units_of_tile;
-    sums.begin(width);
+    sums.begin(width, packet, shape.c, first, alone);
     while (begin < stop) {
       const int64_t unit = begin - tile * units_of_tile;
       if (shape.s == 1) {
@@ -361,7 +391,7 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
         add_pieces(a, b, width, 0, &sums);
       }
     }
-    sums.finish(packet, shape.c, first, alone);
+    sums.finish();
   }
 }
 

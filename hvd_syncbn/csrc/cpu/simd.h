@@ -5,10 +5,12 @@
 //   load(p)     N elements of any type, widened (exact)
 //   store<kStream>(p)   rounded once, NaN made canonical; kStream: past the caches, to an aligned address
 //   splat(v)    + - *    fused(a, b, c)    relu(v)    keep_where_positive(v, y)
-// and those of float64, for the exact sums (tile_sums.h) and what is made of them (../common/finish.h),
-//   -a    a / b    square_root(v)
+// and those of float64, for the exact sums (tile_sums.h),
 //   a | b, a & b (of the bits)    magnitude(v)    larger(a, b), smaller(a, b): b where a is NaN
 //   any_above(a, b)    any_nonzero(v)
+// Vectors F64 also have, for what is made of the sums (../common/finish.h),
+//   -a    a / b    square_root(v)
+//   Bits: a vector of as many int64_t (../common/portable.h)
 #ifndef HVD_SYNCBN_CPU_SIMD_H_
 #define HVD_SYNCBN_CPU_SIMD_H_
 
@@ -46,10 +48,7 @@ struct Scalar {
   HVD_SYNCBN_INLINE void keep(T* p) const { *p = v; }
   friend HVD_SYNCBN_INLINE Scalar operator+(Scalar a, Scalar b) { return {a.v + b.v}; }
   friend HVD_SYNCBN_INLINE Scalar operator-(Scalar a, Scalar b) { return {a.v - b.v}; }
-  friend HVD_SYNCBN_INLINE Scalar operator-(Scalar a) { return {-a.v}; }
   friend HVD_SYNCBN_INLINE Scalar operator*(Scalar a, Scalar b) { return {a.v * b.v}; }
-  friend HVD_SYNCBN_INLINE Scalar operator/(Scalar a, Scalar b) { return {a.v / b.v}; }
-  friend HVD_SYNCBN_INLINE Scalar square_root(Scalar a) { return {hvd_syncbn::square_root(a.v)}; }
   friend HVD_SYNCBN_INLINE Scalar fused(Scalar a, Scalar b, Scalar c) { return {hvd_syncbn::fused(a.v, b.v, c.v)}; }
   friend HVD_SYNCBN_INLINE Scalar relu(Scalar a) { return {hvd_syncbn::relu(a.v)}; }
   friend HVD_SYNCBN_INLINE Scalar keep_where_positive(Scalar a, Scalar y) {
@@ -89,6 +88,8 @@ template <bool kStream>
 HVD_SYNCBN_INLINE void put(double* p, __m256d v) {
   kStream ? _mm256_stream_pd(p, v) : _mm256_storeu_pd(p, v);
 }
+// The bits of the double 2^52; below them, those of an integer up to 2^52.
+constexpr int64_t kTwoTo52 = int64_t{0x433} << 52;
 // Orders streamed stores before everything that follows.
 HVD_SYNCBN_INLINE void end_stream() { _mm_sfence(); }
 
@@ -151,9 +152,32 @@ struct F32 {
   friend HVD_SYNCBN_INLINE F32 relu(F32 a) { return keep_where_positive(a, a); }
 };
 
+struct I64 {
+  __m512i v;
+  HVD_SYNCBN_INLINE I64() = default;
+  HVD_SYNCBN_INLINE I64(__m512i bits) : v(bits) {}
+  HVD_SYNCBN_INLINE I64(int64_t value) : v(_mm512_set1_epi64(value)) {}
+  // out[i] of lane j: p[8 * j + i].
+  static HVD_SYNCBN_INLINE void load_columns(const int64_t* p, I64* out) {
+    const __m512i rows = _mm512_setr_epi64(0, 8, 16, 24, 32, 40, 48, 56);
+    for (int i = 0; i < 8; ++i) out[i] = _mm512_i64gather_epi64(rows, p + i, 8);
+  }
+  friend HVD_SYNCBN_INLINE I64 operator+(I64 a, I64 b) { return _mm512_add_epi64(a.v, b.v); }
+  friend HVD_SYNCBN_INLINE I64 operator-(I64 a, I64 b) { return _mm512_sub_epi64(a.v, b.v); }
+  friend HVD_SYNCBN_INLINE I64 operator&(I64 a, I64 b) { return _mm512_and_si512(a.v, b.v); }
+  friend HVD_SYNCBN_INLINE I64 operator^(I64 a, I64 b) { return _mm512_xor_si512(a.v, b.v); }
+  friend HVD_SYNCBN_INLINE I64 where_negative(I64 a) { return _mm512_srai_epi64(a.v, 63); }
+  friend HVD_SYNCBN_INLINE bool any_nonzero(I64 a) { return _mm512_test_epi64_mask(a.v, a.v) != 0; }
+};
+template <int kBits>
+HVD_SYNCBN_INLINE I64 shift_right(I64 a) {
+  return _mm512_srai_epi64(a.v, kBits);
+}
+
 struct F64 {
   static constexpr int N = 8;
   using Value = double;
+  using Bits = I64;
   __m512d v;
   static HVD_SYNCBN_INLINE F64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
   static HVD_SYNCBN_INLINE F64 load(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
@@ -188,10 +212,17 @@ struct F64 {
   friend HVD_SYNCBN_INLINE F64 larger(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
   friend HVD_SYNCBN_INLINE F64 smaller(F64 a, F64 b) { return {_mm512_min_pd(a.v, b.v)}; }
   friend HVD_SYNCBN_INLINE bool any_above(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+  friend HVD_SYNCBN_INLINE F64 negate_where(I64 negative, F64 a) {
+    return {_mm512_xor_pd(a.v, _mm512_castsi512_pd((negative & INT64_MIN).v))};
+  }
   friend HVD_SYNCBN_INLINE bool any_nonzero(F64 a) {
     return _mm512_cmp_pd_mask(a.v, _mm512_setzero_pd(), _CMP_NEQ_UQ) != 0;
   }
 };
+HVD_SYNCBN_INLINE F64 to_double(I64 a) {
+  const F64 shifted = {_mm512_castsi512_pd(_mm512_or_si512(a.v, I64(kTwoTo52).v))};
+  return shifted - F64::splat(0x1p52);
+}
 
 #elif defined(__AVX2__)
 
@@ -239,9 +270,40 @@ struct F32 {
   friend HVD_SYNCBN_INLINE F32 relu(F32 a) { return keep_where_positive(a, a); }
 };
 
+struct I64 {
+  __m256i v;
+  HVD_SYNCBN_INLINE I64() = default;
+  HVD_SYNCBN_INLINE I64(__m256i bits) : v(bits) {}
+  HVD_SYNCBN_INLINE I64(int64_t value) : v(_mm256_set1_epi64x(value)) {}
+  // out[i] of lane j: p[8 * j + i].
+  static HVD_SYNCBN_INLINE void load_columns(const int64_t* p, I64* out) {
+    for (int half = 0; half < 8; half += 4) {
+      __m256i row[4];
+      for (int j = 0; j < 4; ++j) row[j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8 * j + half));
+      const __m256i even01 = _mm256_unpacklo_epi64(row[0], row[1]), odd01 = _mm256_unpackhi_epi64(row[0], row[1]);
+      const __m256i even23 = _mm256_unpacklo_epi64(row[2], row[3]), odd23 = _mm256_unpackhi_epi64(row[2], row[3]);
+      out[half] = _mm256_permute2x128_si256(even01, even23, 0x20);
+      out[half + 1] = _mm256_permute2x128_si256(odd01, odd23, 0x20);
+      out[half + 2] = _mm256_permute2x128_si256(even01, even23, 0x31);
+      out[half + 3] = _mm256_permute2x128_si256(odd01, odd23, 0x31);
+    }
+  }
+  friend HVD_SYNCBN_INLINE I64 operator+(I64 a, I64 b) { return _mm256_add_epi64(a.v, b.v); }
+  friend HVD_SYNCBN_INLINE I64 operator-(I64 a, I64 b) { return _mm256_sub_epi64(a.v, b.v); }
+  friend HVD_SYNCBN_INLINE I64 operator&(I64 a, I64 b) { return _mm256_and_si256(a.v, b.v); }
+  friend HVD_SYNCBN_INLINE I64 operator^(I64 a, I64 b) { return _mm256_xor_si256(a.v, b.v); }
+  friend HVD_SYNCBN_INLINE I64 where_negative(I64 a) { return _mm256_cmpgt_epi64(_mm256_setzero_si256(), a.v); }
+  friend HVD_SYNCBN_INLINE bool any_nonzero(I64 a) { return !_mm256_testz_si256(a.v, a.v); }
+};
+template <int kBits>
+HVD_SYNCBN_INLINE I64 shift_right(I64 a) {  // there is a logical shift only
+  return I64(_mm256_srli_epi64((a ^ INT64_MIN).v, kBits)) - (int64_t{1} << (63 - kBits));
+}
+
 struct F64 {
   static constexpr int N = 4;
   using Value = double;
+  using Bits = I64;
   __m256d v;
   static HVD_SYNCBN_INLINE F64 load(const double* p) { return {_mm256_loadu_pd(p)}; }
   static HVD_SYNCBN_INLINE F64 load(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
@@ -278,10 +340,17 @@ struct F64 {
   friend HVD_SYNCBN_INLINE bool any_above(F64 a, F64 b) {
     return _mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)) != 0;
   }
+  friend HVD_SYNCBN_INLINE F64 negate_where(I64 negative, F64 a) {
+    return {_mm256_xor_pd(a.v, _mm256_castsi256_pd((negative & INT64_MIN).v))};
+  }
   friend HVD_SYNCBN_INLINE bool any_nonzero(F64 a) {
     return _mm256_movemask_pd(_mm256_cmp_pd(a.v, _mm256_setzero_pd(), _CMP_NEQ_UQ)) != 0;
   }
 };
+HVD_SYNCBN_INLINE F64 to_double(I64 a) {
+  const F64 shifted = {_mm256_castsi256_pd(_mm256_or_si256(a.v, I64(kTwoTo52).v))};
+  return shifted - F64::splat(0x1p52);
+}
 
 #else  // baseline: plain C++, any machine
 

@@ -50,14 +50,24 @@ struct Bins {
 
 class TileSums {
  public:
-  // width: channels in use, at most kMaxTile.
-  void begin(int width) {
+  // The sums of channels [first, first + width) of a packet of c, width at most kMaxTile. alone: no other thread adds
+  // to these channels before `finish`.
+  void begin(int width, int64_t* packet, int64_t c, int64_t first, bool alone) {
     width_ = width;
     added_ = 0;
     flushes_ = 0;
     unplaced_ = true;
-    memset(nonfinite_, 0, width * sizeof(nonfinite_[0]));
-    for (int m = 0; m < 2; ++m) memset(limbs_[m], 0, width * sizeof(limbs_[m][0]));
+    alone_ = alone;
+    target_nonfinite_ = nonfinite_ = packet + nonfinite_at(first);
+    target_[0] = limbs_[0] = packet + moment_a_at(c, first);
+    target_[1] = limbs_[1] = packet + moment_b_at(c, first);
+    if (alone) return;
+    nonfinite_ = own_nonfinite_;
+    memset(own_nonfinite_, 0, width * sizeof(own_nonfinite_[0]));
+    for (int m = 0; m < 2; ++m) {
+      limbs_[m] = own_limbs_[m];
+      memset(own_limbs_[m], 0, width * kLimbs * sizeof(own_limbs_[m][0]));
+    }
   }
 
   // To be called before up to `values` (at most kFlush) are added to each channel.
@@ -71,13 +81,15 @@ class TileSums {
   // Adds kCount values of both moments to each of V::N channels from c: value(r, v) writes the r-th of them to v[2].
   template <class V, int kCount, class Value>
   HVD_SYNCBN_INLINE void add(int c, const Value& value) {
+    // Room above the first values, in powers of two. Many values tell more; their squares are checked by their sum.
+    constexpr int kMargin[2] = {kCount == 1 ? 8 : 3, kCount == 1 ? 8 : 6};
     V lost = V::splat(0.0), largest[2] = {lost, lost}, v[2];
     if (__builtin_expect(first_, 0)) {
       for (int r = 0; r < kCount; ++r) {
         value(r, v);
         for (int m = 0; m < 2; ++m) largest[m] = larger(magnitude(v[m]), largest[m]);
       }
-      for (int m = 0; m < 2; ++m) place(m, c, largest[m], kCount == 1 ? 8 : 3);
+      for (int m = 0; m < 2; ++m) place(m, c, largest[m], kMargin[m]);
     }
     Bins<V> bins[2] = {load<V>(0, c), load<V>(1, c)};
 #pragma GCC unroll 8
@@ -101,27 +113,36 @@ class TileSums {
     keep(1, c, bins[1]);
   }
 
-  // The same for kVectors * V::N channels where the values are g and g * d, g of 24 bits, which seldom needs a low bin:
-  // factors(r, i, &g, &d) gives the r-th of them in channels c + i. kSquare: d is g; then, if nothing of g is lost in a
-  // unit of 2^e, no bit of its square lies below 2^(2 e).
-  template <class V, int kVectors, int kCount, bool kSquare, class Factors>
+  // The same where the values are g and g * d: factors(r, &g, &d) gives the r-th.
+  template <class V, int kCount, class Factors>
   HVD_SYNCBN_INLINE void add_products(int c, const Factors& factors) {
-    Bins<V> a[kVectors], b[kVectors];
-    V lost[kVectors], largest[kVectors], largest_b[kVectors];
+    add<V, kCount>(c, [&](int r, V* value) {
+      V d;
+      factors(r, value, &d);
+      value[1] = value[0] * d;
+    });
+  }
+
+  // The same for kVectors * V::N channels: factors(r, i, &g, &d) gives those of channels c + i. g has 24 bits, and
+  // seldom needs a low bin. kSquare: d is g; then the sum of the squares bounds them and g, and if nothing of g is lost
+  // in a unit of 2^e, no bit of its square lies below 2^(2 e).
+  template <class V, int kVectors, int kCount, bool kSquare, class Factors>
+  HVD_SYNCBN_INLINE void add_many_products(int c, const Factors& factors) {
+    V a[kVectors], lost[kVectors], largest_a[kVectors], largest_b[kVectors];
+    Bins<V> b[kVectors];
     for (int i = 0; i < kVectors; ++i) {
-      a[i] = load<V>(0, c + i * V::N);
+      a[i] = V::load(high_[0] + c + i * V::N);
       b[i] = load<V>(1, c + i * V::N);
-      lost[i] = largest[i] = largest_b[i] = V::splat(0.0);
+      lost[i] = largest_a[i] = largest_b[i] = V::splat(0.0);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
       for (int i = 0; i < kVectors; ++i) {
         V g, d;
         factors(r, i * V::N, &g, &d);
-        const V sum = a[i].high + g;
-        lost[i] = lost[i] | (g - (sum - a[i].high));
-        a[i].high = sum;
-        largest[i] = larger(magnitude(g), largest[i]);
+        const V sum = a[i] + g;
+        lost[i] = lost[i] | (g - (sum - a[i]));
+        a[i] = sum;
         if (kSquare) {
           const V high = fused(g, g, b[i].high);
           b[i].low = b[i].low + fused(g, g, b[i].high - high);
@@ -129,6 +150,7 @@ class TileSums {
         } else {
           const V product = g * d;
           lost[i] = lost[i] | b[i].add(product);
+          largest_a[i] = larger(magnitude(g), largest_a[i]);
           largest_b[i] = larger(magnitude(product), largest_b[i]);
         }
       }
@@ -136,45 +158,38 @@ class TileSums {
     for (int i = 0; i < kVectors; ++i) {
       const int at = c + i * V::N;
       const V limit_a = V::load(limit_[0] + at), limit_b = V::load(limit_[1] + at);
-      bool exact = !first_ && !any_nonzero(lost[i]) && !any_above(largest[i], limit_a);
+      bool exact = !first_ && !any_nonzero(lost[i]);
       if (kSquare) {
         // Low units: of b 2^(e_b - kReach - 1), to be at most 2^(2 e_a).
-        const V coarsest = limit_a * limit_a * V::splat(power_of_two(1));
-        exact = exact && !any_above(largest[i] * largest[i], limit_b) && !any_above(limit_b, coarsest);
+        const V square = limit_a * limit_a;
+        exact = exact && !any_above(b[i].high - V::load(high_[1] + at), smaller(limit_b, square)) &&
+                !any_above(limit_b, square * V::splat(2.0));
       } else {
-        exact = exact && !any_above(largest_b[i], limit_b);
+        exact = exact && !any_above(largest_a[i], limit_a) && !any_above(largest_b[i], limit_b);
       }
       if (__builtin_expect(exact, 1)) {
-        keep(0, at, a[i]);
+        a[i].keep(high_[0] + at);
         keep(1, at, b[i]);
-        continue;
+      } else {
+        add_products<V, kCount>(at, [&](int r, V* g, V* d) { factors(r, i * V::N, g, d); });
       }
-      add<V, kCount>(at, [&](int r, V* value) {
-        V d;
-        factors(r, i * V::N, value, &d);
-        value[1] = value[0] * d;
-      });
     }
   }
 
-  // Adds everything to a packet of c channels, at channel first. alone: no other thread is adding to these channels.
-  void finish(int64_t* packet, int64_t c, int64_t first, bool alone) {
+  // From here on everything is in the packet.
+  void finish() {
     if (unplaced_) return;  // every unit was masked
     flush();
-    for (int i = 0; i < width_; ++i) {
-      publish(packet + nonfinite_at(first + i), nonfinite_ + i, 1, alone);
-      publish(packet + moment_a_at(c, first + i), limbs_[0][i], kLimbs, alone);
-      publish(packet + moment_b_at(c, first + i), limbs_[1][i], kLimbs, alone);
+    if (alone_) return;
+    for (int m = 0; m < 2; ++m) {
+      for (int i = 0; i < width_; ++i) carry(limbs_[m] + i * kLimbs);
+      publish(target_[m], limbs_[m], width_ * kLimbs);
     }
+    publish(target_nonfinite_, nonfinite_, width_);
   }
 
  private:
-  static HVD_SYNCBN_INLINE void publish(int64_t* to, int64_t* values, int count, bool alone) {
-    if (alone) {
-      for (int i = 0; i < count; ++i) to[i] += values[i];
-      return;
-    }
-    if (count == kLimbs) carry(values);
+  static void publish(int64_t* to, const int64_t* values, int count) {
     for (int i = 0; i < count; ++i) {
       if (values[i]) __atomic_fetch_add(to + i, values[i], __ATOMIC_RELAXED);
     }
@@ -227,7 +242,7 @@ class TileSums {
       keep(m, c, bins);
       return;
     }
-    deposit(v, limbs_[m][c], nonfinite_ + c);
+    deposit(v, limbs_[m] + c * kLimbs, nonfinite_ + c);
     // The next values may be like this one.
     flush_one(m, c);
     place(m, c, S64{fabs(v)}, 3);
@@ -235,8 +250,8 @@ class TileSums {
 
   void flush_one(int m, int c) {
     const double high = limit_[m][c] * kEmptyHigh, low = limit_[m][c] * kEmptyLow;
-    deposit(high_[m][c] - high, limbs_[m][c], nonfinite_ + c);
-    deposit(low_[m][c] - low, limbs_[m][c], nonfinite_ + c);
+    deposit(high_[m][c] - high, limbs_[m] + c * kLimbs, nonfinite_ + c);
+    deposit(low_[m][c] - low, limbs_[m] + c * kLimbs, nonfinite_ + c);
     high_[m][c] = high;
     low_[m][c] = low;
   }
@@ -248,7 +263,7 @@ class TileSums {
     added_ = 0;
     if (++flushes_ == kFlushesBeforeCarry) {
       for (int m = 0; m < 2; ++m) {
-        for (int c = 0; c < width_; ++c) carry(limbs_[m][c]);
+        for (int c = 0; c < width_; ++c) carry(limbs_[m] + c * kLimbs);
       }
       flushes_ = 0;
     }
@@ -268,8 +283,11 @@ class TileSums {
   int width_ = 0;
   int added_ = 0;
   int64_t flushes_ = 0;
-  int64_t limbs_[2][kMaxTile][kLimbs];
-  int64_t nonfinite_[kMaxTile];
+  bool alone_ = true;
+  int64_t *limbs_[2], *nonfinite_;  // where values go: straight to the packet, or first to this thread's own
+  int64_t *target_[2], *target_nonfinite_;
+  int64_t own_limbs_[2][kMaxTile * kLimbs];
+  int64_t own_nonfinite_[kMaxTile];
   double high_[2][kPitch], low_[2][kPitch], limit_[2][kPitch];
 };
 
