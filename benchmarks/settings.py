@@ -30,7 +30,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "default (cycle 1 ms)": Setting({}, training=True),
-    "cycle 0.5 ms": Setting({"HOROVOD_CYCLE_TIME": "0.5"}, training=True),
+    "cycle 0.5 ms": Setting({"HOROVOD_CYCLE_TIME": "0.5"}),
     "cycle 0.1 ms": Setting(RECOMMENDED, training=True),
     "cycle 0.02 ms": Setting({"HOROVOD_CYCLE_TIME": "0.02"}),
     "cycle 0.1 ms, no response cache": Setting(RECOMMENDED | {"HOROVOD_CACHE_CAPACITY": "0"}),

@@ -20,7 +20,7 @@ from benchmarks.measure import Framework, Record
 from hvd_syncbn import native
 
 IMAGES = 16  # of all ranks
-NETWORK_IMAGES, NETWORK_SIZE = 2, 64  # per rank
+NETWORK_IMAGES, NETWORK_SIZE = 2, 32  # per rank
 
 
 def cases(ranks: int, few: bool) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def cases(ranks: int, few: bool) -> list[dict[str, Any]]:
     images = IMAGES // ranks
     shapes = [(images, *shape[1:]) if len(shape) == 4 else (shape[0] // ranks, *shape[1:]) for shape in layer.SHAPES]
     return [
-        {"kind": "synchronized", "shape": shape, "rounds": 15}
+        {"kind": "synchronized", "shape": shape, "rounds": 7}
         for shape in ([shapes[2], shapes[3], shapes[6]] if few else shapes)
     ]
 

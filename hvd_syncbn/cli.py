@@ -185,9 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("verify", help=text, description=text)
     command.set_defaults(run=lambda _args: verify.verify())
 
-    text = "Measure speed, latency, overheads and accuracy beside every other batch norm; under 10 minutes."
+    text = "Measure speed, latency, overheads and accuracy beside every other batch norm; some 12 minutes."
     command = commands.add_parser("bench", help=text, description=text)
-    command.add_argument("--quick", action="store_true", help="2 ranks, fewer shapes and rounds: about a minute")
+    command.add_argument("--quick", action="store_true", help="2 ranks, fewer shapes and rounds: about two minutes")
     command.set_defaults(run=lambda args: bench(args.quick))
 
     text = horovod_build.DESCRIPTION
