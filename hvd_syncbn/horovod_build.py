@@ -61,6 +61,50 @@ SUBSTITUTIONS = (
         "\n#if TENSORFLOW_VERSION >= 2006000000\n",
         "\n#if TENSORFLOW_VERSION >= 2006000000 && TENSORFLOW_VERSION < 2016000000\n",
     ),
+    # PyTorch's synchronize() spins on sched_yield until Horovod's own threads are done, and keeps them off the core on which
+    # they would get there: with as many ranks as cores everything takes several times as long, and now and then a rank
+    # waits for so long that Gloo gives up. A condition variable wakes it instead.
+    Substitution("horovod/torch/handle_manager.h", "#include <atomic>\n", "#include <atomic>\n#include <condition_variable>\n"),
+    Substitution(
+        "horovod/torch/handle_manager.h",
+        "  bool PollHandle(int handle);\n",
+        "  bool PollHandle(int handle);\n  void Wait(int handle);\n",
+    ),
+    Substitution(
+        "horovod/torch/handle_manager.h", "  std::mutex mutex_;\n", "  std::mutex mutex_;\n  std::condition_variable done_;\n"
+    ),
+    Substitution(
+        "horovod/torch/handle_manager.cc",
+        "  results_[handle] = std::make_shared<Status>(status);\n}\n",
+        "  results_[handle] = std::make_shared<Status>(status);\n"
+        "  done_.notify_all();\n"
+        "}\n\n"
+        "void HandleManager::Wait(int handle) {\n"
+        "  std::unique_lock<std::mutex> lock(mutex_);\n"
+        "  done_.wait(lock, [&] {\n"
+        "    auto result = results_.find(handle);\n"
+        "    return result == results_.end() || result->second != nullptr;\n"
+        "  });\n"
+        "}\n",
+    ),
+    Substitution("horovod/torch/handle_manager.cc", "  last_handle_ = 0;\n", "  last_handle_ = 0;\n  done_.notify_all();\n"),
+    Substitution(
+        "horovod/torch/mpi_ops_v2.cc",
+        "  while (true) {\n"
+        "    if (handle_manager.PollHandle(handle)) break;\n"
+        "    {\n"
+        "      py::gil_scoped_release release_python_gil;\n"
+        "      std::this_thread::yield();\n"
+        "    }\n"
+        "  }\n",
+        "  {\n    py::gil_scoped_release release_python_gil;\n    handle_manager.Wait(handle);\n  }\n",
+    ),
+    # The thread that writes a timeline does the same between two records, all the time.
+    Substitution(
+        "horovod/common/timeline.cc",
+        "    std::this_thread::yield();\n",
+        "    std::this_thread::sleep_for(std::chrono::milliseconds(1));\n",
+    ),
 )
 
 # Horovod reads more HOROVOD_* variables when it runs than when it is built. These are the build's.

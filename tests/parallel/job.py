@@ -69,6 +69,8 @@ def run(group: str, ranks: int, timeout: float = 240, **environment: str) -> Job
             "TF_NUM_INTRAOP_THREADS": "1",
             "TF_NUM_INTEROP_THREADS": "2",
             "HOROVOD_CYCLE_TIME": "0.1",
+            # A peer that died is noticed at once; this is how long a busy machine may keep one from its turn (default: 30).
+            "HOROVOD_GLOO_TIMEOUT_SECONDS": "120",
             "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
