@@ -43,7 +43,7 @@ def plan(quick: bool) -> list[Job]:
         for framework, name in m.FRAMEWORKS.items():
             cases = synchronized.cases(ranks, quick or ranks > 2)
             if ranks == 2:
-                cases += [*accuracy.cases(), *([] if quick else [synchronized.network_case(5)])]
+                cases += [*accuracy.cases(), *([] if quick else [synchronized.network_case(3)])]
             packets = [settings.packets_case(31)] if framework == "torch" and not quick else []
             job = Job(f"{name}, {ranks} ranks", framework, cases + packets, ranks, environment=settings.RECOMMENDED)
             found.append(job)
@@ -54,7 +54,7 @@ def plan(quick: bool) -> list[Job]:
         cases = [settings.packets_case(31)]
         found.append(Job("PyTorch, 3 ranks", "torch", cases, 3, environment=settings.RECOMMENDED))
         for title, setting in settings.SETTINGS.items():
-            training = [settings.training_case(5)] if setting.training else []
+            training = [settings.training_case(3)] if setting.training else []
             cases = [settings.packets_case(31), *training]
             found.append(Job(title, "torch", cases, 2, pin=setting.pin, environment=setting.environment))
     return found
@@ -133,7 +133,7 @@ def about() -> dict[str, Any]:
 def main() -> None:
     """Runs everything and saves it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="2 ranks, fewer shapes and rounds: about two minutes")
+    parser.add_argument("--quick", action="store_true", help="2 ranks, fewer shapes and rounds: one or two minutes")
     args = parser.parse_args()
     # Wide enough for its tables where the output is a file.
     console = Console() if Console().is_terminal else Console(width=220)
