@@ -36,8 +36,6 @@ SETTINGS = {
     "cycle 0.1 ms, no fusion": Setting(RECOMMENDED | {"HOROVOD_FUSION_THRESHOLD": "0"}),
     "cycle 0.1 ms, Horovod's threads pinned": Setting(RECOMMENDED | {"HOROVOD_THREAD_AFFINITY": "0,1"}),
     "cycle 0.1 ms, ranks pinned": Setting(RECOMMENDED, pin=True, training=True),
-    # Not Horovod's, but a job's: large tensors come fresh from the kernel on every call, and small pages take their time.
-    "cycle 0.1 ms, huge pages": Setting(RECOMMENDED | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
 }
 
 PACKET_CHANNELS = (8, 64, 256, 2048, 16384)
