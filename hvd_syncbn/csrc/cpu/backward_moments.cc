@@ -21,6 +21,11 @@ struct BackwardTerms {
     *g = V::load(dy + i);
     if (kRelu) *g = keep_where_positive(*g, V::load(y + i));
   }
+  HVD_SYNCBN_INLINE void load_first(int64_t i, int count, F64 mean, F64* g, F64* d) const {
+    *d = load_part(x + i, count) - mean;
+    *g = load_part(dy + i, count);
+    if (kRelu) *g = keep_where_positive(*g, load_part(y + i, count));
+  }
   HVD_SYNCBN_INLINE bool masked() const { return false; }
   HVD_SYNCBN_INLINE bool counts(int64_t) const { return true; }
 };

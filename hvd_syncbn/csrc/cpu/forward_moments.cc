@@ -18,6 +18,9 @@ struct ForwardTerms {
   HVD_SYNCBN_INLINE void load(int64_t i, V, V* g, V* d) const {
     *g = *d = V::load(x + i);
   }
+  HVD_SYNCBN_INLINE void load_first(int64_t i, int count, F64, F64* g, F64* d) const {
+    *g = *d = load_part(x + i, count);
+  }
   HVD_SYNCBN_INLINE bool masked() const { return mask != nullptr; }
   HVD_SYNCBN_INLINE bool counts(int64_t row) const { return mask == nullptr || mask[row] != 0; }
 };

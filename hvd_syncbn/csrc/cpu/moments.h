@@ -2,8 +2,9 @@
 //
 // A kernel brings Terms: an element adds g to the first moment, g * d to the second.
 //   terms.load(i, mean, &g, &d)   of the element (or vector of elements) at offset i
-//   kNarrow, kSquare              g has at most 24 bits; d is g
-//   terms.masked(), counts(row)   whether there is a mask; false: this position is masked (channels last only; channels
+//   terms.load_first(i, count, mean, &g, &d)   of a vector of which `count` elements are there, and the others count as
+//   0 kNarrow, kSquare              g has at most 24 bits; d is g terms.masked(), counts(row)   whether there is a
+//   mask; false: this position is masked (channels last only; channels
 //                                 first masks beforehand)
 //
 // A unit is (tile of channels, sample, piece), the tile slowest: a thread walks the samples with the sums of one tile
@@ -16,8 +17,10 @@
 namespace hvd_syncbn {
 namespace HVD_SYNCBN_PATH {
 
-struct Moments {
-  double a, b;
+// What the fold of a piece's lanes leaves when a vector of them is left; fold_rows does the rest, for V::N pieces at
+// once.
+struct LaneSums {
+  F64 a, b;
 };
 
 template <class Terms, class V>
@@ -35,22 +38,46 @@ HVD_SYNCBN_INLINE void add_element(const Terms& terms, int64_t i, V mean, V* a, 
   *b = fused(g, d, *b);
 }
 
-// lane[j] += lane[j + w] for w = 16, 8, 4, 2, 1.
-HVD_SYNCBN_INLINE double fold(double* lane) {
-  int w = kLanes / 2;
-  for (; w >= F64::N; w /= 2) {
+// lane[j] += lane[j + w] for w = 16, 8, ..., as long as there are more lanes than a vector has.
+HVD_SYNCBN_INLINE F64 fold(double* lane) {
+  for (int w = kLanes / 2; w >= F64::N; w /= 2) {
     for (int j = 0; j < w; j += F64::N) (F64::load(lane + j) + F64::load(lane + j + w)).keep(lane + j);
   }
-  for (; w >= 1; w /= 2) {
-    for (int j = 0; j < w; ++j) lane[j] += lane[j + w];
+  return F64::load(lane);
+}
+
+// Channels first: a piece of less than 2 * kLanes elements, whose lanes have at most two each, stays in registers. In
+// the order of the fold: vectors of lanes v, v + kStride, v + 2 * kStride, ...
+template <int kStride, class Terms>
+HVD_SYNCBN_INLINE LaneSums short_row(const Terms& terms, int64_t offset, int length, F64 mean, int v) {
+  constexpr int kVectors = kLanes / F64::N;
+  if constexpr (kStride < kVectors) {
+    const LaneSums left = short_row<2 * kStride>(terms, offset, length, mean, v);
+    const LaneSums right = short_row<2 * kStride>(terms, offset, length, mean, v + kStride);
+    return {left.a + right.a, left.b + right.b};
+  } else {
+    LaneSums sums = {F64::splat(0.0), F64::splat(0.0)};
+    for (int first = v * F64::N; first < length; first += kLanes) {
+      F64 g, d;
+      if (length - first >= F64::N) {
+        terms.load(offset + first, mean, &g, &d);
+      } else {
+        terms.load_first(offset + first, length - first, mean, &g, &d);
+      }
+      sums.a = sums.a + g;
+      sums.b = fused(g, d, sums.b);
+    }
+    return sums;
   }
-  return lane[0];
 }
 
 // Channels first: the piece is `length` consecutive elements from offset.
 // Registers hold kPass lanes of both moments, so a chunk that stays in L1 is walked 32 / kPass times.
 template <class Terms>
-HVD_SYNCBN_INLINE Moments row_piece(const Terms& terms, int64_t offset, int length, double mean) {
+HVD_SYNCBN_INLINE LaneSums row_piece(const Terms& terms, int64_t offset, int length, double mean) {
+  if constexpr (F64::N > 1) {
+    if (length < 2 * kLanes) return short_row<1>(terms, offset, length, F64::splat(mean), 0);
+  }
 #if defined(__AVX512F__)
   constexpr int kPass = 32;
 #elif defined(__AVX2__)
@@ -383,10 +410,16 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
       if (shape.layout == HVD_SYNCBN_CHANNELS_LAST) {
         column_piece(terms, n * shape.s + position, length, shape.c, first, width, tile_mean, a, b, &sums);
       } else {
-        for (int i = 0; i < width; ++i) {
-          const Moments m = row(n, first + i, position, length, mean ? mean[first + i] : 0.0);
-          a[i] = m.a;
-          b[i] = m.b;
+        for (int i = 0; i < width; i += F64::N) {
+          F64 rows_a[F64::N], rows_b[F64::N];
+          for (int r = 0; r < F64::N; ++r) {
+            const int c = i + r < width ? i + r : width - 1;  // the last one again, for nobody
+            const LaneSums m = row(n, first + c, position, length, mean ? mean[first + c] : 0.0);
+            rows_a[r] = m.a;
+            rows_b[r] = m.b;
+          }
+          fold_rows(rows_a).keep(a + i);
+          fold_rows(rows_b).keep(b + i);
         }
         add_pieces(a, b, width, 0, &sums);
       }

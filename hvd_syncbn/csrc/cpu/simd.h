@@ -11,6 +11,8 @@
 // Vectors F64 also have, for what is made of the sums (../common/finish.h),
 //   -a    a / b    square_root(v)
 //   Bits: a vector of as many int64_t (../common/portable.h)
+// and functions: load_part(p, count): F64 of the first `count` < N elements at p, then zeros
+//   fold_rows(rows): of N vectors, each folded to one value by lane[j] += lane[j + w], w = N / 2, ..., 1
 #ifndef HVD_SYNCBN_CPU_SIMD_H_
 #define HVD_SYNCBN_CPU_SIMD_H_
 
@@ -92,6 +94,12 @@ HVD_SYNCBN_INLINE void put(double* p, __m256d v) {
 constexpr int64_t kTwoTo52 = int64_t{0x433} << 52;
 // Orders streamed stores before everything that follows.
 HVD_SYNCBN_INLINE void end_stream() { _mm_sfence(); }
+
+HVD_SYNCBN_INLINE __m256d fold_four(__m256d r0, __m256d r1, __m256d r2, __m256d r3) {
+  const __m256d s01 = _mm256_add_pd(_mm256_permute2f128_pd(r0, r1, 0x20), _mm256_permute2f128_pd(r0, r1, 0x31));
+  const __m256d s23 = _mm256_add_pd(_mm256_permute2f128_pd(r2, r3, 0x20), _mm256_permute2f128_pd(r2, r3, 0x31));
+  return _mm256_permute4x64_pd(_mm256_hadd_pd(s01, s23), 0xd8);  // rows 0, 2, 1, 3 in order
+}
 
 #else
 
@@ -224,6 +232,18 @@ HVD_SYNCBN_INLINE F64 to_double(I64 a) {
   return shifted - F64::splat(0x1p52);
 }
 
+HVD_SYNCBN_INLINE F64 load_part(const float* p, int count) {
+  return {_mm512_cvtps_pd(_mm256_maskz_loadu_ps(static_cast<__mmask8>((1 << count) - 1), p))};
+}
+HVD_SYNCBN_INLINE F64 fold_rows(const F64* rows) {
+  __m256d half[8];
+  for (int r = 0; r < 8; ++r) {
+    half[r] = _mm256_add_pd(_mm512_castpd512_pd256(rows[r].v), _mm512_extractf64x4_pd(rows[r].v, 1));
+  }
+  const __m256d low = fold_four(half[0], half[1], half[2], half[3]);
+  return {_mm512_insertf64x4(_mm512_castpd256_pd512(low), fold_four(half[4], half[5], half[6], half[7]), 1)};
+}
+
 #elif defined(__AVX2__)
 
 struct F32 {
@@ -352,12 +372,27 @@ HVD_SYNCBN_INLINE F64 to_double(I64 a) {
   return shifted - F64::splat(0x1p52);
 }
 
+HVD_SYNCBN_INLINE F64 load_part(const float* p, int count) {
+  const __m128i there = _mm_cmpgt_epi32(_mm_set1_epi32(count), _mm_setr_epi32(0, 1, 2, 3));
+  return {_mm256_cvtps_pd(_mm_maskload_ps(p, there))};
+}
+HVD_SYNCBN_INLINE F64 fold_rows(const F64* rows) { return {fold_four(rows[0].v, rows[1].v, rows[2].v, rows[3].v)}; }
+
 #else  // baseline: plain C++, any machine
 
 using F32 = S32;
 using F64 = S64;
 
+HVD_SYNCBN_INLINE F64 fold_rows(const F64* rows) { return rows[0]; }
+
 #endif
+
+template <class T>
+HVD_SYNCBN_INLINE F64 load_part(const T* p, int count) {
+  T part[F64::N] = {};
+  for (int i = 0; i < count; ++i) part[i] = p[i];
+  return F64::load(part);
+}
 
 // The vector in which elements of T are normalised, and its one-value form.
 template <class T>
