@@ -41,7 +41,7 @@ def plan(quick: bool) -> list[Job]:
             found.append(Job(title, framework, cases, threads=threads, pin=True))
     for ranks in (2,) if quick else (2, 4):
         for framework, name in m.FRAMEWORKS.items():
-            cases = synchronized.cases(ranks, quick or ranks > 2)
+            cases = synchronized.cases(ranks, quick)
             if ranks == 2:
                 cases += [*accuracy.cases(), *([] if quick else [synchronized.network_case(3)])]
             packets = [settings.packets_case(31)] if framework == "torch" and not quick else []
@@ -133,7 +133,7 @@ def about() -> dict[str, Any]:
 def main() -> None:
     """Runs everything and saves it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="2 ranks, fewer shapes and rounds: one or two minutes")
+    parser.add_argument("--quick", action="store_true", help="2 ranks, fewer shapes and rounds: about a minute")
     args = parser.parse_args()
     # Wide enough for its tables where the output is a file.
     console = Console() if Console().is_terminal else Console(width=220)

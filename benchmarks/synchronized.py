@@ -23,14 +23,12 @@ IMAGES = 16  # of all ranks
 NETWORK_IMAGES, NETWORK_SIZE = 2, 32  # per rank
 
 
-def cases(ranks: int, few: bool) -> list[dict[str, Any]]:
-    """A rank's part of a batch, in the sizes of networks that train on few images per rank."""
+def cases(ranks: int, quick: bool) -> list[dict[str, Any]]:
+    """A rank's part of a batch, in the sizes of networks that train on few images per rank; fewer of them on more ranks."""
     images = IMAGES // ranks
     shapes = [(images, *shape[1:]) if len(shape) == 4 else (shape[0] // ranks, *shape[1:]) for shape in layer.SHAPES]
-    return [
-        {"kind": "synchronized", "shape": shape, "rounds": 7}
-        for shape in ([shapes[2], shapes[3], shapes[6]] if few else shapes)
-    ]
+    few = [shapes[3], shapes[6]] if quick else [shapes[2], shapes[3], shapes[6]] if ranks > 2 else shapes
+    return [{"kind": "synchronized", "shape": shape, "rounds": 7} for shape in few]
 
 
 def network_case(rounds: int) -> dict[str, Any]:

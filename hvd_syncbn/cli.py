@@ -187,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "Measure speed, latency, overheads and accuracy beside every other batch norm; some 10 minutes."
     command = commands.add_parser("bench", help=text, description=text)
-    command.add_argument("--quick", action="store_true", help="2 ranks, fewer shapes and rounds: one or two minutes")
+    command.add_argument("--quick", action="store_true", help="2 ranks, fewer shapes and rounds: about a minute")
     command.set_defaults(run=lambda args: bench(args.quick))
 
     text = horovod_build.DESCRIPTION
