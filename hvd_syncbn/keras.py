@@ -1,8 +1,9 @@
 """Synchronized batch normalization for Keras 3, and what it takes to train Keras 3 models under Horovod."""
 
-from hvd_syncbn.tf_impl.keras_convert import convert_sync_batchnorm, revert_sync_batchnorm
-from hvd_syncbn.tf_impl.keras_horovod import BroadcastVariablesCallback, DistributedOptimizer, MetricAverageCallback
-from hvd_syncbn.tf_impl.keras_layer import SyncBatchNormalization
+from hvd_syncbn.tf_impl.keras.callbacks import BroadcastVariablesCallback, MetricAverageCallback
+from hvd_syncbn.tf_impl.keras.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
+from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer
 
 __all__ = [
     "BroadcastVariablesCallback",

@@ -29,7 +29,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_syncbn.tf_impl.keras_horovod import BroadcastVariablesCallback, DistributedOptimizer, MetricAverageCallback
+from hvd_syncbn.keras import BroadcastVariablesCallback, DistributedOptimizer, MetricAverageCallback
 
 TOLERANCE = 1e-9
 MSE = keras.losses.MeanSquaredError(dtype="float64")  # by default it would compute in float32

@@ -17,7 +17,7 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
-from hvd_syncbn.tf_impl.keras_horovod import (
+from hvd_syncbn.keras import (
     BroadcastVariablesCallback,
     DistributedOptimizer,
     MetricAverageCallback,
@@ -225,7 +225,7 @@ def test_not_initialized(monkeypatch: pytest.MonkeyPatch) -> None:
 OTHER_BACKEND = """
 import sys
 import keras
-from hvd_syncbn.tf_impl.keras_horovod import DistributedOptimizer
+from hvd_syncbn.keras import DistributedOptimizer
 try:
     DistributedOptimizer(keras.optimizers.SGD())
 except RuntimeError as error:

@@ -1,6 +1,4 @@
-"""Keras 3 under Horovod: an optimizer that averages gradients, and two callbacks for `model.fit`.
-
-The rules of this room:
+"""Keras 3 under Horovod: an optimizer that averages gradients.
 
 * A distributed optimizer is the user's own object with one method more: its state, its config, its name in a file and
   `isinstance` stay those of the wrapped class. So what is saved knows nothing of Horovod, and what is loaded (built,
@@ -9,7 +7,6 @@ The rules of this room:
   decay, EMA and the decision of a LossScaleOptimizer come out alike on every rank.
 * Collectives have names of their own, never those of Keras, which count the objects of a process and so may differ
   between ranks.
-* Keras may run on PyTorch, where `hvd_syncbn.keras` serves without this: TensorFlow is not imported there.
 
 Custom training loops need none of this: `apply_gradients` of a distributed optimizer averages there, too, or take
 `hvd.DistributedGradientTape`. That asks its sources for `.ref()`, which only the backing `tf.Variable`s have:
@@ -31,9 +28,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
-import numpy as np
 
 from hvd_syncbn import horovod
+from hvd_syncbn.tf_impl.keras import ranks
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -46,21 +43,11 @@ if TYPE_CHECKING:
 _instances = itertools.count()
 
 
-def _horovod() -> Any:
-    """Return Horovod, or say what is missing and how to get it."""
-    if keras.backend.backend() != "tensorflow":
-        raise RuntimeError(
-            "training Keras under Horovod needs its TensorFlow backend: set KERAS_BACKEND=tensorflow. "
-            f"Received: KERAS_BACKEND={keras.backend.backend()}"
-        )
-    return horovod.require("tensorflow")
-
-
 class _Averager:
     """Averages lists of gradients over the ranks of a process set."""
 
     def __init__(self, name: str, process_set: ProcessSet | None, compression: Any, sparse_as_dense: bool) -> None:
-        hvd = _horovod()
+        hvd = ranks.require()
         self.name = name
         self.process_set = process_set or hvd.global_process_set
         self.compression = compression or hvd.Compression.none
@@ -69,7 +56,7 @@ class _Averager:
 
     def is_alone(self) -> bool:
         """Tell whether there is nobody to talk to. An elastic job may grow after a step was traced: never alone."""
-        alone = horovod.size(_horovod(), self.process_set) == 1
+        alone = horovod.size(ranks.require(), self.process_set) == 1
         return alone and not int(os.environ.get("HOROVOD_ELASTIC", "0"))
 
     def _options(self, what: str) -> dict[str, Any]:
@@ -87,7 +74,7 @@ class _Averager:
         """Return whether a condition holds on every rank."""
         if self.is_alone():
             return condition
-        hvd = _horovod()
+        hvd = ranks.require()
         return hvd.allreduce(tf.cast(condition, tf.float32), op=hvd.Min, **self._options("finite")) > 0
 
     def average(self, gradients: Sequence[Gradient]) -> list[Gradient]:
@@ -112,13 +99,13 @@ class _Averager:
         return averaged
 
     def _average_dense(self, group: list[tf.Tensor], n: int) -> list[tf.Tensor]:
-        hvd, options = _horovod(), self._options(f"gradients.{n}")
+        hvd, options = ranks.require(), self._options(f"gradients.{n}")
         averaged: list[tf.Tensor] = hvd.grouped_allreduce(group, op=hvd.Average, compression=self.compression, **options)
         return averaged
 
     def _average_sparse(self, group: list[tf.IndexedSlices], n: int) -> list[tf.IndexedSlices]:
         # Not left to grouped_allreduce: that gives slices the dense shapes of other gradients, and no names.
-        hvd = _horovod()
+        hvd = ranks.require()
         values = hvd.grouped_allgather([g.values for g in group], **self._options(f"values.{n}"))
         indices = hvd.grouped_allgather([g.indices for g in group], **self._options(f"indices.{n}"))
         size = hvd.size_op(self.process_set.process_set_id)
@@ -246,124 +233,3 @@ def DistributedOptimizer(
     # Past Keras's own __setattr__, which would take the class for a state to track.
     object.__setattr__(optimizer, "__class__", type(wrapped.__name__, (_Distributed, wrapped), members))
     return optimizer
-
-
-def _gather(value: object, name: str, process_set: ProcessSet | None) -> tuple[list[Any], Any, ProcessSet]:
-    """Return the values of all ranks, Horovod and the process set."""
-    hvd = _horovod()
-    process_set = process_set or hvd.global_process_set
-    if horovod.size(hvd, process_set) == 1:
-        return [value], hvd, process_set
-    return hvd.allgather_object(value, name=f"hvd_syncbn.{name}", process_set=process_set), hvd, process_set
-
-
-class BroadcastVariablesCallback(keras.callbacks.Callback):
-    """Gives all ranks the weights and the optimizer's state of one rank, whenever training starts.
-
-    Metrics and random seeds stay each rank's own: equal seeds would drop the same units everywhere. It also turns
-    off XLA for the model, which `compile()` turns on by itself where there is a GPU and which cannot compile
-    Horovod's collectives.
-
-    Args:
-        root_rank: The rank whose variables are taken.
-        process_set: The `hvd.ProcessSet` to broadcast in. Defaults to all ranks.
-
-    Raises:
-        ValueError: When training starts, on every rank, if the ranks' models or optimizers differ.
-
-    Example:
-
-    ```python
-    model.fit(x, y, callbacks=[BroadcastVariablesCallback()])
-    ```
-    """
-
-    def __init__(self, root_rank: int = 0, process_set: ProcessSet | None = None) -> None:
-        super().__init__()
-        self.root_rank = root_rank
-        self.process_set = process_set
-
-    def set_model(self, model: keras.Model) -> None:
-        """Turn off XLA: `fit()` calls this before it makes the training function."""
-        super().set_model(model)
-        model.jit_compile = False
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Broadcast, or leave it to the first step if the model waits for data to be built."""
-        model, layers = self.model, self.model.layers
-        if model.built or (layers and all(layer.built for layer in layers)):
-            self._broadcast()
-            return
-        train_function = model.train_function
-
-        def build_first(iterator: Any) -> Any:
-            model.train_function = train_function
-            x, _, _ = keras.utils.unpack_x_y_sample_weight(iterator.element_spec)
-            model(tf.nest.map_structure(lambda spec: keras.KerasTensor((None, *spec.shape[1:]), spec.dtype.name), x))
-            self._broadcast()
-            return train_function(iterator)
-
-        # Not after that step: its gradients would be those of different models.
-        model.train_function = build_first
-
-    def _broadcast(self) -> None:
-        variables = list(self.model.weights)
-        if self.model.optimizer is not None:
-            if not self.model.optimizer.built:
-                self.model.optimizer.build(self.model.trainable_variables)
-            variables += self.model.optimizer.variables
-        layout = [(tuple(v.shape), str(v.dtype)) for v in variables]
-        layouts, hvd, process_set = _gather(layout, "layout", self.process_set)
-        for by_rank in itertools.zip_longest(*layouts):
-            if any(layout != by_rank[0] for layout in by_rank):
-                raise ValueError(
-                    "The model and its optimizer must have the same variables on all ranks. "
-                    f"Received: {[len(layout) for layout in layouts]} variables by rank, the first that differs has "
-                    f"(shape, dtype) {list(by_rank)}"
-                )
-        if len(layouts) == 1:
-            return
-        with tf.device("CPU:0"):
-            for variable in variables:
-                # As signed integers, since Horovod's TensorFlow part knows neither bfloat16 nor uint32.
-                value = np.asarray(variable.value.numpy())
-                bits = hvd.broadcast(value.view(f"i{value.itemsize}"), self.root_rank, process_set=process_set)
-                variable.assign(np.asarray(bits.numpy()).view(value.dtype))
-
-
-class MetricAverageCallback(keras.callbacks.Callback):
-    """Averages the logs of an epoch over all ranks.
-
-    Must come before the callbacks that decide by them: `EarlyStopping`, `ModelCheckpoint`, `ReduceLROnPlateau`.
-    Otherwise ranks decide differently, and one that stops alone leaves the others waiting.
-
-    Args:
-        process_set: The `hvd.ProcessSet` to average over. Defaults to all ranks.
-
-    Raises:
-        ValueError: At the end of an epoch, on every rank, if not all of them have logged the same names.
-
-    Example:
-
-    ```python
-    model.fit(x, y, callbacks=[MetricAverageCallback(), keras.callbacks.EarlyStopping(monitor="loss")])
-    ```
-    """
-
-    def __init__(self, process_set: ProcessSet | None = None) -> None:
-        super().__init__()
-        self.process_set = process_set
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Put the averages in place of this rank's values, for the callbacks that follow."""
-        # None means no logs, but the other ranks may have some: take part all the same.
-        logs = {} if logs is None else logs
-        everyone, _, _ = _gather(logs, "metrics", self.process_set)
-        if any(other.keys() != logs.keys() for other in everyone):
-            raise ValueError(
-                "All ranks must log the same metrics (is there validation data on all of them?). "
-                f"Received: by rank: {[sorted(other) for other in everyone]}"
-            )
-        for key in logs:
-            mean = np.mean([other[key] for other in everyone], axis=0, dtype="float64")
-            logs[key] = mean if np.ndim(mean) else float(mean)

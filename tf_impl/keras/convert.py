@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from hvd_syncbn.tf_impl.keras_layer import SyncBatchNormalization
+from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
