@@ -1,4 +1,7 @@
-"""Prints what CMake needs of the installed TensorFlow, separated by semicolons: version, include folder, flags."""
+"""Prints what CMake needs of the installed TensorFlow, separated by semicolons.
+
+Version, whether it is a CUDA build, include folder, flags.
+"""
 
 import os
 
@@ -8,6 +11,7 @@ import tensorflow as tf
 
 print(
     tf.__version__,
+    int(tf.sysconfig.get_build_info()["is_cuda_build"]),
     tf.sysconfig.get_include(),
     *tf.sysconfig.get_compile_flags(),
     *tf.sysconfig.get_link_flags(),

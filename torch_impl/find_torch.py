@@ -1,4 +1,7 @@
-"""Prints what CMake needs of the installed PyTorch, separated by semicolons: version, library folder, ABI, include folders."""
+"""Prints what CMake needs of the installed PyTorch, separated by semicolons.
+
+Version, whether it is a CUDA build, library folder, ABI, include folders.
+"""
 
 import os
 
@@ -8,6 +11,7 @@ from torch.utils import cpp_extension
 folder = os.path.dirname(torch.__file__)
 print(
     torch.__version__,
+    int(torch.version.cuda is not None),
     os.path.join(folder, "lib"),
     int(torch._C._GLIBCXX_USE_CXX11_ABI),
     *cpp_extension.include_paths(),
