@@ -4,6 +4,7 @@ from hvd_syncbn.tf_impl.keras.callbacks import BroadcastVariablesCallback, Metri
 from hvd_syncbn.tf_impl.keras.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
 from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer
+from hvd_syncbn.tf_impl.keras.state import get_state, set_state
 
 __all__ = [
     "BroadcastVariablesCallback",
@@ -11,5 +12,7 @@ __all__ = [
     "MetricAverageCallback",
     "SyncBatchNormalization",
     "convert_sync_batchnorm",
+    "get_state",
     "revert_sync_batchnorm",
+    "set_state",
 ]

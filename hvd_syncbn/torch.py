@@ -4,5 +4,14 @@ from hvd_syncbn.torch_impl.convert import convert_sync_batchnorm, revert_sync_ba
 from hvd_syncbn.torch_impl.functional import sync_batch_norm
 from hvd_syncbn.torch_impl.module import SyncBatchNorm
 from hvd_syncbn.torch_impl.ops import check_device_errors
+from hvd_syncbn.torch_impl.state import get_state, set_state
 
-__all__ = ["SyncBatchNorm", "check_device_errors", "convert_sync_batchnorm", "revert_sync_batchnorm", "sync_batch_norm"]
+__all__ = [
+    "SyncBatchNorm",
+    "check_device_errors",
+    "convert_sync_batchnorm",
+    "get_state",
+    "revert_sync_batchnorm",
+    "set_state",
+    "sync_batch_norm",
+]

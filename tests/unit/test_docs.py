@@ -1,0 +1,56 @@
+"""The examples in docstrings and in the documentation run, and give what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = {"hvd_syncbn": "hvd_syncbn", "torch_impl": "hvd_syncbn.torch_impl", "tf_impl": "hvd_syncbn.tf_impl"}
+MODULES = [
+    ".".join([name, *path.relative_to(ROOT / room).with_suffix("").parts])
+    for room, name in ROOMS.items()
+    for path in sorted((ROOT / room).rglob("*.py"))
+    if ">>> " in path.read_text()
+]
+PAGES = [path.name for path in sorted((ROOT / "docs").glob("*.md")) if ">>> " in path.read_text()]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages(page: str) -> None:
+    result = doctest.testfile(str(ROOT / "docs" / page), module_relative=False)
+    assert result.attempted and not result.failed
+
+
+def load(name: str) -> Any:
+    """A program of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_exchange_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends in an error where the networks differ; and it would see one transposed kernel."""
+    example = load("exchange")
+    example.main()
+    assert capsys.readouterr().out.count("every bit equal") == 2
+    images = np.random.default_rng(1).standard_normal((2, 8, 8, 3)).astype(np.float32)
+    ours, theirs = example.trained(), example.keras_network()
+    example.to_keras(ours, theirs)
+    kernel, bias = theirs.layers[3].get_weights()
+    theirs.layers[3].set_weights([kernel.swapaxes(0, 1), bias])
+    assert np.abs(example.answers(theirs, images) - example.answers(ours, images)).max() > 100 * example.TOLERANCE

@@ -1,0 +1,90 @@
+"""A layer's state, out of it and into it: ``get_state``, ``set_state``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from hvd_syncbn.exchange import BatchNormState, Vector
+
+
+def get_state(layer: nn.Module) -> BatchNormState:
+    """The parameters, running statistics and options of a batch norm layer.
+
+    Args:
+        layer: ``SyncBatchNorm``, ``nn.BatchNorm1d``, ``2d``, ``3d`` or another ``_BatchNorm``, on any device.
+
+    Returns:
+        Its state, copied and rounded to float32. The number of batches seen is not a part of it.
+
+    Raises:
+        TypeError: not a batch norm layer.
+        ValueError: it has no running statistics, or no channel count yet.
+
+    Example:
+        >>> from torch import nn
+        >>> from hvd_syncbn.torch import get_state
+        >>> state = get_state(nn.BatchNorm2d(3))
+        >>> state.variance, state.momentum, state.unbiased
+        (array([1., 1., 1.], dtype=float32), 0.1, True)
+    """
+    norm = _checked(layer)
+    mean, variance = _numpy(norm.running_mean), _numpy(norm.running_var)
+    gamma, beta = (None if t is None else _numpy(t) for t in (norm.weight, norm.bias))
+    return BatchNormState(gamma, beta, mean, variance, norm.eps, norm.momentum, unbiased=True)
+
+
+def set_state(layer: nn.Module, state: BatchNormState) -> None:
+    """Gives a batch norm layer the parameters, running statistics, epsilon and momentum of a state.
+
+    Parameters and buffers are written in place. PyTorch's running variance is the unbiased one, whatever ``state.unbiased``
+    says: that is how the layer goes on, and changes nothing now. The count of batches stays: with ``momentum=None`` it says how
+    much the statistics weigh against the next batch.
+
+    Args:
+        layer: as in ``get_state``.
+        state: of ``get_state`` in either framework, ``from_caffe``, or made by hand.
+
+    Raises:
+        TypeError: not a batch norm layer, or not a state.
+        ValueError: as ``get_state``; another number of channels; a layer without gamma or beta and a state that needs them.
+            The layer is as it was then.
+
+    Example:
+        >>> from torch import nn
+        >>> from hvd_syncbn.exchange import from_caffe
+        >>> from hvd_syncbn.torch import set_state
+        >>> layer = nn.BatchNorm2d(2)
+        >>> set_state(layer, from_caffe([2.0, 4.0], [8.0, 2.0], 2.0))
+        >>> layer.running_mean, layer.momentum
+        (tensor([1., 2.]), 0.001)
+    """
+    norm = _checked(layer)
+    if not isinstance(state, BatchNormState):
+        raise TypeError(f"expected a BatchNormState. Received: {type(state).__name__}")
+    has = (norm.weight is not None, norm.bias is not None)
+    gamma, beta = state.fitted(norm.running_mean.numel(), *has, f"the layer {norm}")
+    values = {norm.weight: gamma, norm.bias: beta, norm.running_mean: state.mean, norm.running_var: state.variance}
+    with torch.no_grad():
+        for tensor, value in values.items():
+            if tensor is not None:
+                tensor.copy_(torch.tensor(value))
+    norm.eps, norm.momentum = state.epsilon, state.momentum
+
+
+def _numpy(tensor: Tensor) -> Vector:
+    array: Vector = tensor.detach().cpu().float().numpy().copy()
+    return array
+
+
+def _checked(layer: object) -> Any:
+    if not isinstance(layer, _BatchNorm):
+        raise TypeError(f"expected a batch norm layer. Received: {type(layer).__name__}")
+    if isinstance(layer, _LazyNormBase):
+        raise ValueError(f"the lazy layer has no channel count yet: run a batch through it first. Received: {layer}")
+    if layer.running_mean is None or layer.running_var is None:
+        raise ValueError(f"the layer keeps no running statistics (track_running_stats=False). Received: {layer}")
+    return layer
