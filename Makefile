@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 NATIVE := $(shell find hvd_syncbn torch_impl tf_impl -name "*.cc" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+PATCHES := hvd_syncbn/horovod_build/patches
 CMAKE := $(shell find CMakeLists.txt hvd_syncbn torch_impl tf_impl -name "CMakeLists.txt" -o -name "*.cmake")
 
 .PHONY: setup demo test bench gpu lint clean
@@ -42,7 +43,8 @@ $(VENV)/.requirements: requirements.txt benchmarks/requirements.txt tools/system
 	@$(PIP) install -qq --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
 	@touch $@
 
-$(VENV)/.horovod: hvd_syncbn/horovod_build.py $(VENV)/.requirements
+# The folder, too: its time tells that a patch was taken away.
+$(VENV)/.horovod: $(wildcard hvd_syncbn/horovod_build/*.py) $(PATCHES) $(wildcard $(PATCHES)/*) $(VENV)/.requirements
 	@$(BIN)/python -m hvd_syncbn.horovod_build
 	@touch $@
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes sure of what pip cannot install: a Python with venv and headers, and a C++ compiler. Installs them with
+# Makes sure of what pip cannot install: a Python with venv and headers, a C++ compiler, and patch. Installs them with
 # apt-get where that is possible without asking, else prints the command and stops. Then makes the environment in $1.
 set -eu
 venv=$1
@@ -22,6 +22,7 @@ look() {
   python_has 'import os, sysconfig
 open(os.path.join(sysconfig.get_path("include"), "Python.h"))' || missing="$missing python3-dev"
   command -v c++ >/dev/null || missing="$missing g++"
+  command -v patch >/dev/null || missing="$missing patch"
 }
 
 look

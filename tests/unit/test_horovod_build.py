@@ -1,9 +1,11 @@
-"""What building Horovod decides without compiling: source changes, cache key, environment, error report."""
+"""What building Horovod decides without compiling: patches, cache key, environment, error report."""
 
 import contextlib
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,45 +39,84 @@ LOG = """\
 """.splitlines()
 
 
-def texts(part: str) -> dict[str, str]:
-    """By file: every substitution's `old` or `new` text, between others."""
-    found: dict[str, str] = {}
-    for change in horovod_build.SUBSTITUTIONS:
-        found[change.file] = found.get(change.file, "before\n") + f"{getattr(change, part)}\nafter\n"
-    return found
+NEW = horovod_build.patching.parse(
+    "0001-new.patch",
+    """Subject: Say more
+Why: Because it was
+ too little.
+Upstream: none known
+
+--- a/sub/file.txt
++++ b/sub/file.txt
+@@ -1,3 +1,4 @@
+ one
++and a half
+ two
+ three
+""",
+)
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A tree with the text every substitution is for."""
-    for file, text in texts("old").items():
-        path = tmp_path / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return tmp_path
+@pytest.fixture(scope="module")
+def horovod_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Horovod's source as released, from the archive that the build used."""
+    root = horovod_build.cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    return horovod_build.unpack(horovod_build.fetch_sdist(root, os.environ), tmp_path_factory.mktemp("horovod"))
 
 
-class TestSubstitutions:
-    def test_each_is_applied(self, source: Path) -> None:
-        horovod_build.substitute(source)
-        for file, text in texts("new").items():
-            assert (source / file).read_text() == text
+class TestPatches:
+    def test_all_fit_the_release_in_their_order(self, horovod_source: Path, tmp_path: Path) -> None:
+        """And only so: none of them twice, and where one builds on another, not without that."""
+        source = shutil.copytree(horovod_source, tmp_path / "source")
+        patches = horovod_build.patches()
+        assert [patch.name[:4] for patch in patches] == [f"{number:04}" for number in range(1, len(patches) + 1)]
+        horovod_build.apply(source, patches)
+        for file in {file for patch in patches for file in re.findall(r"^\+\+\+ b/(\S+)$", patch.diff, re.MULTILINE)}:
+            before, after = (root / file for root in (horovod_source, source))
+            assert not before.exists() or before.read_bytes() != after.read_bytes(), file
+        for patch in patches:
+            with pytest.raises(horovod_build.BuildError, match=patch.name):
+                horovod_build.apply(source, [patch])
 
-    @pytest.mark.parametrize("change", horovod_build.SUBSTITUTIONS, ids=lambda change: change.file)
-    @pytest.mark.parametrize("text", ["something else\n", None])
-    def test_other_text_is_refused_by_name(self, source: Path, change: horovod_build.Substitution, text: str | None) -> None:
-        path = source / change.file
-        if text is None:
-            path.write_text(path.read_text() * 2)
-        else:
+    def test_one_is_applied(self, tmp_path: Path) -> None:
+        path = tmp_path / "sub/file.txt"
+        path.parent.mkdir()
+        path.write_text("one\ntwo\nthree\n")
+        horovod_build.apply(tmp_path, [NEW])
+        assert path.read_text() == "one\nand a half\ntwo\nthree\n"
+        assert [file.name for file in tmp_path.rglob("*")] == ["sub", "file.txt"]
+
+    @pytest.mark.parametrize("text", ["one\ntwo\nfour\n", "one\nand a half\ntwo\nthree\n", "", None])
+    def test_one_that_does_not_fit_is_refused_by_name(self, tmp_path: Path, text: str | None) -> None:
+        path = tmp_path / "sub/file.txt"
+        path.parent.mkdir()
+        if text is not None:
             path.write_text(text)
-        with pytest.raises(horovod_build.BuildError, match=change.file):
-            horovod_build.substitute(source)
+        with pytest.raises(horovod_build.BuildError, match=r"0001-new\.patch"):
+            horovod_build.apply(tmp_path, [NEW])
+        assert (path.read_text() if path.exists() else None) == text
 
-    def test_a_missing_file_is_refused_by_name(self, source: Path) -> None:
-        (source / "horovod/torch/CMakeLists.txt").unlink()
-        with pytest.raises(horovod_build.BuildError, match=r"no horovod/torch/CMakeLists\.txt"):
-            horovod_build.substitute(source)
+    def test_header(self) -> None:
+        assert (NEW.subject, NEW.why, NEW.upstream) == ("Say more", "Because it was too little.", "none known")
+        assert NEW.diff.startswith("--- a/sub/file.txt\n") and NEW.diff.endswith(" three\n")
+
+    @pytest.mark.parametrize("field", ["Subject", "Why", "Upstream"])
+    def test_a_header_without_a_field_is_refused(self, field: str) -> None:
+        text = "Subject: a\nWhy: b\nUpstream: c\n\n--- a/x\n+++ b/x\n"
+        horovod_build.patching.parse("0001-x.patch", text)
+        with pytest.raises(ValueError, match=rf"0001-x\.patch.*Received: no {field}"):
+            horovod_build.patching.parse("0001-x.patch", text.replace(f"{field}:", "Other:"))
+
+    def test_listed_on_the_command_line_and_in_the_docs(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert horovod_build.main(["--list"]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        rows = []
+        for patch in horovod_build.patches():
+            assert f"{patch.name}: {patch.subject} {patch.why} Upstream: {patch.upstream}" in said
+            rows.append(f"| `{patch.name}` | {patch.subject} | {patch.why} | {patch.upstream} |")
+        docs = (Path(__file__).parents[2] / "docs/horovod_patches.md").read_text()
+        assert [line for line in docs.splitlines() if line.startswith("| `")] == rows
 
 
 class TestSdist:
@@ -156,7 +197,8 @@ class TestCacheKey:
         ("target", "value"),
         [
             ("hvd_syncbn.horovod_build.HOROVOD_VERSION", "0.28.2"),
-            ("hvd_syncbn.horovod_build.SUBSTITUTIONS", horovod_build.SUBSTITUTIONS[:2]),
+            ("hvd_syncbn.horovod_build.patches", lambda: horovod_build.patching.patches()[:2]),
+            ("hvd_syncbn.horovod_build.patches", lambda: (*horovod_build.patching.patches(), NEW)),
             ("hvd_syncbn.horovod_build.SDIST_SHA256", "0" * 64),
             ("sys.implementation.cache_tag", "cpython-399"),
             ("sysconfig.get_platform", lambda: "linux-aarch64"),
@@ -231,8 +273,11 @@ class TestTools:
         compiler.chmod(0o755)
         assert horovod_build.find_compiler({"PATH": str(tmp_path), "CXX": "mycxx -m64"}) == "mycxx 99.1"
 
-    def test_no_make(self, tmp_path: Path) -> None:
-        with pytest.raises(horovod_build.BuildError, match="apt-get install make"):
+    @pytest.mark.parametrize("missing", ["make", "patch"])
+    def test_a_missing_tool(self, missing: str, tmp_path: Path) -> None:
+        for tool in {"make", "patch", "cmake"} - {missing}:
+            (tmp_path / tool).touch(0o755)
+        with pytest.raises(horovod_build.BuildError, match=f"apt-get install {missing}"):
             horovod_build.check_tools({"PATH": str(tmp_path)})
 
     def test_no_framework(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,12 +309,13 @@ class TestErrorReport:
         assert len(horovod_build.first_error(["a.cc:1:1: error: " + "x" * 5000])[0]) == 200
 
     def test_a_failed_build_reports_it_and_caches_nothing(
-        self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         log = "\n".join(LOG)
         monkeypatch.setenv("HVD_SYNCBN_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(horovod_build, "fetch_sdist", lambda _root, _env: tmp_path)
-        monkeypatch.setattr(horovod_build, "unpack", lambda _archive, _folder: source)
+        monkeypatch.setattr(horovod_build, "unpack", lambda _archive, _folder: tmp_path)
+        monkeypatch.setattr(horovod_build, "apply", lambda _source, _patches: None)
         real = horovod_build.run_logged
 
         def failing(_command: list[str], **kwargs: object) -> int:

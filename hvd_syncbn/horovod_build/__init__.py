@@ -1,7 +1,7 @@
 """Builds Horovod for the frameworks of this Python: ``hvd-syncbn build-horovod``.
 
-Horovod 0.28.1, its last release, does not compile against today's PyTorch and TensorFlow. With the substitutions
-below and one CMake setting it does. The rules of this room:
+Horovod 0.28.1, its last release, does not compile against today's PyTorch and TensorFlow, and fails where a job has to survive.
+With the changes in ``patches/`` (see patching.py) and one CMake setting it does not. The rules of this room:
 
 * It runs before anything of ours is built (``python -m hvd_syncbn.horovod_build``), so it imports the standard
   library and rich, nothing else. Frameworks are looked at, never imported.
@@ -33,79 +33,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from hvd_syncbn.horovod_build.patching import BuildError, apply, patches
 
 HOROVOD_VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-
-
-class Substitution(NamedTuple):
-    """One change to Horovod's source: in `file`, the one occurrence of `old` becomes `new`."""
-
-    file: str
-    old: str
-    new: str
-
-
-SUBSTITUTIONS = (
-    # Today's framework headers are C++17, also the ones the parts shared by both frameworks include.
-    Substitution("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
-    Substitution("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
-    # TensorFlow's wheels ship XLA headers that include a header they lack (highwayhash/arch_specific.h).
-    # Collectives inside XLA are off by default in Horovod anyway.
-    Substitution(
-        "horovod/tensorflow/xla_mpi_ops.cc",
-        "\n#if TENSORFLOW_VERSION >= 2006000000\n",
-        "\n#if TENSORFLOW_VERSION >= 2006000000 && TENSORFLOW_VERSION < 2016000000\n",
-    ),
-    # PyTorch's synchronize() spins on sched_yield until Horovod's own threads are done, and keeps them off the core on which
-    # they would get there: with as many ranks as cores everything takes several times as long, and now and then a rank
-    # waits for so long that Gloo gives up. A condition variable wakes it instead.
-    Substitution("horovod/torch/handle_manager.h", "#include <atomic>\n", "#include <atomic>\n#include <condition_variable>\n"),
-    Substitution(
-        "horovod/torch/handle_manager.h",
-        "  bool PollHandle(int handle);\n",
-        "  bool PollHandle(int handle);\n  void Wait(int handle);\n",
-    ),
-    Substitution(
-        "horovod/torch/handle_manager.h", "  std::mutex mutex_;\n", "  std::mutex mutex_;\n  std::condition_variable done_;\n"
-    ),
-    Substitution(
-        "horovod/torch/handle_manager.cc",
-        "  results_[handle] = std::make_shared<Status>(status);\n}\n",
-        "  results_[handle] = std::make_shared<Status>(status);\n"
-        "  done_.notify_all();\n"
-        "}\n\n"
-        "void HandleManager::Wait(int handle) {\n"
-        "  std::unique_lock<std::mutex> lock(mutex_);\n"
-        "  done_.wait(lock, [&] {\n"
-        "    auto result = results_.find(handle);\n"
-        "    return result == results_.end() || result->second != nullptr;\n"
-        "  });\n"
-        "}\n",
-    ),
-    Substitution("horovod/torch/handle_manager.cc", "  last_handle_ = 0;\n", "  last_handle_ = 0;\n  done_.notify_all();\n"),
-    Substitution(
-        "horovod/torch/mpi_ops_v2.cc",
-        "  while (true) {\n"
-        "    if (handle_manager.PollHandle(handle)) break;\n"
-        "    {\n"
-        "      py::gil_scoped_release release_python_gil;\n"
-        "      std::this_thread::yield();\n"
-        "    }\n"
-        "  }\n",
-        "  {\n    py::gil_scoped_release release_python_gil;\n    handle_manager.Wait(handle);\n  }\n",
-    ),
-    # The thread that writes a timeline does the same between two records, all the time.
-    Substitution(
-        "horovod/common/timeline.cc",
-        "    std::this_thread::yield();\n",
-        "    std::this_thread::sleep_for(std::chrono::milliseconds(1));\n",
-    ),
-)
 
 # Horovod reads more HOROVOD_* variables when it runs than when it is built. These are the build's.
 _BUILD_VARIABLE = re.compile(
@@ -123,10 +60,6 @@ _ERROR_LINES = (
     re.compile(r"undefined reference|ld returned"),
     re.compile(r"\berror:", re.IGNORECASE),
 )
-
-
-class BuildError(Exception):
-    """Horovod cannot be built here; the message tells a person why and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -213,7 +146,7 @@ def cache_key(versions: Mapping[str, str], settings: Mapping[str, str], compiler
     ingredients = {
         "horovod": HOROVOD_VERSION,
         "source": SDIST_SHA256,
-        "substitutions": SUBSTITUTIONS,
+        "patches": [patch.diff for patch in patches()],
         "frameworks": dict(versions),
         "python": python,
         "libc": platform.libc_ver(),
@@ -241,8 +174,9 @@ def check_tools(environ: Mapping[str, str]) -> None:
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.exists():
         raise BuildError(f"Python's headers are missing ({header}). Install them: apt-get install python3-dev")
-    if not shutil.which("make", path=environ.get("PATH")):
-        raise BuildError("make is missing. Install it: apt-get install make")
+    for tool in ("make", "patch"):
+        if not shutil.which(tool, path=environ.get("PATH")):
+            raise BuildError(f"{tool} is missing. Install it: apt-get install {tool}")
     if not environ.get("HOROVOD_CMAKE") and not shutil.which("cmake", path=environ.get("PATH")):
         raise BuildError(f"CMake is missing. Install it: {sys.executable} -m pip install 'cmake<4'")
     if importlib.util.find_spec("pip") is None:
@@ -288,7 +222,7 @@ def sha256_of(path: Path) -> str:
 
 
 def verify_sdist(path: Path) -> None:
-    """Raise if `path` is not the Horovod source these substitutions were written for."""
+    """Raise if `path` is not the Horovod source our patches were written for."""
     found = sha256_of(path)
     if found != SDIST_SHA256:
         raise BuildError(f"{path} is not Horovod {HOROVOD_VERSION} as released: SHA-256 {found}, not {SDIST_SHA256}.")
@@ -317,20 +251,6 @@ def unpack(archive: Path, folder: Path) -> Path:
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     return folder / f"horovod-{HOROVOD_VERSION}"
-
-
-def substitute(source: Path, substitutions: Sequence[Substitution] = SUBSTITUTIONS) -> None:
-    """Apply the substitutions to the source tree; raise if one does not fit exactly once."""
-    for change in substitutions:
-        path = source / change.file
-        try:
-            text = path.read_text()
-        except FileNotFoundError:
-            raise BuildError(f"Horovod's source has no {change.file}: it is not the release we know.") from None
-        found = text.count(change.old)
-        if found != 1:
-            raise BuildError(f"{change.file}: expected {change.old.strip()!r} once in Horovod's source, found {found}.")
-        path.write_text(text.replace(change.old, change.new))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -440,7 +360,7 @@ def _compile(folder: Path, archive: Path, env: Mapping[str, str], console: Conso
     log_path = folder / "build.log"
     with tempfile.TemporaryDirectory(prefix="horovod-build-") as temporary:
         source = unpack(archive, Path(temporary))
-        substitute(source)
+        apply(source, patches())
         wheels = Path(temporary, "wheels")
         command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-build-isolation", "--no-deps"]
         command += ["--wheel-dir", str(wheels), str(source)]
@@ -522,10 +442,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--with-mpi", action="store_true", help="build the MPI operations, too")
     parser.add_argument("--with-nccl", action="store_true", help="run GPU collectives through NCCL")
     parser.add_argument("--no-install", action="store_true", help="only build the wheel and print its path")
+    parser.add_argument("--list", action="store_true", help="list our changes to Horovod and build nothing")
+
+
+def list_patches() -> None:
+    """Print every change to Horovod: what, why, and where Horovod's people know of it."""
+    console = Console(highlight=False, markup=False)
+    for patch in patches():
+        console.print(f"{patch.name}: {patch.subject}")
+        console.print(Padding(f"{patch.why}\nUpstream: {patch.upstream}", (0, 0, 1, 4)))
 
 
 def run(args: argparse.Namespace) -> int:
     """Build as the parsed options say and return the exit status."""
+    if args.list:
+        list_patches()
+        return 0
 
     def stop(number: int, _frame: object) -> None:
         sys.exit(128 + number)
@@ -549,7 +481,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m hvd_syncbn.horovod_build", description=DESCRIPTION, epilog=EPILOG)
     add_arguments(parser)
     return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
