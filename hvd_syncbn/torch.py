@@ -1,15 +1,18 @@
 """PyTorch's face: ``from hvd_syncbn.torch import SyncBatchNorm``."""
 
 from hvd_syncbn.torch_impl.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from hvd_syncbn.torch_impl.fold import Scale, fold_batchnorm
 from hvd_syncbn.torch_impl.functional import sync_batch_norm
 from hvd_syncbn.torch_impl.module import SyncBatchNorm
 from hvd_syncbn.torch_impl.ops import check_device_errors
 from hvd_syncbn.torch_impl.state import get_state, set_state
 
 __all__ = [
+    "Scale",
     "SyncBatchNorm",
     "check_device_errors",
     "convert_sync_batchnorm",
+    "fold_batchnorm",
     "get_state",
     "revert_sync_batchnorm",
     "set_state",
