@@ -2,6 +2,7 @@
 
 from hvd_syncbn.tf_impl.keras.callbacks import BroadcastVariablesCallback, MetricAverageCallback
 from hvd_syncbn.tf_impl.keras.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from hvd_syncbn.tf_impl.keras.fold import Scale, fold_batchnorm
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
 from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer
 from hvd_syncbn.tf_impl.keras.state import get_state, set_state
@@ -10,8 +11,10 @@ __all__ = [
     "BroadcastVariablesCallback",
     "DistributedOptimizer",
     "MetricAverageCallback",
+    "Scale",
     "SyncBatchNormalization",
     "convert_sync_batchnorm",
+    "fold_batchnorm",
     "get_state",
     "revert_sync_batchnorm",
     "set_state",
