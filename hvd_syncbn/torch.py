@@ -3,13 +3,16 @@
 from hvd_syncbn.torch_impl.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from hvd_syncbn.torch_impl.fold import Scale, fold_batchnorm
 from hvd_syncbn.torch_impl.functional import sync_batch_norm
-from hvd_syncbn.torch_impl.module import SyncBatchNorm
+from hvd_syncbn.torch_impl.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from hvd_syncbn.torch_impl.ops import check_device_errors
 from hvd_syncbn.torch_impl.state import get_state, set_state
 
 __all__ = [
     "Scale",
     "SyncBatchNorm",
+    "SyncBatchNorm1d",
+    "SyncBatchNorm2d",
+    "SyncBatchNorm3d",
     "check_device_errors",
     "convert_sync_batchnorm",
     "fold_batchnorm",

@@ -20,7 +20,8 @@ def check_input(x: Tensor, num_features: int | None, residual: Tensor | None, ac
         raise ValueError(f"expected an input of at least 2 dimensions. Received: shape {tuple(x.shape)}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"expected a float32, float64, float16 or bfloat16 input. Received: {x.dtype}")
-    if num_features is not None and x.shape[1] != num_features:
+    shapes_are_known = not torch.jit.is_tracing()  # where they are part of the trace, PyTorch's operators look at them
+    if shapes_are_known and num_features is not None and x.shape[1] != num_features:
         raise ValueError(
             f"expected an input of {num_features} channels (dimension 1). Received: {x.shape[1]}, shape {tuple(x.shape)}"
         )
@@ -28,7 +29,7 @@ def check_input(x: Tensor, num_features: int | None, residual: Tensor | None, ac
         raise ValueError(f"expected an activation of {ACTIVATIONS}. Received: {activation!r}")
     if residual is None:
         return None
-    if residual.shape != x.shape:
+    if shapes_are_known and residual.shape != x.shape:
         raise ValueError(f"expected a residual of the input's shape {tuple(x.shape)}. Received: {tuple(residual.shape)}")
     if residual.dtype != x.dtype:
         if not torch.is_autocast_enabled(x.device.type):
@@ -87,20 +88,30 @@ def local_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    batches: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     residual: Tensor | None,
     activation: str | None,
 ) -> Tensor:
     """PyTorch's own batch norm, then the residual and the activation: evaluation, which has nothing to synchronise and has to
-    export to wherever PyTorch models go."""
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    export to wherever PyTorch models go. TorchScript compiles it."""
+    if batches is not None:
+        batches.add_(1)
+    share = 0.0
+    if momentum is not None:
+        share = momentum
+    elif batches is not None:
+        share = 1.0 / float(batches)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, share, eps)
     if residual is not None:
+        if not torch.jit.is_tracing() and residual.shape != y.shape:
+            raise ValueError(f"expected a residual of the input's shape {y.shape}. Received: {residual.shape}")
         y = y + residual
-    return F.relu(y) if activation == "relu" else y
+    return y if activation is None else F.relu(y)
 
 
 def sync_batch_norm(
@@ -150,7 +161,7 @@ def sync_batch_norm(
                 f"Received: shape {tuple(vector.shape)}"
             )
     if not training:
-        return local_batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps, residual, activation)
+        return local_batch_norm(x, running_mean, running_var, None, weight, bias, False, momentum, eps, residual, activation)
     return normalize(
         x,
         weight,

@@ -1,60 +1,93 @@
-"""``SyncBatchNorm``, and its twin without the collective."""
+"""``SyncBatchNorm``, its 1d, 2d and 3d forms, and its twin without the collective."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_syncbn.torch_impl.functional import ACTIVATIONS, check_input, local_batch_norm, normalize
 
 _made_by_hand = itertools.count()
 
+# torch.fx takes a layer for one node, and does not look inside, if `layer.__module__` is in torch.nn: its own tracers, those of
+# quantization and those of image libraries alike. An attribute of the object, because pickle needs the class's to be true.
+TRACED_AS_LEAF = {"__module__": "torch.nn"}
+
+# Where a tracer looks inside all the same (the layer is its root), these are one node each.
+torch.fx.wrap("check_input")
+torch.fx.wrap("local_batch_norm")
+torch.fx.wrap("normalize")
+
+
+def _is_proxy(value: object) -> bool:
+    return isinstance(value, Proxy)
+
 
 class BatchNorm(_BatchNorm):
-    """Batch normalization of this rank's batch alone, for inputs of any dimension.
+    """Batch normalization of this rank's batch alone, for inputs of any dimension, with a residual and an activation.
 
-    What ``revert_sync_batchnorm`` makes of a ``SyncBatchNorm`` that was not converted from another class.
+    What ``revert_sync_batchnorm`` makes of a ``SyncBatchNorm`` that was not converted from another class. TorchScript compiles
+    it, which is why its forward is written as it is.
     """
 
-    activation: str | None  # without a value here, which would hide a submodule of that name in somebody's subclass
+    # What TorchScript need not look at.
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["__module__", "process_set", "collective_name", "_converted_from"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["_fused"]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"expected an activation of {ACTIVATIONS}. Received: {activation!r}")
+        self.activation = activation
+        self.__dict__.update(TRACED_AS_LEAF)
 
     @property
     def _fused(self) -> str | None:
         """The activation. Conversion puts None here in a subclass of somebody's, whose own ``activation`` may be anything."""
-        return getattr(self, "activation", None)
+        return self.activation
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f"expected an input of at least 2 dimensions. Received: shape {tuple(input.shape)}")
+            raise ValueError(f"expected an input of at least 2 dimensions. Received: shape {input.shape}")
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """As ``SyncBatchNorm``."""
-        self._check_input_dim(input)
-        batch = self.training or self.running_mean is None
-        tracks = self.training and self.track_running_stats
-        batches = self.num_batches_tracked if tracks else None
-        momentum = self.momentum if tracks else 0.0
-        if momentum is None:
-            momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
-        y = local_batch_norm(
+        if torch.jit.is_scripting():  # noqa: SIM114, TorchScript leaves out the second branch only if it is one
+            self._check_input_dim(input)
+        elif not _is_proxy(input):
+            self._check_input_dim(input)
+        return self._normalize_locally(input, residual, self.activation)
+
+    def _normalize_locally(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+        keeps = self.track_running_stats or not self.training
+        return local_batch_norm(
             input,
-            self.running_mean if tracks or not batch else None,
-            self.running_var if tracks or not batch else None,
+            self.running_mean if keeps else None,
+            self.running_var if keeps else None,
+            self.num_batches_tracked if self.training and self.track_running_stats else None,
             self.weight,
             self.bias,
-            batch,
-            momentum,
+            self.training or (self.running_mean is None and self.running_var is None),
+            self.momentum,
             self.eps,
             residual,
-            self._fused,
+            activation,
         )
-        if batches is not None:
-            batches.add_(1)
-        return y
 
     def extra_repr(self) -> str:
         """The arguments of ``nn.BatchNorm``, and the activation."""
@@ -67,7 +100,8 @@ class SyncBatchNorm(BatchNorm):
 
     Outputs, input gradients and running statistics depend on the global batch alone: the same bits for any number of ranks
     and any split of the samples, contiguous or channels last. One ``hvd.allreduce`` forward and one backward. It takes the
-    place of ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``, with the same ``state_dict``.
+    place of ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``, with the same ``state_dict``. Conversion makes ``SyncBatchNorm1d``,
+    ``2d`` and ``3d``, which are instances of those classes, too.
 
     Parameter gradients are this rank's share, as ``hvd.DistributedOptimizer`` expects them. Evaluation needs no Horovod. It
     cannot be differentiated twice.
@@ -108,21 +142,27 @@ class SyncBatchNorm(BatchNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"expected an activation of {ACTIVATIONS}. Received: {activation!r}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, activation, device, dtype)
         self.process_set = process_set
-        self.activation = activation
         # Layers are made in the same order on every rank, so the counter agrees; conversion names them by their path.
         self.collective_name = f"{type(self).__name__}{next(_made_by_hand)}"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalises ``input``; see the class for shapes, ``sync_batch_norm`` for errors."""
-        self._check_input_dim(input)
+        if torch.jit.is_scripting():
+            if self.training:
+                raise RuntimeError(
+                    "hvd-syncbn does not synchronise in TorchScript: call `.eval()` on the compiled model, "
+                    "or `hvd_syncbn.torch.revert_sync_batchnorm` before compiling one that trains"
+                )
+            self._check_input_dim(input)
+            return self._normalize_locally(input, residual, self.activation)
         activation = self._fused
         residual = check_input(input, self.num_features, residual, activation)
+        if not _is_proxy(input):
+            self._check_input_dim(input)
         if not self.training:
-            return super().forward(input, residual)
+            return self._normalize_locally(input, residual, activation)
         tracks = self.track_running_stats
         batches = self.num_batches_tracked if tracks else None
         momentum = self.momentum
@@ -150,8 +190,26 @@ class SyncBatchNorm(BatchNorm):
         return text if self.process_set is None else f"{text}, process_set={self.process_set}"
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_set: Any = None) -> torch.nn.Module:
+    def convert_sync_batchnorm(cls, module: nn.Module, process_set: Any = None) -> nn.Module:
         """``hvd_syncbn.torch.convert_sync_batchnorm``, where ``torch.nn.SyncBatchNorm`` has it."""
         from hvd_syncbn.torch_impl.convert import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_set)
+
+
+class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
+    """``SyncBatchNorm`` that is an ``nn.BatchNorm1d``, and takes its inputs: what conversion makes of one."""
+
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
+    """``SyncBatchNorm`` that is an ``nn.BatchNorm2d``, and takes its inputs: what conversion makes of one."""
+
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
+    """``SyncBatchNorm`` that is an ``nn.BatchNorm3d``, and takes its inputs: what conversion makes of one."""
+
+    _check_input_dim = nn.BatchNorm3d._check_input_dim

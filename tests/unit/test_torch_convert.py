@@ -7,6 +7,7 @@ import functools
 import io
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,16 @@ import torch
 import torch.nn.functional as F
 from horovod.torch.sync_batch_norm import SyncBatchNorm as HorovodSyncBatchNorm
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from hvd_syncbn.torch import (
+    SyncBatchNorm,
+    SyncBatchNorm1d,
+    SyncBatchNorm2d,
+    SyncBatchNorm3d,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
+)
 from tests.torch_tools import assert_same, randn, randomize, step
 
 
@@ -89,6 +98,7 @@ PATHS = {
     "named": Named,
     "last": nn.BatchNorm1d,
 }
+MADE = {nn.BatchNorm1d: SyncBatchNorm1d, nn.BatchNorm2d: SyncBatchNorm2d, nn.BatchNorm3d: SyncBatchNorm3d}
 
 
 def model() -> Model:
@@ -115,46 +125,90 @@ def test_whole_model() -> None:
         layer = converted.get_submodule(path)
         assert isinstance(layer, SyncBatchNorm)
         assert layer.collective_name == path
-        assert (type(layer) is SyncBatchNorm) == (cls is not Doubled and cls is not Named)
-        assert isinstance(layer, cls) == (cls in (Doubled, Named))
+        assert isinstance(layer, cls) and type(layer) is MADE.get(cls, type(layer))
     assert sum(isinstance(layer, SyncBatchNorm) for layer in converted.modules()) == len(PATHS)
     assert_is_same_model(converted, model())
+
+
+def everything(module: nn.Module) -> dict[str, Any]:
+    """What a model's layers are and hold: classes and attributes, by path, in their order."""
+    return {
+        path: [
+            type(layer),
+            [(name, value if isinstance(value, nn.Module) else id(value)) for name, value in vars(layer).items()],
+        ]
+        for path, layer in module.named_modules(remove_duplicate=False)
+    }
 
 
 def test_the_same_objects() -> None:
     original = model()
     original.stem[1].weight.requires_grad_(False)
     original.blocks["a"][1].eval()
+    layers, before_all = dict(original.named_modules(remove_duplicate=False)), everything(original)
     before, children = tensors(original), [name for name, _ in original.named_modules(remove_duplicate=False)]
     for change in (convert_sync_batchnorm, revert_sync_batchnorm):
         changed = change(original)
         assert changed is original
+        now = dict(changed.named_modules(remove_duplicate=False))
+        assert now.keys() == layers.keys() and all(now[path] is layers[path] for path in layers)
         after = tensors(changed)
         assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
         assert [name for name, _ in changed.named_modules(remove_duplicate=False)] == children
         assert changed.twice is changed.again
         assert not changed.stem[1].weight.requires_grad and changed.stem[1].bias.requires_grad
         assert not changed.blocks["a"][1].training and changed.stem[1].training
+    assert everything(original) == before_all
+
+
+def test_whoever_knows_a_layer_knows_the_converted_one() -> None:
+    """Plain lists and dictionaries of layers, and the way people find their norms."""
+    original = model()
+    shadow = {path: layer for path, layer in original.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    frozen = [original.stem[1], original.last]
+    convert_sync_batchnorm(original)
+    assert all(isinstance(layer, SyncBatchNorm) for layer in (*shadow.values(), *frozen))
+    assert {path: layer for path, layer in original.named_modules() if isinstance(layer, nn.BatchNorm2d)} == shadow
+    for layer in frozen:
+        layer.eval()
+    before = {path: layer.running_mean.clone() for path, layer in original.named_modules() if isinstance(layer, SyncBatchNorm)}
+    original(X)
+    stayed = {path for path in before if torch.equal(before[path], original.get_submodule(path).running_mean)}
+    assert stayed == {"stem.1", "last"}
+
+
+def test_parameters_without_weight_decay() -> None:
+    """Chosen by class before or after the conversion: the same ones."""
+
+    def chosen(module: nn.Module) -> list[int]:
+        norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        return [id(p) for layer in module.modules() if isinstance(layer, norms) for p in layer.parameters(recurse=False)]
+
+    original = model()
+    want = chosen(original)
+    assert len(want) == 10 and chosen(convert_sync_batchnorm(original)) == want
 
 
 def test_optimizer_made_before() -> None:
     original = model()
     optimizer = torch.optim.SGD(original.parameters(), lr=0.1)
-    converted = convert_sync_batchnorm(original)
-    before = converted.twice.weight.clone()
-    converted(X).backward(DY)
-    optimizer.step()
-    assert not torch.equal(converted.twice.weight, before)
+    reference = model()
+    their_optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    convert_sync_batchnorm(original)
+    for trained, by in ((original, optimizer), (reference, their_optimizer)):
+        trained(X).backward(DY)
+        by.step()
+    # As in assert_is_same_model; a step changes parameters by about 1.
+    torch.testing.assert_close(dict(original.state_dict()), dict(reference.state_dict()), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(original.twice.weight, model().twice.weight)
 
 
 def test_back_and_forth() -> None:
     original = model()
-    names = list(vars(original.twice))
+    before = everything(original)
     state = copy.deepcopy(original.state_dict())
-    reverted = revert_sync_batchnorm(convert_sync_batchnorm(original))
-    for path, cls in PATHS.items():
-        assert type(reverted.get_submodule(path)) is cls
-    assert list(vars(reverted.twice)) == names
+    reverted = revert_sync_batchnorm(convert_sync_batchnorm(convert_sync_batchnorm(original)))
+    assert everything(reverted) == before
     assert_same(dict(reverted.state_dict()), dict(state))
     assert_same(step(reverted, X, DY), step(model(), X, DY))
 
@@ -191,13 +245,27 @@ def test_root() -> None:
     for cls, shape in ((nn.BatchNorm1d, (4, 3)), (nn.BatchNorm2d, (4, 3, 5, 5)), (nn.BatchNorm3d, (4, 3, 2, 2, 5))):
         original = randomize(cls(3))
         converted = convert_sync_batchnorm(original)
-        assert type(converted) is SyncBatchNorm
-        assert converted.weight is original.weight and converted.collective_name == cls.__name__
+        assert converted is original and type(converted) is MADE[cls] and isinstance(converted, cls)
+        assert converted.collective_name == cls.__name__
         x = randn(1, *shape)
         torch.testing.assert_close(converted(x), randomize(cls(3))(x), rtol=1e-5, atol=1e-5)
         assert type(revert_sync_batchnorm(converted)) is cls
-    plain = nn.Linear(3, 3)
-    assert convert_sync_batchnorm(plain) is plain and revert_sync_batchnorm(plain) is plain
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.ReLU(), nn.Sequential()], ids=repr)
+def test_nothing_to_convert(model: nn.Module) -> None:
+    with pytest.warns(UserWarning, match=f"nothing to convert.*Received: {type(model).__name__}"):
+        assert convert_sync_batchnorm(model) is model
+    assert revert_sync_batchnorm(model) is model
+
+
+@pytest.mark.parametrize(
+    "thing", [None, [nn.BatchNorm2d(3)], {"a": nn.BatchNorm2d(3)}, nn.BatchNorm2d, torch.zeros(3)], ids=type
+)
+@pytest.mark.parametrize("change", [convert_sync_batchnorm, SyncBatchNorm.convert_sync_batchnorm, revert_sync_batchnorm])
+def test_no_module(change: Callable[..., Any], thing: Any) -> None:
+    with pytest.raises(TypeError, match=rf"expected a torch\.nn\.Module\. Received: .*{type(thing).__name__}"):
+        change(thing)
 
 
 def test_process_set_and_converting_twice() -> None:
@@ -216,19 +284,23 @@ def test_process_set_and_converting_twice() -> None:
 
 def test_other_synchronized_layers() -> None:
     original = nn.Sequential(nn.SyncBatchNorm(3), HorovodSyncBatchNorm(3))
-    weights = [layer.weight for layer in original]
+    before = everything(original)
     converted = convert_sync_batchnorm(original)
     assert [type(layer) for layer in converted] == [SyncBatchNorm] * 2
-    assert all(layer.weight is weight for layer, weight in zip(converted, weights, strict=True))
-    assert not hasattr(converted[0], "process_group")
     want = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
     torch.testing.assert_close(converted(X), want(X), rtol=1e-5, atol=1e-5)
     converted.load_state_dict(want.state_dict())
-    # Back to layers that work here, as a batch norm of this rank.
-    reverted = revert_sync_batchnorm(converted)
-    assert not any(isinstance(layer, (SyncBatchNorm, nn.SyncBatchNorm, HorovodSyncBatchNorm)) for layer in reverted)
-    assert_same(dict(reverted.state_dict()), dict(want.state_dict()))
-    assert_same(step(reverted, X, X), step(want, X, X))
+    assert everything(revert_sync_batchnorm(converted)) == before
+
+
+@pytest.mark.parametrize("made", [SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d])
+def test_revert_a_layer_of_given_dimensions_made_by_hand(made: type[SyncBatchNorm]) -> None:
+    (cls,) = (cls for cls in MADE if MADE[cls] is made)
+    layer = made(3, momentum=None)
+    assert isinstance(layer, cls) and repr(layer) == repr(cls(3, momentum=None)).replace("BatchNorm", "SyncBatchNorm")
+    assert type(revert_sync_batchnorm(layer)) is cls and vars(layer).keys() == vars(cls(3)).keys()
+    with_relu = made(3, activation="relu")
+    assert "activation=relu" in repr(revert_sync_batchnorm(with_relu)) and not isinstance(with_relu, SyncBatchNorm)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -307,7 +379,64 @@ def test_subclass_that_normalizes_by_itself(cls: type[nn.Module]) -> None:
     with pytest.warns(UserWarning, match=rf"'1' stays as it is: {cls.__name__} ") as caught:
         converted = convert_sync_batchnorm(original)
     assert len(caught) == 1
-    assert type(converted[1]) is cls and type(converted[0]) is SyncBatchNorm
+    assert type(converted[1]) is cls and type(converted[0]) is SyncBatchNorm2d
+
+
+class HasProcessSet(nn.BatchNorm2d):
+    process_set = None
+
+
+def test_names_that_are_taken() -> None:
+    """An attribute of theirs is not overwritten; a forward that hides the class's would hide ours."""
+    original = nn.Sequential(HasProcessSet(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    original[1].activation = "mine"
+    original[2].forward = original[2].forward
+    before = everything(original)
+    with pytest.warns(UserWarning, match="stays as it is") as caught:
+        convert_sync_batchnorm(original)
+    for warning, fragment in zip(caught, ("'process_set' of its own", "'activation' of its own", "replaced on"), strict=True):
+        assert fragment in str(warning.message) and warning.filename == __file__
+    assert everything(original) == before
+
+
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_parametrized(when: str) -> None:
+    """Parametrizations of before and after the conversion can be removed in either state."""
+    layers, reference = [], randomize(nn.BatchNorm2d(3))
+    for removed in ("converted", "reverted", "never"):
+        layer = randomize(nn.BatchNorm2d(3))
+        if when == "after":
+            convert_sync_batchnorm(layer)
+        parametrize.register_parametrization(layer, "weight", Halved(), unsafe=True)
+        given = type(layer)
+        convert_sync_batchnorm(layer)
+        assert isinstance(layer, SyncBatchNorm2d) and parametrize.type_before_parametrizations(layer) is SyncBatchNorm2d
+        got = step(layer, X, X)
+        twin = copy.deepcopy(layer)
+        assert_same(step(twin, X, X)["y"], got["y"])
+        if removed == "converted":
+            parametrize.remove_parametrizations(layer, "weight")
+            assert type(layer) is SyncBatchNorm2d
+        revert_sync_batchnorm(layer)
+        if removed == "reverted":
+            parametrize.remove_parametrizations(layer, "weight")
+        if removed == "never":
+            assert isinstance(layer, nn.BatchNorm2d) and not isinstance(layer, SyncBatchNorm)
+            assert parametrize.is_parametrized(layer) and (type(layer) is given or when == "after")
+        else:
+            assert type(layer) is nn.BatchNorm2d
+        layers.append(layer.eval())
+    with torch.no_grad():
+        reference.weight /= 2
+    want = step(reference, X, X)
+    torch.testing.assert_close([got["y"], got["dx"]], [want["y"], want["dx"]], rtol=1e-5, atol=1e-5)
+    assert_same(layers[0](X), layers[1](X))
+    assert_same(layers[0](X), layers[2](X))
 
 
 def test_no_warning_without_reason() -> None:
@@ -317,11 +446,13 @@ def test_no_warning_without_reason() -> None:
 
 
 def test_lazy() -> None:
-    lazy = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ModuleDict({"norm": nn.LazyBatchNorm2d()}))
+    lazy = nn.Sequential(OrderedDict({"0": nn.Conv2d(3, 4, 3), "1": nn.Sequential(OrderedDict(norm=nn.LazyBatchNorm2d()))}))
+    lazy.append(nn.BatchNorm2d(4))
     with pytest.raises(ValueError, match=r"'1\.norm'.*run a batch through.*Received: LazyBatchNorm2d"):
         convert_sync_batchnorm(lazy)
-    lazy[1]["norm"](lazy[0](X))
-    assert type(convert_sync_batchnorm(lazy)[1]["norm"]) is SyncBatchNorm
+    assert type(lazy[2]) is nn.BatchNorm2d  # nothing is changed
+    lazy(X)
+    assert type(convert_sync_batchnorm(lazy)[1].norm) is SyncBatchNorm2d
 
 
 def saved_and_loaded(module: nn.Module) -> nn.Module:
@@ -382,6 +513,13 @@ def test_names_of_layers_made_by_hand() -> None:
 
 
 def test_converted_2d_still_checks_its_input() -> None:
-    """Where a subclass is kept, so is what it accepts."""
-    with pytest.raises(ValueError, match="4D"):
-        convert_sync_batchnorm(Doubled(3))(torch.zeros(4, 3))
+    """Where a class is kept, so is what it accepts."""
+    for layer, dims, wrong in (
+        (Doubled(3), "4D", 2),
+        (nn.BatchNorm1d(3), "2D or 3D", 4),
+        (nn.BatchNorm2d(3), "4D", 3),
+        (nn.BatchNorm3d(3), "5D", 4),
+    ):
+        for mode in (True, False):
+            with pytest.raises(ValueError, match=f"expected {dims} input"):
+                convert_sync_batchnorm(layer).train(mode)(torch.zeros(3, 3, 3, 3)[(0,) * (4 - wrong)])

@@ -538,12 +538,45 @@ def test_changed_in_place_is_noticed() -> None:
     assert_same(x.grad, want["dx"])
 
 
-def test_checkpointing() -> None:
-    x, dy = randn(1, 4, 5, 6), randn(2, 4, 5, 6)
-    want = step(randomize(SyncBatchNorm(5, activation="relu")), x, dy)
-    leaf = x.clone().requires_grad_()
-    checkpoint(randomize(SyncBatchNorm(5, activation="relu")), leaf, use_reentrant=False).backward(dy)
-    assert_same(leaf.grad, want["dx"])
+class Checkpointed(nn.Module):
+    """Blocks that end in a norm, where early stopping stops, or go on after it."""
+
+    def __init__(self, norms: list[nn.Module], ends: bool, reentrant: bool | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(norm, *([] if ends else [nn.Sigmoid()])) for norm in norms)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("reentrant", [True, False, None])
+def test_checkpointing(reentrant: bool | None, momentum: float | None, blocks: int, ends: bool) -> None:
+    """Statistics and counter of a batch that is seen twice are PyTorch's."""
+    options = {"momentum": momentum, "dtype": torch.float64}
+    ours = Checkpointed([SyncBatchNorm(3, **options) for _ in range(blocks)], ends, reentrant)
+    theirs = Checkpointed([nn.BatchNorm1d(3, **options) for _ in range(blocks)], ends, reentrant)
+    for seed, mean in enumerate((1, 5, 2)):
+        x, dy = randn(seed, 6, 3, dtype=torch.float64) + mean, randn(seed + 3, 6, 3, dtype=torch.float64)
+        got, want = step(ours, x, dy), step(theirs, x, dy)
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=WEIGHTS if "running" in name else 1e-11, atol=WEIGHTS)
+    assert theirs.blocks[-1][0].num_batches_tracked == (3 if reentrant is None else 6)
+
+
+def test_checkpointing_example() -> None:
+    """Batches of 1, 5 and 2 (+-1), each seen twice."""
+    layer = SyncBatchNorm(1, momentum=None)
+    for mean in (1.0, 5.0, 2.0):
+        x = torch.tensor([[mean - 1], [mean + 1]]).requires_grad_()
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert layer.num_batches_tracked == 6 and layer.running_mean.item() == pytest.approx(16 / 6, rel=1e-6)
+    assert layer.running_var.item() == pytest.approx(2, rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -2,6 +2,7 @@
 // them. torch.compile looks through this operator at those it calls.
 //
 // In C++ because Python takes longer for a call than the kernels of a small layer.
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
@@ -29,7 +30,8 @@ auto find_operator(const char* name) {
 // Everything that is not differentiated.
 struct Options {
   OptionalTensor running_mean, running_var;
-  OptionalTensor batches;  // before this one, where the running statistics are their average
+  OptionalTensor batches;  // before this one
+  bool average;            // whether the running statistics are that over all batches; else by the weights
   double old_weight, new_weight;
   bool unbiased;
   double eps;
@@ -41,6 +43,20 @@ struct Options {
 void allreduce(const Tensor& packet, const std::string& name, std::optional<int64_t> process_set) {
   static const auto op = find_operator<void(const Tensor&, const std::string&, int64_t)>("hvd_syncbn::allreduce_");
   if (process_set.has_value()) op.call(packet, "hvd_syncbn." + name, *process_set);
+}
+
+// Inside a transform of torch.func a gradient would have to be a function of Python's.
+void check_no_transform(const std::string& name) {
+  const auto& transforms = at::functorch::functorchTLSAccessor();
+  if (!transforms) return;
+  try {
+    transforms->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    TORCH_CHECK(false,
+                "hvd-syncbn: torch.func (grad, vmap, jvp, ...) does not go through synchronized batch normalization in "
+                "training. Differentiate with torch.autograd, or call .eval() on layer '",
+                name, "' first");
+  }
 }
 
 // Identity in value; differentiating it raises.
@@ -63,9 +79,11 @@ class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const Tensor packet = moments.call(x, options.eps);
     allreduce(packet, options.name + ".forward", options.process_set);
-    auto [y, stats] =
-        apply.call(x, packet, weight, bias, residual, options.running_mean, options.running_var, options.batches,
-                   options.old_weight, options.new_weight, options.unbiased, options.eps, options.relu, options.name);
+    auto [y, stats] = apply.call(x, packet, weight, bias, residual, options.running_mean, options.running_var,
+                                 options.average ? options.batches : std::nullopt, options.old_weight,
+                                 options.new_weight, options.unbiased, options.eps, options.relu, options.name);
+    // Together with the statistics: what comes next may raise, as checkpointing does to stop early.
+    if (options.batches.has_value()) options.batches->add_(1);
     ctx->save_for_backward({x, weight.value_or(Tensor()), stats, options.relu ? y : Tensor()});
     ctx->saved_data["bias_dtype"] = bias.has_value() ? std::optional(bias->scalar_type()) : std::nullopt;
     ctx->saved_data["has_residual"] = residual.has_value();
@@ -123,21 +141,13 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
                        const OptionalTensor& running_var, const OptionalTensor& batches,
                        std::optional<double> old_weight, std::optional<double> new_weight, bool unbiased, double eps,
                        bool relu, std::optional<int64_t> process_set, const std::string& name) {
+  check_no_transform(name);
   const bool average = !old_weight.has_value() && !new_weight.has_value();
   TORCH_CHECK_VALUE(!average || batches.has_value(), "expected weights, or batches to average over");
-  const Options options{running_mean,
-                        running_var,
-                        average ? batches : std::nullopt,
-                        old_weight.value_or(0),
-                        new_weight.value_or(0),
-                        unbiased,
-                        eps,
-                        relu,
-                        process_set,
-                        name};
-  Tensor y = SyncBatchNorm::apply(x, weight, bias, residual, options);
-  if (batches.has_value()) batches->add_(1);  // counts those that went well
-  return y;
+  const Options options{
+      running_mean, running_var, batches,     average, old_weight.value_or(0), new_weight.value_or(0), unbiased,
+      eps,          relu,        process_set, name};
+  return SyncBatchNorm::apply(x, weight, bias, residual, options);
 }
 
 }  // namespace
