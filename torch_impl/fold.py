@@ -23,13 +23,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from hvd_syncbn.exchange import scale_and_shift
 from hvd_syncbn.torch_impl.convert import _is_plain
 from hvd_syncbn.torch_impl.functional import ACTIVATIONS
-from hvd_syncbn.torch_impl.module import SyncBatchNorm
+from hvd_syncbn.torch_impl.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 _FOLDS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     nn.Linear,
 )
+_OURS = (SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d)
 _Affine = tuple[Tensor, Tensor]  # float64 (scale, shift)
 
 
@@ -449,7 +450,7 @@ class _Folder:
             if type(module) is not Scale:
                 raise _Refused(f"a {type(module).__name__} may do more than a Scale")
         elif isinstance(module, _BatchNorm):
-            if not _is_plain(type(module)) and type(module) is not SyncBatchNorm:
+            if not _is_plain(type(module)) and type(module) not in _OURS:
                 raise _Refused(f"a {type(module).__name__} may do more than a batch norm")
             if module.training:
                 raise _Refused("it is in training mode: call model.eval() or freeze_batchnorm(model) first")
