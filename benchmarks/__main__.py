@@ -23,6 +23,7 @@ from benchmarks import accuracy, cost_model, goals, jobs, layer, overhead, plots
 from benchmarks import measure as m
 from benchmarks.jobs import Job, Outcome
 from hvd_syncbn import __version__, native
+from hvd_syncbn.cli.cost_model import Point, fit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -90,7 +91,7 @@ def collect(outcomes: list[Outcome]) -> dict[str, list[m.Record]]:
     }
 
 
-def points(packets: list[m.Record]) -> list[tuple[int, float, float]]:
+def points(packets: list[m.Record]) -> list[Point]:
     """(ranks, bytes, seconds) of the packets that were measured with the recommended settings on every number of ranks."""
     titles = [f"PyTorch, {ranks} ranks" for ranks in (2, 3, 4)]
     return [(row["ranks"], row["bytes"], row["ms"].middle / 1e3) for row in packets if row["setting"] in titles]
@@ -111,7 +112,7 @@ def tables(results: dict[str, list[m.Record]]) -> Iterable[Any]:
     if results["training"]:
         yield settings.table(results["packets"], results["training"])
     if points(results["packets"]):
-        yield cost_model.check_table(points(results["packets"]), cost_model.fit(points(results["packets"])))
+        yield cost_model.check_table(points(results["packets"]), fit(points(results["packets"])))
     yield accuracy.table(results["accuracy"])
     yield goals.table(goals.goals(results))
 

@@ -1,108 +1,30 @@
-"""What synchronizing costs a training step, against the number of ranks: the numbers of docs/cost_model.md.
-
-A ring allreduce of B bytes over p ranks takes `wait + 2 (p - 1) alpha + 2 (p - 1) / p B beta`.
-`python -m benchmarks.cost_model` prints the document's tables and draws its plot.
-"""
+"""The numbers of docs/cost_model.md: `python -m benchmarks.cost_model` prints its tables and draws its plot."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from rich.console import Console
 from rich.table import Table
-from scipy.optimize import nnls
 
-from benchmarks import network
-from hvd_syncbn.native import packet_size
+from hvd_syncbn.cli.cost_model import PER_NODE, Link, Point, hierarchical, packet_bytes, ring, step
+from hvd_syncbn.cli.networks import NETWORKS
 
 PLOT = Path(__file__).parents[1] / "docs" / "cost_model.png"
 RANKS = [2**i for i in range(1, 11)]
-PER_NODE = 8
 GROUPS = (8, 32)
-
-
-class Link(NamedTuple):
-    """What an allreduce costs: seconds before it starts (Horovod's cycle and agreement), per message, and per byte."""
-
-    wait: float
-    alpha: float
-    beta: float
 
 
 # Round numbers for hardware that we have not.
 ETHERNET = Link(300e-6, 25e-6, 1 / 2.5e9)  # Gloo over 25 Gb/s, cycle time 0.1 ms
 INSIDE = Link(300e-6, 6e-6, 1 / 100e9)  # NCCL in a node
 ACROSS = Link(0, 12e-6, 1 / 10e9)  # NCCL over 100 Gb/s, the second part of the hierarchical form
-
-
-def ring(ranks: int, size: float, link: Link) -> float:
-    """Seconds of one ring allreduce."""
-    return link.wait + 2 * (ranks - 1) * (link.alpha + size / ranks * link.beta) if ranks > 1 else 0.0
-
-
-def hierarchical(ranks: int, size: float, inside: Link, across: Link, per_node: int = PER_NODE) -> float:
-    """Seconds where every node reduces its share for itself, equal shares go around the nodes, and nodes gather them."""
-    per_node = min(per_node, ranks)
-    return ring(per_node, size, inside) + ring(ranks // per_node, size / per_node, across)
-
-
-def fit(points: Sequence[tuple[int, float, float]]) -> Link:
-    """The link that fits (ranks, bytes, seconds) best, in relative error."""
-    seconds = np.array([s for *_, s in points])
-    terms = np.array([[1, 2 * (p - 1), 2 * (p - 1) / p * size] for p, size, _ in points])
-    scale = np.array([1.0, 1.0, 1e-9])  # alike in size, for the solver
-    solution, _ = nnls(terms * scale / seconds[:, None], np.ones(len(points)))
-    return Link(*(solution * scale).tolist())
-
-
-def packet_bytes(channels: int) -> int:
-    """Of one layer and direction."""
-    return 8 * packet_size(channels)
-
-
-def efficientnet(width: float, depth: float) -> list[int]:
-    """Channels of every batch norm of an EfficientNet: B0 is (1, 1), B4 (1.4, 1.8)."""
-
-    def filters(count: int) -> int:
-        rounded = max(8, int(count * width + 4) // 8 * 8)
-        return rounded + 8 if rounded < 0.9 * count * width else rounded
-
-    inputs = filters(32)
-    found = [inputs]
-    # (expansion, channels, repeats) of the seven stages
-    for expansion, count, repeats in ((1, 16, 1), (6, 24, 2), (6, 40, 2), (6, 80, 3), (6, 112, 3), (6, 192, 4), (6, 320, 1)):
-        for _ in range(math.ceil(repeats * depth)):
-            wide = inputs * expansion
-            found += [wide] * (2 if expansion > 1 else 1) + [filters(count)]
-            inputs = filters(count)
-    return [*found, filters(1280)]
-
-
-def deeplab_head() -> list[int]:
-    """Channels of what DeepLabv3+ adds to its backbone: five branches of ASPP, their projection, the decoder."""
-    return [256] * 5 + [256, 48, 256, 256]
-
-
-NETWORKS = {
-    "ResNet-50": network.channels(network.resnet()),
-    "DeepLabv3+ (ResNet-101)": network.channels(network.resnet((3, 4, 23, 3))) + deeplab_head(),
-    "EfficientNet-B0": efficientnet(1, 1),
-    "EfficientNet-B4": efficientnet(1.4, 1.8),
-}
-
-
-def step(channels: Sequence[int], allreduce: Callable[[float], float]) -> float:
-    """Seconds that the packets of a training step take, one after the other: two per layer."""
-    return 2 * sum(allreduce(packet_bytes(c)) for c in channels)
 
 
 def networks_table() -> Table:
@@ -143,7 +65,7 @@ def steps_table() -> Table:
     return result
 
 
-def check_table(points: Sequence[tuple[int, float, float]], link: Link) -> Table:
+def check_table(points: Sequence[Point], link: Link) -> Table:
     """The model beside what was measured."""
     title = f"Cost model: wait {1e6 * link.wait:.0f} us, alpha {1e6 * link.alpha:.0f} us, beta {1e9 * link.beta:.2f} ns/B"
     result = Table(title=title, title_justify="left", caption="more ranks than cores wait for each other's time slices, too")

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -17,9 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks.measure import Record, Times, slowest
+from hvd_syncbn.cli.job import end
 
 ROOT = Path(__file__).parents[1]
 POLL_SECONDS = 0.2
@@ -123,18 +121,3 @@ def _first_error(output: str) -> str | None:
     """The first error that a rank raised; horovodrun says later that one did."""
     lines = re.findall(r"^(?:\[\d+\]<stderr>:)?(\w+(?:\.\w+)*(?:Error|Exception): .*)", output, re.MULTILINE)
     return lines[0][:300] if lines else None
-
-
-def end(process: subprocess.Popen[Any]) -> None:
-    """Kills a process and everything below it, by process id: horovodrun's ranks are in sessions of their own."""
-    try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.NoSuchProcess:
-        family = []
-    for member in family:
-        try:
-            member.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=10)
-    process.wait()

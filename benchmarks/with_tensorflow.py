@@ -20,7 +20,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from benchmarks.measure import EPS, Step, timed
-from benchmarks.network import EXPANSION, STEM, resnet
+from hvd_syncbn.cli.networks import EXPANSION, STEM, resnet
 from hvd_syncbn.keras import SyncBatchNormalization
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.measure import EPS, Step, timed
-from benchmarks.network import EXPANSION, STEM, Block, resnet
+from hvd_syncbn.cli.networks import EXPANSION, STEM, Block, resnet
 from hvd_syncbn.torch import SyncBatchNorm
 
 

@@ -40,13 +40,18 @@ def parameters(layer: int) -> tuple[Array, Array]:
 
 
 def split(ranks: int, kind: str) -> list[list[int]]:
-    """The samples of each rank: "even", "uneven", "empty" (the last rank, or all but the first, has none), "shuffled"."""
-    counts = {
-        "even": [SAMPLES // ranks] * ranks,
-        "shuffled": [SAMPLES // ranks] * ranks,
-        "uneven": {1: [12], 2: [5, 7], 3: [1, 4, 7], 4: [2, 1, 6, 3]}[ranks],
-        "empty": {1: [12], 2: [12, 0], 3: [0, 12, 0], 4: [3, 0, 9, 0]}[ranks],
-    }[kind]
+    """The samples of each rank: "even", "uneven", "empty" (some ranks have none), "shuffled". Beyond 12 ranks some always have
+    none."""
+    counts = [len(range(rank, SAMPLES, ranks)) for rank in range(ranks)]
+    if kind == "uneven":
+        few = {1: [12], 2: [5, 7], 3: [1, 4, 7], 4: [2, 1, 6, 3]}
+        cuts = np.sort(np.random.default_rng(ranks).integers(0, SAMPLES + 1, ranks - 1))
+        counts = few.get(ranks) or np.diff(cuts, prepend=0, append=SAMPLES).tolist()
+    elif kind == "empty":
+        few = {1: [12], 2: [12, 0], 3: [0, 12, 0], 4: [3, 0, 9, 0]}
+        counts = few.get(ranks) or [
+            0 if rank % 2 else len(range(rank // 2, SAMPLES, (ranks + 1) // 2)) for rank in range(ranks)
+        ]
     order = list(range(SAMPLES))
     if kind == "shuffled":
         order = np.random.default_rng(3).permutation(SAMPLES).tolist()

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_syncbn import vectors
+from hvd_syncbn.cli.stacks import tensorflow_stack
 from hvd_syncbn.tensorflow import sync_batch_norm
-from hvd_syncbn.verify import tensorflow_stack
 from tests.arrays import hostile
 from tests.tensorflow_tools import LAYOUTS, Step, assert_same_bits, in_graph, step, train
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvd_syncbn import native, protocol, vectors
+from hvd_syncbn.cli.stacks import torch_stack
 from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, sync_batch_norm
-from hvd_syncbn.verify import torch_stack
 from tests.torch_tools import (
     DTYPES,
     LAYOUTS,

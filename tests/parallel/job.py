@@ -22,8 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.jobs import end
 from hvd_syncbn import horovod
+from hvd_syncbn.cli.job import end
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = {"torch": "torch", "tensorflow": "tensorflow", "keras": "tensorflow"}

@@ -5,10 +5,13 @@ import math
 
 import numpy as np
 import pytest
+from scipy.optimize import nnls
 
-from benchmarks import accuracy, cost_model, goals, layer
+from benchmarks import accuracy, goals, layer
+from benchmarks import cost_model as document
 from benchmarks import measure as m
 from hvd_syncbn import native
+from hvd_syncbn.cli import cost_model, networks
 
 
 class TestMeasure:
@@ -96,7 +99,7 @@ class TestCostModel:
         [("ResNet-50", 53, 26560), ("EfficientNet-B0", 49, 21008), ("EfficientNet-B4", 96, 62600)],
     )
     def test_networks(self, network: str, layers: int, channels: int) -> None:
-        found = cost_model.NETWORKS[network]
+        found = networks.NETWORKS[network]
         assert (len(found), sum(found)) == (layers, channels)
 
     def test_packet(self) -> None:
@@ -109,15 +112,32 @@ class TestCostModel:
         assert cost_model.ring(4, 8, link) == 1 + 6 * (0.5 + 2 * 0.25)
 
     def test_hierarchical_is_a_ring_within_one_node(self) -> None:
-        inside, across = cost_model.INSIDE, cost_model.ACROSS
+        inside, across = document.INSIDE, document.ACROSS
         assert cost_model.hierarchical(8, 1e6, inside, across) == cost_model.ring(8, 1e6, inside)
-        assert cost_model.hierarchical(1024, 1e4, inside, across) < cost_model.ring(1024, 1e4, cost_model.ETHERNET)
+        assert cost_model.hierarchical(1024, 1e4, inside, across) < cost_model.ring(1024, 1e4, document.ETHERNET)
 
     def test_fit_finds_the_link(self) -> None:
         link = cost_model.Link(3e-4, 2e-5, 1e-9)
         points = [(p, size, cost_model.ring(p, size, link)) for p in (2, 3, 4) for size in (1e3, 1e5, 1e7)]
         assert cost_model.fit(points) == pytest.approx(link, rel=1e-6)
-        assert cost_model.check_table(points, link).row_count == len(points)
+        assert document.check_table(points, link).row_count == len(points)
+
+    def test_fit_is_the_non_negative_least_squares(self) -> None:
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            points = [(p, size, float(rng.uniform(1e-4, 1e-2))) for p in (2, 3, 4) for size in (1e4, 3e5, 2e6)]
+            link = cost_model.fit(points)
+            terms = np.array([[1, 2 * (p - 1), 2 * (p - 1) / p * size] for p, size, _ in points])
+            terms /= np.array([seconds for *_, seconds in points])[:, None]
+            scale = 1 / np.linalg.norm(terms, axis=0)
+            want, _ = nnls(terms * scale, np.ones(len(points)))
+            # Two solvers of one problem; its condition, some 10, times rounding.
+            assert np.array(link) / scale == pytest.approx(want, rel=1e-9, abs=1e-9)
+
+    def test_one_number_of_ranks_leaves_messages_in_the_wait(self) -> None:
+        link = cost_model.Link(3e-4, 2e-5, 1e-9)
+        found = cost_model.fit([(4, size, cost_model.ring(4, size, link)) for size in (1e3, 1e5, 1e7)])
+        assert found == pytest.approx((3e-4 + 6 * 2e-5, 0, 1e-9), rel=1e-6)
 
     def test_a_step_has_two_packets_per_layer(self) -> None:
         assert cost_model.step([64, 128], lambda size: size) == 2 * 8 * (4 + 17 * 64 + 4 + 17 * 128)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hvd_syncbn import native, protocol, vectors
+from hvd_syncbn.cli.stacks import torch_stack
 from hvd_syncbn.torch import SyncBatchNorm, sync_batch_norm
 from hvd_syncbn.torch_impl import ops
-from hvd_syncbn.verify import torch_stack
 from tests.arrays import hostile
 from tests.torch_tools import (
     DTYPES,

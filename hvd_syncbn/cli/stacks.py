@@ -1,30 +1,59 @@
-"""``hvd-syncbn verify``: does this machine give the same bits in every framework, layout and instruction-set path?
-
-Each framework runs in a process of its own (Horovod serves one framework per process) the stack of ``vectors.py``, on the
-whole global batch.
-"""
+"""The stack of ``vectors.py`` by the reference, in PyTorch and in TensorFlow: what has to give one sha256."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
-from hvd_syncbn import native, vectors
-from hvd_syncbn.horovod import FRAMEWORKS
+from hvd_syncbn import protocol, vectors
 
 LAYOUTS = ("channels_first", "channels_last")
-TIME_LIMIT = 300
 
 Stack = tuple[NDArray[np.float32], NDArray[np.float32], list[tuple[NDArray[np.float32], NDArray[np.float32]]]]
+
+
+def reference_stack() -> Stack:
+    """``(y, dx, running statistics)`` of the stack on the whole global batch, by ``protocol.py``: no framework, no native code.
+
+    Takes a second or two.
+    """
+
+    def flat(values: NDArray[Any]) -> NDArray[np.float64]:
+        return values.reshape(*values.shape[:2], -1).astype(np.float64)
+
+    x, dy = map(flat, vectors.inputs())
+    inputs, outputs = [x], list[NDArray[np.float64]]()
+    statistics, running = [], []
+    for i in range(vectors.LAYERS):
+        gamma, beta = (values.astype(np.float64) for values in vectors.parameters(i))
+        packet = protocol.forward_packet(inputs[i], vectors.EPS, "float32")
+        found = protocol.finish_forward(packet, vectors.EPS)
+        source = vectors.RESIDUAL_OF[i]
+        residual = None if source is None else outputs[source]
+        y = protocol.apply_forward(inputs[i], found, "float32", gamma.tolist(), beta.tolist(), residual, vectors.RELU[i])
+        inputs.append(y)
+        outputs.append(y)
+        statistics.append(found)
+        weights = 1 - vectors.MOMENTUM, vectors.MOMENTUM
+        means = [protocol.running(0.0, s.mean, *weights) for s in found]
+        variances = [protocol.running(1.0, protocol.unbiased(s.var, packet.count), *weights) for s in found]
+        running.append((np.array(means, np.float32), np.array(variances, np.float32)))
+    gradients: list[Any] = [None] * (vectors.LAYERS - 1) + [dy]  # of every layer's output
+    for i in reversed(range(vectors.LAYERS)):
+        mask = outputs[i] if vectors.RELU[i] else None
+        packet = protocol.backward_packet(inputs[i], gradients[i], statistics[i], vectors.EPS, "float32", mask)
+        gamma = vectors.parameters(i)[0].astype(np.float64)
+        dx, dresidual = protocol.apply_backward(inputs[i], gradients[i], packet, statistics[i], "float32", gamma.tolist(), mask)
+        for source, gradient in ((i - 1, dx), (vectors.RESIDUAL_OF[i], dresidual)):
+            if source is not None and source >= 0:
+                before = gradients[source]
+                # The frameworks add gradients in float32: one rounding of a float64 sum of two is the same.
+                total = gradient if before is None else (before + gradient).astype(np.float32).astype(np.float64)
+                gradients[source] = total
+    shape = vectors.inputs()[0].shape
+    return outputs[-1].reshape(shape).astype(np.float32), dx.reshape(shape).astype(np.float32), running
 
 
 def torch_stack(samples: list[int], layout: str) -> Stack:
@@ -92,64 +121,3 @@ def tensorflow_stack(samples: list[int], layout: str, graph: bool = False) -> St
     y, dx, running = function(tf.constant(x), tf.constant(dy))
     y, dx = (np.moveaxis(t.numpy(), -1, 1) if last else t.numpy() for t in (y, dx))
     return y, dx, [(mean.numpy(), variance.numpy()) for mean, variance in running]
-
-
-def _digests(framework: str) -> dict[str, str]:
-    """``"layout, path"`` -> sha256, in this process."""
-    from hvd_syncbn import horovod
-
-    horovod.load(framework).init()
-    stack = torch_stack if framework == "torch" else tensorflow_stack
-    everything = list(range(vectors.SAMPLES))
-    digests = {}
-    for path in native.isas():
-        native.set_isa(path)
-        for layout in LAYOUTS:
-            digests[f"{layout}, {path}"] = vectors.digest(*stack(everything, layout))
-    return digests
-
-
-def verify() -> int:
-    """Prints the sha256 of every framework, layout and path, and whether they are one. The exit status: 0 if so."""
-    console = Console()
-    table = Table(
-        title="One training step of a 5-layer stack: sha256 of outputs, input gradients, running statistics",
-        title_justify="left",
-    )
-    for column in ("framework", "layout, instructions", "sha256"):
-        table.add_column(column, no_wrap=True)
-    found: set[str] = set()
-    missing = []
-    for framework, label in FRAMEWORKS.items():
-        if importlib.util.find_spec(framework) is None:
-            console.print(f"{label} is not installed: left out")
-            continue
-        result = subprocess.run(
-            [sys.executable, "-m", "hvd_syncbn.verify", framework],
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=TIME_LIMIT,
-            check=False,
-        )
-        if result.returncode != 0:
-            console.print(f"{label}: {result.stderr.strip().splitlines()[-1]}", markup=False)
-            missing.append(label)
-            continue
-        for variant, digest in json.loads(result.stdout.splitlines()[-1]).items():
-            table.add_row(label, variant, digest[:32] + "...")
-            found.add(digest)
-    console.print(table)
-    if missing:
-        console.print(f"[red]Could not run: {', '.join(missing)}[/red]")
-        return 1
-    if len(found) != 1:
-        console.print(f"[red]NOT EQUAL: {len(found)} different results[/red]")
-        return 1
-    console.print("[green]EQUAL: one sha256 across frameworks, layouts and instruction-set paths[/green]")
-    return 0
-
-
-if __name__ == "__main__":
-    print(json.dumps(_digests(sys.argv[1])))

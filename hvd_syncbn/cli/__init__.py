@@ -1,0 +1,48 @@
+"""The command line: ``hvd-syncbn doctor | verify | bench | build-horovod``, one file a command.
+
+Beside the commands: ``job.py`` starts ``rank.py`` on the ranks of a cluster, for ``verify`` and ``doctor``; ``stacks.py`` is
+what ``verify`` runs, ``cost_model.py`` with ``networks.py`` what ``doctor`` reckons with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from hvd_syncbn import __version__
+from hvd_syncbn.cli import bench, build_horovod, doctor, verify
+
+_COMMANDS = {"doctor": doctor, "verify": verify, "bench": bench, "build-horovod": build_horovod}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("hvd-syncbn", description="Synchronized batch normalization for Horovod.")
+    parser.add_argument("--version", action="version", version=f"hvd-syncbn {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, room in _COMMANDS.items():
+        text = room.DESCRIPTION
+        command = commands.add_parser(name, help=text, description=text, epilog=getattr(room, "EPILOG", None))
+        room.add_arguments(command)
+        command.set_defaults(run=room.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+
+    def stop(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    args = _parser().parse_args(argv)
+    # As an exception, so that what a command has started ends with it.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
+    try:
+        status: int = args.run(args)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+    return status

@@ -1,0 +1,25 @@
+"""``hvd-syncbn bench``."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+DESCRIPTION = "Measure speed, latency, overheads and accuracy beside every other batch norm; some 10 minutes."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("--quick", action="store_true", help="2 ranks, fewer shapes and rounds: about a minute")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmarks of the source checkout that this is installed from; they are no part of a wheel."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / "benchmarks" / "__main__.py").exists():
+        print("The benchmarks are in the source checkout only: run `make bench` there.", file=sys.stderr)
+        return 1
+    command = [sys.executable, "-m", "benchmarks", *["--quick"] * args.quick]
+    return subprocess.run(command, cwd=checkout, check=False).returncode

@@ -1,0 +1,279 @@
+"""``hvd-syncbn doctor``: looks at the installation and says how to repair what is wrong; with ``-np`` at what the ranks of a
+cluster need for a packet, too. It changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hvd_syncbn import __version__, horovod_build
+from hvd_syncbn.cli import job
+from hvd_syncbn.cli.packets import ENOUGH_RANKS, Cluster, measure
+
+DESCRIPTION = "Look at the installation and say how to repair what is wrong; with -np, measure packets between ranks."
+
+# A probe runs in a process of its own: a library built for something else may crash, and doctor must tell so.
+_PROBE = """
+import json, os
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+try:
+    found = {{}}
+    {body}
+except BaseException as error:
+    found = {{"error": f"{{type(error).__name__}}: {{error}}".partition("\\n")[0]}}
+print("\\n" + json.dumps(found))
+"""
+_HOROVOD_PARTS = "found = {part: bool(getattr(hvd, part + '_built')()) for part in ('gloo', 'mpi', 'nccl')}"
+_PROBE_TIMEOUT_S = 120
+
+
+class Finding(NamedTuple):
+    """One row of doctor's table, and what repairs it if it is a problem."""
+
+    what: str
+    found: str
+    fix: str | None = None
+
+
+def _probe(body: str) -> dict[str, object]:
+    """Run Python statements that fill the dict `found` and return it; `error` is set if that failed."""
+    code = _PROBE.format(body=body)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {_PROBE_TIMEOUT_S} s"}
+    if result.returncode < 0:
+        return {"error": f"crashed with {signal.Signals(-result.returncode).name}"}
+    if result.returncode:
+        return {"error": f"ended with exit status {result.returncode}"}
+    found: dict[str, object] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def _built_with(found: dict[str, object]) -> str:
+    return ", ".join(part for part in ("gloo", "mpi", "nccl") if found[part]) or "no controller"
+
+
+def _package_version(name: str) -> str | None:
+    return importlib.metadata.version(name) if importlib.util.find_spec(name) is not None else None
+
+
+def _reinstall_command() -> str:
+    checkout = Path(__file__).resolve().parents[2]
+    what = f"-e {checkout}" if (checkout / "pyproject.toml").exists() else "--force-reinstall hvd-syncbn"
+    return f"{sys.executable} -m pip install --no-build-isolation --no-deps {what}"
+
+
+def examine() -> list[Finding]:
+    """Look at everything a training job needs and return what was found."""
+    frameworks = horovod_build.framework_versions()
+    build_horovod = f"{sys.executable} -m hvd_syncbn.horovod_build"
+    bodies = {"native core": "import hvd_syncbn.native; found['isa'] = hvd_syncbn.native.isa()"}
+    for name in frameworks:
+        bodies[f"{name} ops"] = f"import hvd_syncbn.{name}"
+        bodies[f"Horovod for {name}"] = f"import horovod.{name} as hvd; {_HOROVOD_PARTS}"
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        probes = dict(zip(bodies, pool.map(_probe, bodies.values()), strict=True))
+
+    findings = [
+        Finding("hvd-syncbn", __version__),
+        Finding("Python", f"{platform.python_version()} ({sys.executable})"),
+    ]
+    for name in ("torch", "tensorflow"):
+        findings.append(Finding(name, frameworks.get(name, "not installed")))
+    if not frameworks:
+        fix = f"{sys.executable} -m pip install torch (or tensorflow)"
+        findings.append(Finding("frameworks", "neither PyTorch nor TensorFlow is installed", fix))
+    keras = _package_version("keras")
+    if keras is not None:
+        findings.append(Finding("Keras", keras))
+
+    for problem in horovod_build.check():
+        findings.append(Finding("Horovod", problem, build_horovod))
+    if importlib.util.find_spec("horovod") is not None:
+        findings.append(Finding("Horovod", _package_version("horovod") or "unknown"))
+        for name in frameworks:
+            found = probes[f"Horovod for {name}"]
+            if "error" in found:
+                findings.append(Finding(f"Horovod for {name}", str(found["error"]), build_horovod))
+            else:
+                findings.append(Finding(f"Horovod for {name}", f"built with {_built_with(found)}"))
+
+    core = probes["native core"]
+    if "error" in core:
+        findings.append(Finding("native core", str(core["error"]), _reinstall_command()))
+    else:
+        findings.append(Finding("native core", f"loads, instruction set {core['isa']}"))
+    for name in frameworks:
+        found = probes[f"{name} ops"]
+        if "error" in found:
+            findings.append(Finding(f"{name} ops", str(found["error"]), _reinstall_command()))
+        else:
+            findings.append(Finding(f"{name} ops", "load"))
+
+    return findings + _advice()
+
+
+def _advice() -> list[Finding]:
+    """What makes a job faster, from what `hvd-syncbn bench` measures, or keeps it from waiting for ever."""
+    cycle = os.environ.get("HOROVOD_CYCLE_TIME")
+    advice = "a layer's packet waits up to one cycle; HOROVOD_CYCLE_TIME=0.1 takes up to a third off it where cores are idle"
+    findings = [Finding("HOROVOD_CYCLE_TIME", f"{cycle} ms" if cycle else f"1 ms, the default: {advice}")]
+    if os.environ.get("HOROVOD_CACHE_CAPACITY") == "0":
+        findings.append(Finding("HOROVOD_CACHE_CAPACITY", "0: the ranks agree anew on every packet; better left alone"))
+    return findings + _stalls()
+
+
+def _stalls() -> list[Finding]:
+    """What becomes of ranks that wait for one that does not come."""
+    check, shutdown = (f"HOROVOD_STALL_{name}_TIME_SECONDS" for name in ("CHECK", "SHUTDOWN"))
+    if os.environ.get("HOROVOD_STALL_CHECK_DISABLE", "0") not in ("", "0"):
+        return [Finding("HOROVOD_STALL_CHECK_DISABLE", "set: ranks that wait for one another say nothing; better unset")]
+    warns, ends = os.environ.get(check, "60"), os.environ.get(shutdown, "0")
+    findings = [Finding(check, f"{warns} s{'' if check in os.environ else ', the default'}: then a warning names the layers")]
+    if ends == "0":
+        advice = "0: ranks that miss one wait for ever; set it above a rank's longest pause (checkpoint, evaluation), as 600"
+    elif float(ends) <= float(warns):
+        advice = f"{ends} s: has no effect, as it has to be more than {check}, {warns} s"
+    else:
+        advice = f"{ends} s: then every rank that waits gets an error"
+    return [*findings, Finding(shutdown, advice)]
+
+
+def _on_cluster(cluster: Cluster) -> list[Finding]:
+    """What a measured cluster has to be told."""
+    if cluster.controller != "Gloo" or len(set(cluster.hosts)) > 1:
+        return []
+    if cluster.mpi_built:
+        advice = "`horovodrun --mpi` on one host takes a third to a seventh of the time of a packet"
+    elif shutil.which("mpirun"):
+        advice = "MPI is here, and takes a third to a seventh of the time of a packet on one host: build-horovod --with-mpi"
+    else:
+        return []
+    return [Finding("one host on Gloo", advice)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    job.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was found and how to repair what is wrong; return 1 if something is, or if the ranks could not be measured."""
+    hosts = job.hosts_of(args)
+    cluster, failure = None, None
+    with Console(stderr=True).status("Looking at the frameworks, Horovod and the native parts") as status:
+        findings = examine()
+        if hosts is not None and any(finding.fix for finding in findings):
+            failure = "not measured: what is wrong has to be repaired first"
+        elif hosts is not None:
+            framework = next(iter(horovod_build.framework_versions()))
+            try:
+                cluster = measure(framework, hosts, args.time_limit, lambda text: status.update(f"Measuring: {text}"))
+            except job.JobError as error:
+                failure = str(error)
+    if cluster is not None:
+        findings += _on_cluster(cluster)
+    if args.json:
+        found: dict[str, Any] = {"findings": [finding._asdict() for finding in findings], "failure": failure}
+        print(json.dumps(found | ({} if cluster is None else _as_json(cluster)), indent=1))
+    else:
+        show(findings)
+        if cluster is not None:
+            show_cluster(cluster)
+        if failure is not None:
+            Console(highlight=False).print(Text(f"\nThe ranks could not be measured: {failure}", "red"), soft_wrap=True)
+    return 1 if failure or any(finding.fix for finding in findings) else 0
+
+
+def show(findings: list[Finding]) -> None:
+    """What was found as a table, and what repairs it."""
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        table.add_row("[red]✗[/]" if finding.fix else "[green]✓[/]", finding.what, Text(finding.found))
+    console.print(table)
+    # Horovod missing and built for another version have one remedy: say each once.
+    fixes = list(dict.fromkeys(finding.fix for finding in findings if finding.fix))
+    if fixes:
+        console.print("\nTo repair:")
+        for fix in fixes:
+            console.print(f"  {fix}", markup=False, soft_wrap=True)
+
+
+def _as_json(cluster: Cluster) -> dict[str, Any]:
+    return {
+        "hosts": cluster.hosts,
+        "controller": cluster.controller,
+        "packets": [packet._asdict() | {"model_seconds": cluster.model(packet)} for packet in cluster.packets],
+        "links": {"across" if across else "inside": link._asdict() for across, link in cluster.links.items()},
+        "step_seconds": cluster.steps(),
+        "group_size": cluster.group_size(),
+    }
+
+
+def show_cluster(cluster: Cluster) -> None:
+    """What was measured, the model beside it, and what a step pays."""
+    console = Console(highlight=False)
+    ranks, hosts = len(cluster.hosts), len(set(cluster.hosts))
+    title = f"Packets between {ranks} ranks on {hosts} host{'s' * (hosts > 1)}, {cluster.controller}, milliseconds"
+    table = Table(title=title, title_justify="left")
+    table.add_column("ranks")
+    for column in ("packet, kB", "measured", "model", "model / measured"):
+        table.add_column(column, justify="right")
+    for packet in cluster.packets:
+        label = f"all {ranks}" if packet.size == ranks else f"{packet.groups} x {packet.size}"
+        label += ", one of every host" if not packet.neighbours else f", {packet.spans} hosts each" if packet.spans > 1 else ""
+        model = cluster.model(packet)
+        times = f"{1e3 * packet.seconds:.2f}", f"{1e3 * model:.2f}", f"{model / packet.seconds:.2f}"
+        table.add_row(label, f"{packet.bytes / 1e3:.0f}", *times)
+    console.print(table)
+    for across, link in cluster.links.items():
+        console.print(
+            f"{'Between hosts' if across else 'Inside a host'}: wait {1e6 * link.wait:.0f} us, "
+            f"{1e6 * link.alpha:.0f} us per message, {1e9 * link.beta:.2f} ns per byte"
+        )
+    if ranks == 2:
+        console.print("(Two ranks do not tell waiting from messages: measure more ranks to reckon with more.)")
+    steps = cluster.steps()
+    table = Table(
+        title="Milliseconds of a training step in packets, by ranks that share a batch", title_justify="left", min_width=76
+    )
+    table.add_column("network")
+    for size in next(iter(steps.values())):
+        table.add_column(f"all {size}" if size == ranks else str(size), justify="right")
+    for name, row in steps.items():
+        table.add_row(name, *(f"{1e3 * seconds:.0f}" for seconds in row.values()))
+    console.print(table)
+    advised, resnet = cluster.group_size(), steps["ResNet-50"]
+    if advised is None:
+        smallest = f"groups need {ENOUGH_RANKS} ranks for 32 images at 4 each, and have to save a third of the time"
+        console.print(f"Group size: all {ranks} ranks, the default (process_set=None): {smallest}.")
+    else:
+        saved = f"{1e3 * resnet[advised]:.0f} ms of a ResNet-50's step instead of {1e3 * resnet[ranks]:.0f}"
+        console.print(f"Group size: {advised}, by process_set=groups({advised}).mine: {saved}.")

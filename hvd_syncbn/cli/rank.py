@@ -1,0 +1,178 @@
+"""One rank of ``job.py``'s jobs: ``python -m hvd_syncbn.cli.rank TASK FRAMEWORK SECONDS``. Rank 0 reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hvd_syncbn import __version__, horovod, native, vectors
+from hvd_syncbn.cli.job import MARK
+from hvd_syncbn.cli.stacks import LAYOUTS, tensorflow_stack, torch_stack
+
+PACKET_CHANNELS = (64, 2048, 16384)
+"""A narrow layer's packet, the largest of a ResNet-50, and eight times that."""
+
+_WARM_UP = 5
+_ROUNDS = (7, 200)  # at least, at most
+_SECONDS_PER_PACKET = 1.0
+
+
+def report(hvd: Any, **values: Any) -> None:
+    """Rank 0 tells the program that started the job."""
+    if hvd.rank() == 0:
+        print(f"{MARK}{json.dumps(values)}", flush=True)
+
+
+def paths(hvd: Any, framework: str) -> None:
+    """The digest of every instruction-set path and layout, on one rank."""
+    stack = torch_stack if framework == "torch" else tensorflow_stack
+    everything = list(range(vectors.SAMPLES))
+    report(hvd, configurations=len(native.isas()) * len(LAYOUTS))
+    for path in native.isas():
+        native.set_isa(path)
+        for layout in LAYOUTS:
+            configuration = f"{_words(layout)}, {path}"
+            report(hvd, configuration=configuration, sha256=vectors.digest(*stack(everything, layout)))
+
+
+def splits(hvd: Any, framework: str) -> None:
+    """The digest of every way to deal the batch out to the ranks, layout and mode; first what every rank is."""
+    own = (socket.gethostname(), native.isa(), __version__)
+    report(hvd, ranks=hvd.allgather_object(own, name="hvd_syncbn.verify.ranks"))
+    modes: dict[str, Callable[[list[int], str], Any]] = {"": torch_stack}
+    if framework == "tensorflow":
+        modes = {", eager": tensorflow_stack, ", graph": lambda mine, layout: tensorflow_stack(mine, layout, True)}
+    report(hvd, configurations=len(vectors.SPLITS) * len(LAYOUTS) * len(modes))
+    for kind in vectors.SPLITS:
+        mine = vectors.split(hvd.size(), kind)[hvd.rank()]
+        for layout in LAYOUTS:
+            for mode, stack in modes.items():
+                y, dx, running = stack(mine, layout)
+                everyone = hvd.allgather_object((mine, y, dx, running), name="hvd_syncbn.verify.parts")
+                order = np.argsort([sample for samples, *_ in everyone for sample in samples])
+                whole = [np.concatenate([part[i] for part in everyone])[order] for i in (1, 2)]
+                # Running statistics are every rank's own, and have to be the same.
+                digests = {vectors.digest(whole[0], whole[1], part[3]) for part in everyone}
+                configuration = f"{kind}, {_words(layout)}{mode}"
+                report(hvd, configuration=configuration, sha256=digests.pop() if len(digests) == 1 else "ranks differ")
+
+
+def _words(layout: str) -> str:
+    return layout.replace("_", " ")
+
+
+def _allreduce(hvd: Any, framework: str, words: int, ranks: Any) -> Callable[[], Any]:
+    """One allreduce of a packet, as a layer does it."""
+    name = f"hvd_syncbn.doctor.{words}"
+    if framework == "torch":
+        import torch
+
+        packet = torch.zeros(words, dtype=torch.int64)
+        return lambda: hvd.allreduce_(packet, op=hvd.Sum, name=name, process_set=ranks)
+    import tensorflow as tf
+
+    zeros = tf.zeros(words, tf.int64)
+    # In a graph: TensorFlow tells Horovod a name only there.
+    return tf.function(lambda: hvd.allreduce(zeros, op=hvd.Sum, name=name, process_set=ranks), autograph=False)
+
+
+def _seconds(hvd: Any, framework: str, words: int, ranks: Any) -> float:
+    """Median seconds of a packet's allreduce among these ranks, on the slowest of them; all sets of a job measure at once."""
+    allreduce = _allreduce(hvd, framework, words, ranks)
+
+    def once(_: int = 0) -> float:
+        start = time.perf_counter()
+        allreduce()
+        return time.perf_counter() - start
+
+    slow = max(hvd.allgather_object(min(map(once, range(_WARM_UP))), name="hvd_syncbn.doctor.rounds"))
+    least, most = _ROUNDS
+    rounds = min(most, max(least, int(_SECONDS_PER_PACKET / slow)))
+    return max(hvd.allgather_object(statistics.median(map(once, range(rounds))), name="hvd_syncbn.doctor.seconds"))
+
+
+def packets(hvd: Any, framework: str) -> None:
+    """What packets cost among all ranks."""
+    hosts = hvd.allgather_object(socket.gethostname(), name="hvd_syncbn.doctor.hosts")
+    controller = "MPI" if hvd.mpi_built() and hvd.mpi_enabled() else "Gloo"
+    report(hvd, hosts=hosts, controller=controller, mpi_built=bool(hvd.mpi_built()))
+    _measure(hvd, framework, [list(range(hvd.size()))], hosts, hvd.global_process_set)
+
+
+def grouped_packets(hvd: Any, framework: str) -> None:
+    """What packets cost inside groups of fewer ranks, all groups of a size at once; and among the first ranks of the hosts."""
+    hosts = hvd.allgather_object(socket.gethostname(), name="hvd_syncbn.doctor.hosts")
+    for groups in layouts(hosts):
+        sets = [hvd.add_process_set(group) for group in groups]
+        mine = next((s for s in sets if s.included()), None)
+        _measure(hvd, framework, groups, hosts, mine)
+        for process_set in sets:
+            hvd.remove_process_set(process_set)
+
+
+def layouts(hosts: list[str]) -> list[list[list[int]]]:
+    """The groups to measure, size by size: powers of two and, where all hosts have as many ranks, a host's; neighbours
+    together. Then one rank of every host. ``hosts`` has the host of every rank."""
+    ranks = len(hosts)
+    names = list(dict.fromkeys(hosts))
+    per_host = {hosts.count(name) for name in names}
+    sizes = {2**i for i in range(1, ranks.bit_length())} | (per_host if len(per_host) == 1 else set())
+    found = [
+        [list(range(first, first + size)) for first in range(0, ranks - size + 1, size)]
+        for size in sorted(sizes)
+        if 1 < size < ranks
+    ]
+    first_ranks = [hosts.index(name) for name in names]
+    if 1 < len(names) < ranks and all([first_ranks] != groups for groups in found):
+        found.append([first_ranks])
+    return found
+
+
+def _measure(hvd: Any, framework: str, groups: list[list[int]], hosts: list[str], mine: Any) -> None:
+    """Reports every packet of one layout of groups; ranks that are in none take part in the agreements only."""
+    spans = max(len({hosts[rank] for rank in group}) for group in groups)
+    for channels in PACKET_CHANNELS:
+        words = native.packet_size(channels)
+        if mine is None:
+            hvd.allgather_object(0.0, name="hvd_syncbn.doctor.rounds")
+            hvd.allgather_object(0.0, name="hvd_syncbn.doctor.seconds")
+        else:
+            seconds = _seconds(hvd, framework, words, mine)
+            # The first rank of the job is in every layout's first group.
+            size = len(groups[0])
+            neighbours = groups[0] == list(range(size))
+            report(hvd, size=size, groups=len(groups), neighbours=neighbours, spans=spans, bytes=8 * words, seconds=seconds)
+
+
+TASKS = {"paths": paths, "splits": splits, "packets": packets, "grouped packets": grouped_packets}
+
+
+def main() -> None:
+    """Runs the task, within its time."""
+    task, framework, seconds = sys.argv[1:]
+    # Whatever becomes of the launcher: on another host nobody else ends us.
+    signal.alarm(int(seconds))
+    hvd = horovod.load(framework)
+    if framework == "torch":
+        import torch
+
+        torch.set_num_threads(1)
+    hvd.init()
+    TASKS[task](hvd, framework)
+    report(hvd, done=True)
+    hvd.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # the frameworks' farewells take their time
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""``hvd-syncbn verify``: does this machine, or this cluster, give the same bits in every framework, layout and split?
+
+Each framework runs in processes of its own (Horovod serves one framework per process) the stack of ``vectors.py``: alone on the
+whole global batch and every instruction-set path, or with ``-np`` under ``horovodrun`` with the batch dealt out to the ranks.
+All has to equal what the reference in Python makes of the whole batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from hvd_syncbn import vectors
+from hvd_syncbn.cli import job
+from hvd_syncbn.cli.stacks import reference_stack
+from hvd_syncbn.horovod import FRAMEWORKS
+
+DESCRIPTION = "Run one training step in every framework and layout that is here, and tell whether the bits are equal."
+EPILOG = """With -np it starts horovodrun for each framework, on this machine or on the hosts of -H, and deals the batch out to
+the ranks in several ways. Python, this package and Horovod have to lie at the same paths on every host, and ssh has to
+reach them without a password. Exit status: 0 if all is equal, 1 if not or if something could not run."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    job.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the sha256 of every configuration and whether they are one; the exit status is 0 if so."""
+    hosts = job.hosts_of(args)
+    found = examine(hosts, args.time_limit)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found)
+    return 0 if found["equal"] else 1
+
+
+def examine(hosts: list[job.Host] | None, limit: float) -> dict[str, Any]:
+    """Run everything; ``hosts`` is None for one process of each framework. The keys of the result are those of ``--json``:
+    ``ranks`` (0 without horovodrun), ``hosts``, ``machines``, ``reference`` (a sha256), ``results``, ``failures``,
+    ``left_out``, ``equal``."""
+    installed = [framework for framework in FRAMEWORKS if importlib.util.find_spec(framework) is not None]
+    results: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    machines: list[Any] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("reference", total=1)
+        reference = vectors.digest(*reference_stack())
+        progress.advance(bar)
+        for framework in installed:
+            bar = progress.add_task(f"{FRAMEWORKS[framework]}: starting", total=None)
+
+            def note(report: job.Report, framework: str = framework, bar: Any = bar) -> None:
+                if "configurations" in report:
+                    progress.update(bar, description=FRAMEWORKS[framework], total=report["configurations"])
+                elif "sha256" in report:
+                    results.append({"framework": framework, **report, "equal": report["sha256"] == reference})
+                    progress.advance(bar)
+                elif "ranks" in report:
+                    machines[:] = [
+                        dict(zip(("host", "instructions", "version"), rank, strict=True)) for rank in report["ranks"]
+                    ]
+
+            try:
+                job.run("paths" if hosts is None else "splits", framework, hosts, limit=limit, report=note)
+            except job.JobError as error:
+                failures[framework] = str(error)
+    return {
+        "ranks": sum(host.slots for host in hosts or []),
+        "hosts": [f"{host.name}:{host.slots}" for host in hosts or []],
+        "machines": machines,
+        "reference": reference,
+        "results": results,
+        "failures": failures,
+        "left_out": [framework for framework in FRAMEWORKS if framework not in installed],
+        "equal": bool(results) and not failures and all(result["equal"] for result in results),
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """The result as one table and a verdict."""
+    console = Console(highlight=False)
+    where = f" on {', '.join(found['hosts'])}" if found["ranks"] else ", one process each"
+    console.print(f"One training step of a 5-layer stack{where}:")
+    console.print("sha256 of outputs, input gradients and running statistics.")
+    table = Table()
+    for column in ("framework", "configuration", "sha256", "equal"):
+        table.add_column(column, no_wrap=True)
+    table.add_row("reference", "whole batch, in Python", found["reference"][:16] + "...", "")
+    for result in found["results"]:
+        sha256 = result["sha256"]
+        cells = (FRAMEWORKS[result["framework"]], result["configuration"], sha256[:16] + "..." if len(sha256) == 64 else sha256)
+        table.add_row(*cells, Text("yes", "green") if result["equal"] else Text("NO", "red"))
+    console.print(table)
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for machine in found["machines"]:
+        kinds.setdefault((machine["instructions"], machine["version"]), []).append(machine["host"])
+    for (instructions, version), names in kinds.items():
+        hosts = ", ".join(dict.fromkeys(names))
+        console.print(f"{len(names)} ranks with instruction set {instructions}, hvd-syncbn {version}: {hosts}")
+    for framework in found["left_out"]:
+        console.print(f"{FRAMEWORKS[framework]} is not installed: left out")
+    for framework, error in found["failures"].items():
+        console.print(Text(f"{FRAMEWORKS[framework]} could not run: {error}", "red"), soft_wrap=True)
+    different = sum(not result["equal"] for result in found["results"])
+    if found["equal"]:
+        console.print(Text(f"EQUAL: {len(found['results'])} configurations, one sha256, that of the reference", "green"))
+    elif different:
+        console.print(Text(f"NOT EQUAL: {different} of {len(found['results'])} configurations differ", "red"))
+    elif not found["results"] and not found["failures"]:
+        console.print(Text("Neither PyTorch nor TensorFlow is installed: nothing to verify", "red"))

@@ -1,0 +1,103 @@
+"""``hvd-syncbn verify -np`` as a user runs it, on this machine; its parts are in tests/unit/test_cli.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hvd_syncbn import native, vectors
+from hvd_syncbn.cli import job, packets, rank, stacks
+
+COMMAND = [sys.executable, "-m", "hvd_syncbn.cli"]
+
+
+def family(mark: str) -> list[psutil.Process]:
+    """Every process that has this in its environment, ours or of a job that lost its parent."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("HVD_SYNCBN_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def eventually(condition: Callable[[], object], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def test_verify_on_two_ranks() -> None:
+    result = subprocess.run([*COMMAND, "verify", "-np", "2", "--json"], capture_output=True, text=True, timeout=560)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(result.stdout)
+    assert found["reference"] == vectors.digest(*stacks.reference_stack())
+    assert {result["sha256"] for result in found["results"]} == {found["reference"]}
+    frameworks = [result["framework"] for result in found["results"]]
+    configurations = len(vectors.SPLITS) * len(stacks.LAYOUTS)
+    assert [frameworks.count(name) for name in ("torch", "tensorflow")] == [configurations, 2 * configurations]
+    assert (found["ranks"], found["hosts"], len(found["machines"])) == (2, ["localhost:2"], 2)
+
+
+def test_time_limit_ends_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVD_SYNCBN_TEST", mark := f"limit {os.getpid()}")
+    with pytest.raises(job.JobError, match="ended after 1 s, the time limit"):
+        job.run("splits", "torch", [job.Host("localhost", 2)], limit=1)
+    assert eventually(lambda: len(family(mark)) == 0, 10), family(mark)
+
+
+def test_a_host_that_is_not_there() -> None:
+    with pytest.raises(job.JobError, match=r"host nowhere\.invalid cannot be reached by ssh: "):
+        job.run("splits", "torch", [job.Host("localhost", 1), job.Host("nowhere.invalid", 1)], limit=120)
+
+
+def test_a_rank_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('no such thing')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(job.JobError, match=r"rank [01] on localhost: ImportError: no such thing|its own words: no such thing"):
+        job.run("splits", "torch", [job.Host("localhost", 2)], limit=120)
+
+
+def test_terminated_it_takes_its_job_along() -> None:
+    mark = f"terminated {os.getpid()}"
+    environment = os.environ | {"HVD_SYNCBN_TEST": mark}
+    process = subprocess.Popen(
+        [*COMMAND, "verify", "-np", "2"], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        # The command, the launcher and something below it.
+        assert eventually(lambda: len(family(mark)) >= 4, 60), family(mark)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert eventually(lambda: len(family(mark)) == 0, 10), family(mark)
+    finally:
+        job.end(process)
+
+
+def test_doctor_measures_two_ranks() -> None:
+    result = subprocess.run([*COMMAND, "doctor", "-np", "2", "--json"], capture_output=True, text=True, timeout=560)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(result.stdout)
+    sizes = [8 * native.packet_size(channels) for channels in rank.PACKET_CHANNELS]
+    assert [packet["bytes"] for packet in found["packets"]] == sizes
+    assert all(packet["size"] == 2 and 0 < packet["seconds"] < 60 for packet in found["packets"])
+    assert (len(found["hosts"]), found["controller"], found["group_size"]) == (2, "Gloo", None)
+
+
+def test_packets_inside_groups() -> None:
+    found = packets.measure("torch", [job.Host("localhost", 3)], 240).packets
+    assert [(packet.size, packet.groups) for packet in found] == [(2, 1)] * 3 + [(3, 1)] * 3
