@@ -1,0 +1,109 @@
+"""Plain jobs on several hosts give the bytes of one process; and the hosts leave nothing behind, whatever ends a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.jobs import end
+from tests.cluster.hosts import ETC, Hosts, namespaces, pids
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "PYTHONPATH": str(ROOT),
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
+
+
+def digests(framework: str, path: Path, hosts: Hosts | None = None, slots: str = "", *options: str) -> dict[str, Any]:
+    """What tests/cluster/digest.py finds, on hosts or in this process's own place."""
+    command = [sys.executable, "-m", "tests.cluster.digest", framework, str(path)]
+    if hosts is not None:
+        count = sum(int(host.partition(":")[2]) for host in slots.split(","))
+        horovodrun = str(Path(sys.executable).parent / "horovodrun")
+        command = hosts.command("h1", [horovodrun, "--gloo", "-np", str(count), "-H", slots, *options, *command])
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output = "\n".join(process.communicate(timeout=150))
+    finally:
+        end(process)
+    assert path.exists(), output[-8000:]
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+@pytest.mark.timeout(360)
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_the_bytes_of_one_process(hosts: Hosts, tmp_path: Path, framework: str) -> None:
+    """2 hosts x 2 ranks, for every split of the batch. In one framework horovodrun has to find the network interface."""
+    options = () if framework == "torch" else ("--network-interfaces", "eth0")
+    found = digests(framework, tmp_path / "hosts.json", hosts, "h1:2,h2:2", *options)
+    assert found["ranks"] == [[host, local, 2, 2] for host in (0, 1) for local in (0, 1)]
+    alone = digests(framework, tmp_path / "alone.json")
+    assert alone["size"] == 1
+    assert len({*found["digests"].values(), *alone["digests"].values()}) == 1, (found, alone)
+
+
+PROGRAM = """
+import subprocess, sys
+from tests.cluster.hosts import Hosts
+with Hosts(2) as hosts:
+    process = hosts.start("h1", ["ssh", "h2", "sleep 600 & sleep 600"])
+    while len(hosts.pids("h2")) < 4:
+        pass
+    print(hosts.prefix, flush=True)
+    if sys.argv[1] == "fail":
+        raise AssertionError
+    process.wait()
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("how", ["fail", "SIGTERM", "SIGKILL", "keeper"])
+def test_nothing_is_left(hosts: Hosts, how: str) -> None:
+    """No process, namespace, bridge or file after a program with hosts fails or is killed; not even if their keeper is."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, how], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None
+        prefix = program.stdout.readline().strip()
+        assert prefix and [name for name in namespaces() if name.startswith(prefix)]
+        running = [pid for host in ("h1", "h2") for pid in pids(f"{prefix}{host}")]
+        assert running
+        if how.startswith("SIG"):
+            program.send_signal(signal.Signals[how])
+        elif how == "keeper":
+            os.kill(int(prefix.split("-")[-2]), signal.SIGKILL)
+            time.sleep(0.5)
+            Hosts(1).close()  # the next to make hosts clears up
+            program.kill()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        left = [name for name in namespaces() if name.startswith(prefix)]
+        alive = [pid for pid in running if Path(f"/proc/{pid}").exists()]
+        files = [*ETC.glob(f"{prefix}*"), *Path("/tmp").glob(f"{prefix}*")]
+        if not (left or alive or files):
+            break
+        time.sleep(0.1)
+    assert not (left or alive or files), (left, alive, files)
+    assert hosts.pids("h2")  # those of others stay
+    links = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True, check=True).stdout
+    assert "br0" not in links
