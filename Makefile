@@ -1,4 +1,4 @@
-# make setup | demo | test | bench | gpu | lint | clean: each sets up first what it needs. Nothing else has to be
+# make setup | demo | test | test-cluster | bench | gpu | lint | clean: each sets up first what it needs. Nothing else has to be
 # installed by hand; see tools/system_deps.sh for what is taken from the system.
 
 VENV := .venv
@@ -8,7 +8,7 @@ NATIVE := $(shell find hvd_syncbn torch_impl tf_impl -name "*.cc" -o -name "*.h"
 PATCHES := hvd_syncbn/horovod_build/patches
 CMAKE := $(shell find CMakeLists.txt hvd_syncbn torch_impl tf_impl -name "CMakeLists.txt" -o -name "*.cmake")
 
-.PHONY: setup demo test bench gpu lint clean
+.PHONY: setup demo test test-cluster bench gpu lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -17,7 +17,13 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
+	-@tools/cluster_deps.sh
 	$(BIN)/python -m pytest tests
+
+# With every way to die of an elastic job: some 10 minutes more than what `make test` runs of it.
+test-cluster: setup
+	@tools/cluster_deps.sh
+	$(BIN)/python -m pytest tests/cluster -m "matrix or not matrix"
 
 bench: setup
 	$(BIN)/hvd-syncbn bench

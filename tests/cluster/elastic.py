@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,17 @@ class Job:
         }
 
 
+def print_stacks(pids: Sequence[int]) -> None:
+    """Have every Python among these processes write, by faulthandler, where its threads are, and end."""
+    for pid in pids:
+        try:
+            if b"python" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]:
+                os.kill(pid, signal.SIGABRT)
+        except OSError:
+            continue
+    time.sleep(3)
+
+
 def run(
     hosts: Hosts,
     folder: Path,
@@ -121,6 +133,7 @@ def run(
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "PYTHONPATH": str(ROOT),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONFAULTHANDLER": "1",
         # Recovery must not depend on it.
         "HOROVOD_GLOO_TIMEOUT_SECONDS": "600",
     }
@@ -133,6 +146,8 @@ def run(
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.1)
             status = process.poll()
+            if status is None:
+                print_stacks([pid for host in hosts.names for pid in hosts.pids(host)])
         finally:
             end(process)
         output.seek(0)

@@ -1,4 +1,4 @@
-"""No silent wait: where ranks wait for each other there is a warning that names both sides' layers, then an error on every rank."""
+"""No silent wait: where ranks wait for each other, a warning names the layers of either side, then all ranks get an error."""
 
 from __future__ import annotations
 
