@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hvd_syncbn import horovod, vectors, verify
+from hvd_syncbn import horovod, vectors
+from hvd_syncbn.cli.stacks import tensorflow_stack, torch_stack
 
 
 def main() -> None:
@@ -16,7 +17,7 @@ def main() -> None:
     framework, path = sys.argv[1], Path(sys.argv[2])
     hvd = horovod.load(framework)
     hvd.init()
-    stack = verify.torch_stack if framework == "torch" else verify.tensorflow_stack
+    stack = torch_stack if framework == "torch" else tensorflow_stack
     digests = {}
     for split in vectors.SPLITS:
         mine = vectors.split(hvd.size(), split)[hvd.rank()]
