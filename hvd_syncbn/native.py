@@ -192,7 +192,7 @@ def check_packet(shape: Shape, eps: float, packet: NDArray[np.int64]) -> int:
 def forward(
     shape: Shape,
     x: NDArray[Any],
-    packet: NDArray[np.int64],
+    packet: NDArray[np.int64] | None,
     eps: float,
     gamma: NDArray[Any] | None = None,
     beta: NDArray[Any] | None = None,
@@ -204,7 +204,7 @@ def forward(
     relu: bool = False,
     splits: int = 1,
 ) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """``(y, stats)`` from a reduced packet; running statistics change in place."""
+    """``(y, stats)`` from a reduced packet; running statistics change in place. None: from the running statistics (frozen)."""
     lib, ref = library(), ctypes.byref(shape)
     stats = np.empty((2, shape.c), np.float64)
     coefficients = np.empty(lib.hvd_syncbn_coefficients_size(ref), np.uint8)
@@ -245,14 +245,14 @@ def backward(
     shape: Shape,
     x: NDArray[Any],
     dy: NDArray[Any],
-    packet: NDArray[np.int64],
+    packet: NDArray[np.int64] | None,
     stats: NDArray[np.float64],
     gamma: NDArray[Any] | None = None,
     y: NDArray[Any] | None = None,
     mask: NDArray[np.uint8] | None = None,
     splits: int = 1,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """``(dx, dresidual)`` from a reduced packet."""
+    """``(dx, dresidual)`` from a reduced packet; None: of a frozen layer."""
     lib, ref = library(), ctypes.byref(shape)
     coefficients = np.empty(lib.hvd_syncbn_coefficients_size(ref), np.uint8)
     lib.hvd_syncbn_backward_finish(ref, _pointer(packet), _pointer(stats), _vector(gamma), _pointer(coefficients))

@@ -327,6 +327,15 @@ def finish_forward(packet: Packet, eps: float) -> list[Statistics]:
     return result
 
 
+def stored_statistics(mean: Sequence[float], var: Sequence[float], eps: float) -> list[Statistics]:
+    """Those of a frozen layer, from its running statistics; its backward packet is ``empty_packet``."""
+    sums = [float(v) + eps for v in var]
+    return [
+        Statistics(float(m), float(v), 1 / math.sqrt(s) if s > 0 else math.inf if s == 0 else math.nan)
+        for m, v, s in zip(mean, var, sums, strict=True)
+    ]
+
+
 def running(old: float, batch: float, old_weight: float, new_weight: float, dtype: str = "float32") -> float:
     """The new value of a running statistic kept in ``dtype``; the weights are rounded to float32 first."""
     return round_to(round_to(old_weight, "float32") * old + round_to(new_weight, "float32") * batch, dtype)

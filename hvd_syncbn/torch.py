@@ -2,6 +2,7 @@
 
 from hvd_syncbn.torch_impl.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from hvd_syncbn.torch_impl.fold import Scale, fold_batchnorm
+from hvd_syncbn.torch_impl.freeze import freeze_batchnorm, unfreeze_batchnorm
 from hvd_syncbn.torch_impl.functional import sync_batch_norm
 from hvd_syncbn.torch_impl.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from hvd_syncbn.torch_impl.ops import check_device_errors
@@ -16,8 +17,10 @@ __all__ = [
     "check_device_errors",
     "convert_sync_batchnorm",
     "fold_batchnorm",
+    "freeze_batchnorm",
     "get_state",
     "revert_sync_batchnorm",
     "set_state",
     "sync_batch_norm",
+    "unfreeze_batchnorm",
 ]

@@ -132,6 +132,80 @@ def sync_batch_norm(
     return y, new_mean, new_variance
 
 
+def frozen_batch_norm(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    *,
+    epsilon: float,
+    axis: int = -1,
+    residual: Any = None,
+    activation: str | None = None,
+    learns: bool = False,
+) -> Any:
+    """Training with moving statistics: one pass forward, and one backward unless `gamma` and `beta` learn.
+
+    On a CPU it has the bytes of PyTorch's. Where there are GPUs it is plain TensorFlow.
+
+    Args:
+        x, gamma, beta, moving_mean, moving_variance, epsilon, axis, residual, activation: As those of `sync_batch_norm`.
+        learns: Whether `gamma` and `beta` have gradients.
+
+    Returns:
+        The output.
+    """
+    x = tf.convert_to_tensor(x)
+    axis = _checked_axis(x, axis)
+    gamma, beta, moving_mean, moving_variance = _checked_parameters(x, axis, gamma, beta, moving_mean, moving_variance)
+    residual = None if residual is None else tf.convert_to_tensor(residual)
+    if tf.config.list_logical_devices("GPU"):
+        gamma, beta = (t if t is None or learns else tf.stop_gradient(t) for t in (gamma, beta))
+        return _evaluate(x, axis, gamma, beta, moving_mean, moving_variance, epsilon, residual, activation)
+    last = x.shape.rank - 1
+    channels_first = axis == 1 and axis != last
+    to_last = None if channels_first or axis == last else [i for i in range(last + 1) if i != axis] + [axis]
+    if to_last is not None:
+        x = tf.transpose(x, to_last)
+        residual = None if residual is None else tf.transpose(residual, to_last)
+    y, _ = ops.library().hvd_syncbn_frozen_apply(
+        x,
+        moving_mean,
+        moving_variance,
+        _optional(gamma),
+        _optional(beta),
+        _optional(residual),
+        relu=activation == "relu",
+        learns=learns,
+        data_format="channels_first" if channels_first else "channels_last",
+        epsilon_bits=_float64_bits(epsilon),
+    )
+    return y if to_last is None else tf.transpose(y, [to_last.index(i) for i in range(last + 1)])
+
+
+@tf.RegisterGradient("HvdSyncbnFrozenApply")
+def _frozen_gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
+    gammas, betas, residuals = (op.get_attr(name) for name in ("gammas", "betas", "residuals"))
+    x, moving_mean, _, *optional = op.inputs
+    y, stats = op.outputs
+    relu = op.get_attr("relu")
+    common = {
+        "data_format": tf.compat.as_str(op.get_attr("data_format")),
+        "epsilon_bits": op.get_attr("epsilon_bits"),
+    }
+    dgamma = dbeta = None
+    if op.get_attr("learns"):
+        _, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(
+            x, dy, stats, [y] * relu, [], _unknown(), U=moving_mean.dtype, **common
+        )
+    dx, masked_dy = ops.library().hvd_syncbn_frozen_backward(
+        dy, stats, optional[:gammas], [y] * relu, residuals=residuals * relu, **common
+    )
+    dresidual = masked_dy if relu else [dy] * residuals
+    return [dx, None, None, *[dgamma] * gammas, *[dbeta] * betas, *dresidual]
+
+
 def _checked_axis(x: Any, axis: int) -> int:
     if x.dtype not in _FLOATS:
         raise TypeError(f"x has to be float16, bfloat16, float32 or float64. Received: dtype={x.dtype.name}")

@@ -22,5 +22,6 @@ def library() -> Any:
 
 @tf.RegisterGradient("HvdSyncbnBackwardMoments")
 @tf.RegisterGradient("HvdSyncbnBackwardApply")
+@tf.RegisterGradient("HvdSyncbnFrozenBackward")
 def _second_derivative(op: Any, *_: Any) -> None:
     raise RuntimeError("hvd_syncbn's batch normalization can be differentiated once, not twice, in training mode")

@@ -84,6 +84,26 @@ def normalize(
     return y
 
 
+def frozen_batch_norm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """Training with stored statistics, for checked inputs: one pass forward, and one backward unless a parameter learns.
+
+    On a CPU it has the bytes of TensorFlow's. Elsewhere these are PyTorch's own kernels, one after another.
+    """
+    if x.device.type != "cpu":
+        return local_batch_norm(x, running_mean, running_var, None, weight, bias, False, 0.0, eps, residual, activation)
+    y: Tensor = ops.frozen_batch_norm(x, weight, bias, residual, running_mean, running_var, eps, activation == "relu")
+    return y
+
+
 def local_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hvd_syncbn.torch_impl.functional import ACTIVATIONS, check_input, local_batch_norm, normalize
+from hvd_syncbn.torch_impl.functional import ACTIVATIONS, check_input, frozen_batch_norm, local_batch_norm, normalize
 
 _made_by_hand = itertools.count()
 
@@ -20,6 +20,7 @@ TRACED_AS_LEAF = {"__module__": "torch.nn"}
 
 # Where a tracer looks inside all the same (the layer is its root), these are one node each.
 torch.fx.wrap("check_input")
+torch.fx.wrap("frozen_batch_norm")
 torch.fx.wrap("local_batch_norm")
 torch.fx.wrap("normalize")
 
@@ -162,6 +163,8 @@ class SyncBatchNorm(BatchNorm):
         if not _is_proxy(input):
             self._check_input_dim(input)
         if not self.training:
+            if getattr(self, "_frozen_in_training", False):
+                return self._forward_frozen(input, residual)
             return self._normalize_locally(input, residual, activation)
         tracks = self.track_running_stats
         batches = self.num_batches_tracked if tracks else None
@@ -183,6 +186,12 @@ class SyncBatchNorm(BatchNorm):
             self.process_set,
             self.collective_name,
         )
+
+    def _forward_frozen(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None
+        learns = self._frozen_affine
+        weight, bias = (p if p is None or learns else p.detach() for p in (self.weight, self.bias))
+        return frozen_batch_norm(input, self.running_mean, self.running_var, weight, bias, self.eps, residual, self._fused)
 
     def extra_repr(self) -> str:
         """The arguments of ``nn.BatchNorm``, the activation, and the process set."""

@@ -113,6 +113,18 @@ def _backward_apply(
     return _like(x), _like(x) if want_residual else x.new_empty(0)
 
 
+@torch.library.register_fake("hvd_syncbn::frozen_apply")
+def _frozen_apply(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("hvd_syncbn::frozen_backward")
+def _frozen_backward(
+    dy: Tensor, y: Tensor | None, stats: Tensor, weight: Tensor | None, want_residual: bool
+) -> tuple[Tensor, Tensor]:
+    return _like(dy), _like(dy) if want_residual else dy.new_empty(0)
+
+
 @torch.library.register_fake("hvd_syncbn::allreduce_")
 def _fake_allreduce_(packet: Tensor, name: str, process_set: int) -> None:
     return None
@@ -124,3 +136,4 @@ backward_moments = torch.ops.hvd_syncbn.backward_moments
 backward_apply = torch.ops.hvd_syncbn.backward_apply
 allreduce_ = torch.ops.hvd_syncbn.allreduce_
 sync_batch_norm = torch.ops.hvd_syncbn.sync_batch_norm
+frozen_batch_norm = torch.ops.hvd_syncbn.frozen_batch_norm

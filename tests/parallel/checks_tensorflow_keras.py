@@ -24,6 +24,7 @@ from hvd_syncbn.keras import (
     MetricAverageCallback,
     SyncBatchNormalization,
     convert_sync_batchnorm,
+    freeze_batchnorm,
 )
 from tests.arrays import same_bits
 
@@ -222,3 +223,16 @@ def check_evaluation_is_local() -> None:
     model.trainable = False
     if hvd.rank() == 0:
         model(np.zeros((1, *SHAPE)), training=True)
+
+
+def check_frozen_layers_are_local() -> None:
+    """One rank trains alone: a collective would wait for the others."""
+    x, y = data()
+    for affine in (False, True):
+        model = freeze_batchnorm(make_model(dtype="float32"), affine)
+        before = [w.numpy() for layer in model._flatten_layers() for w in getattr(layer, "_non_trainable_variables", [])]
+        if hvd.rank() == 0:
+            model.compile(sgd(), loss())
+            fit(model, *mine(x, y))
+        after = [w.numpy() for layer in model._flatten_layers() for w in getattr(layer, "_non_trainable_variables", [])]
+        assert all(same_bits(a, b) for a, b in zip(after, before, strict=True))

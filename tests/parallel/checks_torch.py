@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hvd_syncbn import native, protocol, vectors
 from hvd_syncbn.cli.stacks import torch_stack
-from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, sync_batch_norm
+from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, freeze_batchnorm, sync_batch_norm
 from tests.torch_tools import (
     DTYPES,
     LAYOUTS,
@@ -369,6 +369,18 @@ def check_training_equals_one_process() -> None:
     if SIZE > 1:  # and without synchronization it is another training
         plain = distributed(network(torch.float64))
         assert (plain[0].weight - whole[0].weight).abs().max() > 1e-2
+
+
+def check_frozen_layers_are_local() -> None:
+    """Rank 0 trains alone: a collective would wait for the others. Nor does a rank's part of a batch know the rest."""
+    x, dy, residual = batch(5, 3)
+    for affine in (False, True):
+        layer = freeze_batchnorm(randomize(SyncBatchNorm(5, activation="relu")).train(), affine)
+        if RANK == 0:
+            whole = step(layer, x, dy, residual)
+            part = step(layer, x[:2], dy[:2], residual[:2])
+            assert_same([part[name] for name in ("y", "dx")], [whole[name][:2] for name in ("y", "dx")])
+            assert ("dweight" in whole) == affine
 
 
 def check_compiled() -> str | None:

@@ -150,6 +150,46 @@ REGISTER_OP("HvdSyncbnBackwardApply")
       return absl::OkStatus();
     });
 
+// Of a frozen layer, which has no packet; on CPUs only. Its parameters' gradients are those of
+// HvdSyncbnBackwardMoments, asked for where `learns`.
+REGISTER_OP("HvdSyncbnFrozenApply")
+    .HVD_SYNCBN_COMMON_ATTRS.Attr("U: {half, bfloat16, float, double}")
+    .Attr("gammas: int >= 0")
+    .Attr("betas: int >= 0")
+    .Attr("residuals: int >= 0")
+    .Attr("relu: bool")
+    .Attr("learns: bool")
+    .Input("x: T")
+    .Input("moving_mean: U")
+    .Input("moving_variance: U")
+    .Input("gamma: gammas * U")
+    .Input("beta: betas * U")
+    .Input("residual: residuals * T")
+    .Output("y: T")
+    .Output("stats: double")
+    .SetShapeFn([](InferenceContext* c) {
+      DimensionHandle channels;
+      TF_RETURN_IF_ERROR(Channels(c, &channels));
+      c->set_output(0, c->input(0));
+      c->set_output(1, c->Matrix(2, channels));
+      return absl::OkStatus();
+    });
+
+REGISTER_OP("HvdSyncbnFrozenBackward")
+    .HVD_SYNCBN_COMMON_ATTRS.Attr("gamma_types: list({half, bfloat16, float, double}) >= 0")
+    .Attr("ys: int >= 0")
+    .Attr("residuals: int >= 0")
+    .Input("dy: T")
+    .Input("stats: double")
+    .Input("gamma: gamma_types")
+    .Input("y: ys * T")
+    .Output("dx: T")
+    .Output("dresidual: residuals * T")
+    .SetShapeFn([](InferenceContext* c) {
+      for (int i = 0; i < c->num_outputs(); ++i) c->set_output(i, c->input(0));
+      return absl::OkStatus();
+    });
+
 // Stands behind each collective and does nothing. TensorFlow does not prune a stateful op, hence not what it takes
 // either.
 REGISTER_OP("HvdSyncbnKeep").Input("packet: int64").SetIsStateful().SetShapeFn(tensorflow::shape_inference::NoOutputs);
@@ -266,6 +306,76 @@ class CpuBackwardApplyOp : public BackwardApplyOp {
   }
 };
 
+class CpuFrozenApplyOp : public LayerOp {
+ public:
+  explicit CpuFrozenApplyOp(OpKernelConstruction* ctx) : LayerOp(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("relu", &relu_));
+  }
+
+  void Compute(OpKernelContext* ctx) override { OP_REQUIRES_OK(ctx, Apply(ctx)); }
+
+ private:
+  bool relu_;
+
+  Status Apply(OpKernelContext* ctx) const {
+    const Tensor& x = ctx->input(0);
+    hvd_syncbn_shape shape;
+    TF_RETURN_IF_ERROR(CoreShape(x, &shape));
+    const TensorShape per_channel({shape.c});
+    const Tensor *mean, *variance, *gamma, *beta, *residual;
+    TF_RETURN_IF_ERROR(Input(ctx, "moving_mean", per_channel, &mean));
+    TF_RETURN_IF_ERROR(Input(ctx, "moving_variance", per_channel, &variance));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "gamma", per_channel, &gamma));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "beta", per_channel, &beta));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "residual", x.shape(), &residual));
+    Tensor *y, *stats, coefficients;
+    TF_RETURN_IF_ERROR(ctx->allocate_output("y", x.shape(), &y));
+    TF_RETURN_IF_ERROR(ctx->allocate_output("stats", {2, shape.c}, &stats));
+    TF_RETURN_IF_ERROR(Coefficients(ctx, shape, &coefficients));
+    PreferHugePages(y);
+    hvd_syncbn_forward_finish(&shape, epsilon_, nullptr, Vector(gamma), Vector(beta), Vector(mean), Vector(variance), 0,
+                              0, false, Data<double>(stats), coefficients.data());
+    Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
+      hvd_syncbn_forward_apply(&shape, x.data(), Data<const void>(residual), relu_, coefficients.data(), begin, end,
+                               y->data());
+    });
+    return absl::OkStatus();
+  }
+};
+
+class CpuFrozenBackwardOp : public LayerOp {
+ public:
+  using LayerOp::LayerOp;
+
+  void Compute(OpKernelContext* ctx) override { OP_REQUIRES_OK(ctx, Apply(ctx)); }
+
+ private:
+  Status Apply(OpKernelContext* ctx) const {
+    const Tensor& dy = ctx->input(0);
+    hvd_syncbn_shape shape;
+    TF_RETURN_IF_ERROR(CoreShape(dy, &shape));
+    const Tensor *stats, *gamma, *y;
+    TF_RETURN_IF_ERROR(Input(ctx, "stats", {2, shape.c}, &stats));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "gamma", TensorShape({shape.c}), &gamma));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "y", dy.shape(), &y));
+    Tensor *dx, *dresidual = nullptr, coefficients;
+    TF_RETURN_IF_ERROR(ctx->allocate_output(0, dy.shape(), &dx));
+    if (ctx->num_outputs() > 1) TF_RETURN_IF_ERROR(ctx->allocate_output(1, dy.shape(), &dresidual));
+    TF_RETURN_IF_ERROR(Coefficients(ctx, shape, &coefficients));
+    PreferHugePages(dx);
+    PreferHugePages(dresidual);
+    hvd_syncbn_backward_finish(&shape, nullptr, Data<const double>(stats), Vector(gamma), coefficients.data());
+    // The coefficients leave x out, so dy stands for it.
+    Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
+      hvd_syncbn_backward_apply(&shape, dy.data(), dy.data(), Data<const void>(y), nullptr, coefficients.data(), begin,
+                                end, dx->data(), Data<void>(dresidual));
+    });
+    return absl::OkStatus();
+  }
+};
+
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnFrozenApply").Device(tensorflow::DEVICE_CPU), CpuFrozenApplyOp);
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnFrozenBackward").Device(tensorflow::DEVICE_CPU), CpuFrozenBackwardOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardMoments").Device(tensorflow::DEVICE_CPU), CpuForwardMomentsOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardApply").Device(tensorflow::DEVICE_CPU), CpuForwardApplyOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardMoments").Device(tensorflow::DEVICE_CPU), CpuBackwardMomentsOp);

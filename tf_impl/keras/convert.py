@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
+from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
@@ -44,7 +44,7 @@ def convert_sync_batchnorm(model: keras.layers.Layer, process_set: ProcessSet | 
         if layer.renorm:
             raise ValueError(f"SyncBatchNormalization does no batch renormalization. Received: layer {path!r} with renorm=True")
     for path, layer in layers:
-        if type(layer) is keras.layers.BatchNormalization:
+        if type(layer) in (keras.layers.BatchNormalization, BatchNormalization):
             _change_class(layer, SyncBatchNormalization)
             layer.activation = None
             layer.unbiased_variance = False
@@ -86,7 +86,7 @@ def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
         for name in ("activation", "unbiased_variance", "process_set", "collective_name"):
             delattr(layer, name)
         layer.supports_jit = True
-        _change_class(layer, keras.layers.BatchNormalization)
+        _change_class(layer, BatchNormalization if layer.frozen else keras.layers.BatchNormalization)
     _forget_traces(model)
     return model
 

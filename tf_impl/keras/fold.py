@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hvd_syncbn.exchange import scale_and_shift
 from hvd_syncbn.tf_impl.keras.convert import _walk
-from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
+from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization
 
 _layers = keras.layers
 _CONVOLUTIONS = (_layers.Conv1D, _layers.Conv2D, _layers.Conv3D)
@@ -294,7 +294,7 @@ class _Folder:
     # --- The layers
 
     def _check_norm(self, layer: Any) -> None:
-        if type(layer) not in (keras.layers.BatchNormalization, SyncBatchNormalization, Scale):
+        if type(layer) not in (keras.layers.BatchNormalization, BatchNormalization, SyncBatchNormalization, Scale):
             raise _Refused(f"a {type(layer).__name__} may do more than its base class")
         if self.calls[id(layer)] > 1:
             raise _Refused("it is shared: it is called more than once")

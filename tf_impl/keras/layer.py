@@ -18,7 +18,74 @@ if TYPE_CHECKING:
 
 
 @keras.saving.register_keras_serializable("hvd_syncbn")
-class SyncBatchNormalization(keras.layers.BatchNormalization):
+class BatchNormalization(keras.layers.BatchNormalization):
+    """Keras's own layer, that can be frozen: what `freeze_batchnorm` makes of a `keras.layers.BatchNormalization`.
+
+    Its config says so. `trainable` is that of the unfrozen layer when it is set, and False when it is read of one whose `gamma`
+    and `beta` are frozen, too: setting it on a model above thaws nothing.
+    """
+
+    frozen: str | None = None
+    """None, `"statistics"` (`gamma` and `beta` go on learning), or `"all"`."""
+
+    def freeze(self, affine: bool) -> None:
+        """Use the moving statistics in training, too; `affine`: `gamma` and `beta` go on learning."""
+        self.frozen = "statistics" if affine else "all"
+        self._learned = tuple(v.name for v in self._affine_variables() if v.trainable)
+        self._hold()
+
+    def unfreeze(self) -> None:
+        """Undo `freeze`."""
+        for variable in self._affine_variables():
+            variable.trainable = variable.name in self._learned
+        del self.frozen, self._learned
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Make the weights."""
+        super().build(input_shape)
+        if self.frozen:
+            self._learned = tuple(v.name for v in self._affine_variables() if self._trainable)
+            self._hold()
+
+    @property
+    def trainable(self) -> bool:
+        """Whether anything of the layer learns."""
+        return bool(self._trainable) and self.frozen != "all"
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.layers.BatchNormalization.trainable.fset(self, value)
+        if self.frozen:
+            self._learned = tuple(v.name for v in self._affine_variables() if value)
+            self._hold()
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Normalize `inputs`."""
+        return super().call(inputs, training=training and self.frozen is None, mask=mask)
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras's config of the layer, and whether it is frozen."""
+        config = {**super().get_config(), "trainable": self._trainable}
+        return config | {"frozen": self.frozen} if self.frozen else config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> BatchNormalization:
+        """The layer of a config."""
+        layer: BatchNormalization = super().from_config({k: v for k, v in config.items() if k != "frozen"})
+        if config.get("frozen"):
+            layer.freeze(affine=config["frozen"] == "statistics")
+        return layer
+
+    def _affine_variables(self) -> list[Any]:
+        return [v for v in (self.gamma, self.beta) if v is not None]
+
+    def _hold(self) -> None:
+        for variable in self._affine_variables() if self.frozen == "all" else ():
+            variable.trainable = False
+
+
+@keras.saving.register_keras_serializable("hvd_syncbn")
+class SyncBatchNormalization(BatchNormalization):
     """Layer that normalizes its inputs over the batch of all Horovod ranks.
 
     It takes the place of `keras.layers.BatchNormalization`, with the same weights. In training, its outputs, input gradients
@@ -93,7 +160,10 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
                 f"`residual` has to have the shape of the inputs. Received: residual.shape={residual.shape}, "
                 f"inputs.shape={inputs.shape}"
             )
-        if not (training and self.trainable):
+        backend = keras.backend.backend()
+        if training and self.frozen and backend in _TRAIN_FROZEN:
+            return keras.ops.cast(_TRAIN_FROZEN[backend](self, inputs, residual), self.compute_dtype)
+        if not (training and self.trainable) or self.frozen:
             outputs = super().call(inputs, training=False, mask=mask)
             if residual is not None:
                 outputs = outputs + residual
@@ -101,7 +171,6 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if mask is None and residual is not None:
             # Keras hands masks to layers of one tensor only.
             mask = getattr(inputs, "_keras_mask", None)
-        backend = keras.backend.backend()
         if backend not in _TRAIN:
             raise RuntimeError(f"training needs Keras's TensorFlow or PyTorch backend. Received: KERAS_BACKEND={backend}")
         return keras.ops.cast(_TRAIN[backend](self, inputs, mask, residual), self.compute_dtype)
@@ -210,4 +279,36 @@ def _train_torch(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual
     return outputs.movedim(1, layer.axis)
 
 
+def _train_frozen_tensorflow(layer: SyncBatchNormalization, inputs: Any, residual: Any) -> Any:
+    from hvd_syncbn.tf_impl.functional import frozen_batch_norm
+
+    return frozen_batch_norm(
+        inputs,
+        layer.gamma,
+        layer.beta,
+        layer.moving_mean,
+        layer.moving_variance,
+        epsilon=layer.epsilon,
+        axis=layer.axis,
+        residual=residual,
+        activation=layer.activation,
+        learns=layer.trainable,
+    )
+
+
+def _train_frozen_torch(layer: SyncBatchNormalization, inputs: Any, residual: Any) -> Any:
+    from hvd_syncbn.torch_impl.functional import check_input, frozen_batch_norm
+
+    x = inputs.movedim(layer.axis, 1)
+    residual = None if residual is None else residual.movedim(layer.axis, 1)
+    gamma, beta = (None if v is None else v.value for v in (layer.gamma, layer.beta))
+    if not layer.trainable:
+        gamma, beta = (None if tensor is None else tensor.detach() for tensor in (gamma, beta))
+    mean, variance = layer.moving_mean.value, layer.moving_variance.value
+    residual = check_input(x, mean.shape[0], residual, layer.activation)
+    outputs = frozen_batch_norm(x, mean, variance, gamma, beta, layer.epsilon, residual, layer.activation)
+    return outputs.movedim(1, layer.axis)
+
+
 _TRAIN = {"tensorflow": _train_tensorflow, "torch": _train_torch}
+_TRAIN_FROZEN = {"tensorflow": _train_frozen_tensorflow, "torch": _train_frozen_torch}

@@ -136,6 +136,76 @@ class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
   }
 };
 
+// Saved: the per-channel float64 stats, with relu the output, and x only where a parameter learns.
+class FrozenBatchNorm : public torch::autograd::Function<FrozenBatchNorm> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& residual, const Tensor& running_mean, const Tensor& running_var,
+                        double eps, bool relu) {
+    static const auto apply = find_operator<FrozenApply>("hvd_syncbn::frozen_apply");
+    const auto learns = [](const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); };
+    const bool keeps_x = learns(weight) || learns(bias);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [y, stats] = apply.call(x, running_mean, running_var, weight, bias, residual, eps, relu);
+    ctx->save_for_backward({keeps_x ? x : Tensor(), weight.value_or(Tensor()), stats, relu ? y : Tensor()});
+    ctx->saved_data["bias_dtype"] = bias.has_value() ? std::optional(bias->scalar_type()) : std::nullopt;
+    ctx->saved_data["has_residual"] = residual.has_value();
+    ctx->saved_data["eps"] = eps;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
+    variable_list gradients;
+    {
+      const at::AutoGradMode once(false);
+      gradients = differentiate(ctx, dy[0]);
+    }
+    if (at::GradMode::is_enabled()) {
+      for (Tensor& gradient : gradients) gradient = not_differentiable(gradient);
+    }
+    return gradients;
+  }
+
+ private:
+  static variable_list differentiate(AutogradContext* ctx, const Tensor& dy) {
+    static const auto moments = find_operator<BackwardMoments>("hvd_syncbn::backward_moments");
+    static const auto apply = find_operator<FrozenBackward>("hvd_syncbn::frozen_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &stats = saved[2], &y = saved[3];
+    const auto bias_dtype = ctx->saved_data["bias_dtype"].toOptional<at::ScalarType>();
+    // needs_input_grad counts the tensors that there are.
+    size_t tensors = 0;
+    const auto wanted = [&](bool exists) { return exists && ctx->needs_input_grad(tensors++); };
+    const bool want_x = wanted(true), want_weight = wanted(weight.defined()),
+               want_bias = wanted(bias_dtype.has_value());
+    const bool want_residual = wanted(ctx->saved_data["has_residual"].toBool());
+    const bool masks_residual = want_residual && y.defined();
+
+    Tensor dweight, dbias, dx, dresidual;
+    if (want_weight || want_bias) {
+      Tensor packet;  // this rank's alone, and only for its parameters' gradients
+      std::tie(packet, dweight, dbias) = moments.call(x, dy, y, stats, ctx->saved_data["eps"].toDouble(),
+                                                      weight.defined() ? weight.scalar_type() : at::kFloat);
+    }
+    if (want_x || masks_residual) std::tie(dx, dresidual) = apply.call(dy, y, stats, weight, masks_residual);
+    if (!masks_residual) dresidual = dy;
+    return {want_x ? dx : Tensor(),
+            want_weight ? dweight : Tensor(),
+            want_bias ? dbias.to(*bias_dtype) : Tensor(),
+            want_residual ? dresidual : Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor()};
+  }
+};
+
+Tensor frozen_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& residual, const Tensor& running_mean, const Tensor& running_var,
+                         double eps, bool relu) {
+  return FrozenBatchNorm::apply(x, weight, bias, residual, running_mean, running_var, eps, relu);
+}
+
 Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& residual, const OptionalTensor& running_mean,
                        const OptionalTensor& running_var, const OptionalTensor& batches,
@@ -160,4 +230,8 @@ TORCH_LIBRARY_FRAGMENT(hvd_syncbn, m) {
       "Tensor(b!)? running_var, Tensor(c!)? batches, float? old_weight, float? new_weight, bool unbiased, "
       "float eps, bool relu, int? process_set, str name) -> Tensor",
       hvd_syncbn::sync_batch_norm);
+  m.def(
+      "frozen_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor "
+      "running_var, float eps, bool relu) -> Tensor",
+      hvd_syncbn::frozen_batch_norm);
 }

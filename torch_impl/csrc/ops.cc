@@ -6,6 +6,11 @@
 //   backward_moments(x, dy, y?) -> (packet, dweight, dbias)
 //   backward_apply(x, dy, y?, packet) -> (dx, dresidual)
 //
+// and of a frozen layer, which has no packet, on CPUs only:
+//
+//   frozen_apply(x, ...) -> (y, stats)
+//   frozen_backward(dy, y?) -> (dx, dresidual)             its parameters' gradients are those of backward_moments
+//
 // autograd.cc makes a layer of them. Shape functions are in torch_impl/ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -49,6 +54,34 @@ Tensor forward_moments(const Tensor& x, double eps) {
   return packet;
 }
 
+// What forward_finish found, applied.
+Tensor apply(const Input& in, const OptionalTensor& residual, bool relu, const Tensor& scratch) {
+  const OptionalTensor added = like(in, residual);
+  Tensor y = empty_output(in.tensor);
+  void* const out = y.mutable_data_ptr();
+  at::parallel_for(0, hvd_syncbn_apply_units(&in.shape), grain(hvd_syncbn_apply_unit_bytes(&in.shape)),
+                   [&](int64_t begin, int64_t end) {
+                     hvd_syncbn_forward_apply(&in.shape, in.tensor.const_data_ptr(), data(added), relu,
+                                              scratch.const_data_ptr(), begin, end, out);
+                   });
+  return y;
+}
+
+// What backward_finish found, applied. `x` may be `dy` itself where the coefficients leave it out.
+std::tuple<Tensor, Tensor> apply_backward(const Input& in, const Tensor& g, const OptionalTensor& output,
+                                          bool want_residual, const Tensor& scratch) {
+  Tensor dx = empty_output(in.tensor);
+  Tensor dresidual = want_residual ? empty_output(in.tensor) : at::empty({0}, in.tensor.options());
+  void* const dx_out = dx.mutable_data_ptr();
+  void* const dresidual_out = want_residual ? dresidual.mutable_data_ptr() : nullptr;
+  at::parallel_for(0, hvd_syncbn_apply_units(&in.shape), grain(2 * hvd_syncbn_apply_unit_bytes(&in.shape)),
+                   [&](int64_t begin, int64_t end) {
+                     hvd_syncbn_backward_apply(&in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(), data(output),
+                                               nullptr, scratch.const_data_ptr(), begin, end, dx_out, dresidual_out);
+                   });
+  return {dx, dresidual};
+}
+
 // What the header of a reduced packet says. `name` is the layer's, for the message.
 void check(const hvd_syncbn_shape& shape, double eps, const Tensor& packet, const std::string& name) {
   check_packet_size(shape, packet);
@@ -70,15 +103,7 @@ std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, 
   hvd_syncbn_forward_finish(&in.shape, eps, words, vector(in.shape, weight), vector(in.shape, bias),
                             vector(in.shape, running_mean), vector(in.shape, running_var), share_of_old, share_of_new,
                             unbiased, stats.mutable_data_ptr<double>(), scratch.mutable_data_ptr());
-  const OptionalTensor added = like(in, residual);
-  Tensor y = empty_output(in.tensor);
-  void* const out = y.mutable_data_ptr();
-  at::parallel_for(0, hvd_syncbn_apply_units(&in.shape), grain(hvd_syncbn_apply_unit_bytes(&in.shape)),
-                   [&](int64_t begin, int64_t end) {
-                     hvd_syncbn_forward_apply(&in.shape, in.tensor.const_data_ptr(), data(added), relu,
-                                              scratch.const_data_ptr(), begin, end, out);
-                   });
-  return {y, stats};
+  return {apply(in, residual, relu, scratch), stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_moments(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
@@ -112,16 +137,28 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, con
   Tensor scratch = coefficients(in.shape);
   hvd_syncbn_backward_finish(&in.shape, words, stats.const_data_ptr<double>(), vector(in.shape, weight),
                              scratch.mutable_data_ptr());
-  Tensor dx = empty_output(in.tensor);
-  Tensor dresidual = want_residual ? empty_output(in.tensor) : at::empty({0}, in.tensor.options());
-  void* const dx_out = dx.mutable_data_ptr();
-  void* const dresidual_out = want_residual ? dresidual.mutable_data_ptr() : nullptr;
-  at::parallel_for(0, hvd_syncbn_apply_units(&in.shape), grain(2 * hvd_syncbn_apply_unit_bytes(&in.shape)),
-                   [&](int64_t begin, int64_t end) {
-                     hvd_syncbn_backward_apply(&in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(), data(output),
-                                               nullptr, scratch.const_data_ptr(), begin, end, dx_out, dresidual_out);
-                   });
-  return {dx, dresidual};
+  return apply_backward(in, g, output, want_residual, scratch);
+}
+
+std::tuple<Tensor, Tensor> frozen_apply(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
+                                        const OptionalTensor& weight, const OptionalTensor& bias,
+                                        const OptionalTensor& residual, double eps, bool relu) {
+  const Input in = input(x);
+  Tensor stats = at::empty({2, in.shape.c}, at::TensorOptions().dtype(at::kDouble));
+  Tensor scratch = coefficients(in.shape);
+  hvd_syncbn_forward_finish(&in.shape, eps, nullptr, vector(in.shape, weight), vector(in.shape, bias),
+                            vector(in.shape, running_mean), vector(in.shape, running_var), 0, 0, false,
+                            stats.mutable_data_ptr<double>(), scratch.mutable_data_ptr());
+  return {apply(in, residual, relu, scratch), stats};
+}
+
+std::tuple<Tensor, Tensor> frozen_backward(const Tensor& dy, const OptionalTensor& y, const Tensor& stats,
+                                           const OptionalTensor& weight, bool want_residual) {
+  const Input in = input(dy);
+  Tensor scratch = coefficients(in.shape);
+  hvd_syncbn_backward_finish(&in.shape, nullptr, stats.const_data_ptr<double>(), vector(in.shape, weight),
+                             scratch.mutable_data_ptr());
+  return apply_backward(in, in.tensor, like(in, y), want_residual, scratch);
 }
 
 }  // namespace
@@ -139,6 +176,12 @@ TORCH_LIBRARY(hvd_syncbn, m) {
   m.def(
       "backward_apply(Tensor x, Tensor dy, Tensor? y, Tensor packet, Tensor stats, Tensor? weight, float eps, "
       "bool want_residual, str name) -> (Tensor dx, Tensor dresidual)");
+  m.def(
+      "frozen_apply(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "float eps, bool relu) -> (Tensor y, Tensor stats)");
+  m.def(
+      "frozen_backward(Tensor dy, Tensor? y, Tensor stats, Tensor? weight, bool want_residual) -> (Tensor dx, Tensor "
+      "dresidual)");
 }
 
 TORCH_LIBRARY_IMPL(hvd_syncbn, CPU, m) {
@@ -147,4 +190,6 @@ TORCH_LIBRARY_IMPL(hvd_syncbn, CPU, m) {
   m.impl("forward_apply", forward_apply);
   m.impl("backward_moments", backward_moments);
   m.impl("backward_apply", backward_apply);
+  m.impl("frozen_apply", frozen_apply);
+  m.impl("frozen_backward", frozen_backward);
 }

@@ -31,6 +31,12 @@ using BackwardApply = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& 
                                                  const OptionalTensor& weight, double eps, bool want_residual,
                                                  const std::string& name);
 
+using FrozenApply = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
+                                               const OptionalTensor& weight, const OptionalTensor& bias,
+                                               const OptionalTensor& residual, double eps, bool relu);
+using FrozenBackward = std::tuple<Tensor, Tensor>(const Tensor& dy, const OptionalTensor& y, const Tensor& stats,
+                                                  const OptionalTensor& weight, bool want_residual);
+
 inline int32_t dtype_code(at::ScalarType type) {
   switch (type) {
     case at::kFloat:

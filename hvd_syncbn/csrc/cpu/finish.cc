@@ -71,6 +71,15 @@ void update(const hvd_syncbn_vector& vector, int64_t begin, int64_t end, double 
   });
 }
 
+// Of a frozen layer: mean and 1 / standard deviation from the running statistics.
+void stored_statistics(const hvd_syncbn_vector& running_mean, const hvd_syncbn_vector& running_var, double eps,
+                       int64_t begin, int64_t end, double* mean, double* invstd) {
+  double var[kBlock];
+  read_block(running_mean, begin, end, 0.0, mean);
+  read_block(running_var, begin, end, 1.0, var);
+  for (int64_t i = 0; i < end - begin; ++i) invstd[i] = 1 / sqrt(var[i] + eps);
+}
+
 // The coefficients lie as arrays of c values, one after another.
 template <class T>
 HVD_SYNCBN_INLINE void write_forward_coefficients(int64_t begin, int64_t end, int64_t c, const double* stats,
@@ -105,30 +114,34 @@ void forward_finish(const hvd_syncbn_shape& shape, double eps, const int64_t* pa
                     const hvd_syncbn_vector& running_var, double old_weight, double new_weight, int32_t unbiased,
                     double* stats, void* coefficients) {
   const int64_t c = shape.c;
-  const double n = static_cast<double>(packet[1]);
   const double keep = static_cast<float>(old_weight), take = static_cast<float>(new_weight);
   for_blocks(c, [&](int64_t begin, int64_t end) {
     double var[kBlock], g[kBlock], b[kBlock];
-    for_channels(
-        packet, begin, end,
-        [&](auto i) {
-          const Statistics<F64> s =
-              statistics(read_sums<F64>(packet + moment_a_at(c, i)), read_sums<F64>(packet + moment_b_at(c, i)),
-                         F64::splat(n), F64::splat(eps));
-          s.mean.keep(stats + i);
-          s.invstd.keep(stats + c + i);
-          s.var.keep(var + i - begin);
-        },
-        [&](int64_t i) {
-          const Statistics<double> s = statistics(packet, c, i, eps);
-          stats[i] = s.mean;
-          stats[c + i] = s.invstd;
-          var[i - begin] = s.var;
-        });
-    if (packet[1] != 0) {
-      update(running_mean, begin, end, keep, take, stats + begin);
-      for (int64_t i = begin; i < end && unbiased; ++i) var[i - begin] = hvd_syncbn::unbiased(var[i - begin], n);
-      update(running_var, begin, end, keep, take, var);
+    if (packet == nullptr) {
+      stored_statistics(running_mean, running_var, eps, begin, end, stats + begin, stats + c + begin);
+    } else {
+      const double n = static_cast<double>(packet[1]);
+      for_channels(
+          packet, begin, end,
+          [&](auto i) {
+            const Statistics<F64> s =
+                statistics(read_sums<F64>(packet + moment_a_at(c, i)), read_sums<F64>(packet + moment_b_at(c, i)),
+                           F64::splat(n), F64::splat(eps));
+            s.mean.keep(stats + i);
+            s.invstd.keep(stats + c + i);
+            s.var.keep(var + i - begin);
+          },
+          [&](int64_t i) {
+            const Statistics<double> s = statistics(packet, c, i, eps);
+            stats[i] = s.mean;
+            stats[c + i] = s.invstd;
+            var[i - begin] = s.var;
+          });
+      if (packet[1] != 0) {
+        update(running_mean, begin, end, keep, take, stats + begin);
+        for (int64_t i = begin; i < end && unbiased; ++i) var[i - begin] = hvd_syncbn::unbiased(var[i - begin], n);
+        update(running_var, begin, end, keep, take, var);
+      }
     }
     read_block(gamma, begin, end, 1.0, g);
     read_block(beta, begin, end, 0.0, b);
@@ -167,23 +180,25 @@ void backward_params(const hvd_syncbn_shape& shape, const int64_t* packet, const
 void backward_finish(const hvd_syncbn_shape& shape, const int64_t* packet, const double* stats,
                      const hvd_syncbn_vector& gamma, void* coefficients) {
   const int64_t c = shape.c;
-  const F64 n = F64::splat(static_cast<double>(packet[1]));
   for_blocks(c, [&](int64_t begin, int64_t end) {
-    double dy[kBlock], dyd[kBlock], g[kBlock];
-    for_channels(
-        packet, begin, end,
-        [&](auto i) {
-          const GradientMeans<F64> means =
-              gradient_means(read_sums<F64>(packet + moment_a_at(c, i)), read_sums<F64>(packet + moment_b_at(c, i)), n,
-                             F64::load(stats + c + i));
-          means.dy.keep(dy + i - begin);
-          means.dyd.keep(dyd + i - begin);
-        },
-        [&](int64_t i) {
-          const GradientMeans<double> means = gradient_means(packet, c, i, stats[c + i]);
-          dy[i - begin] = means.dy;
-          dyd[i - begin] = means.dyd;
-        });
+    double dy[kBlock] = {}, dyd[kBlock] = {}, g[kBlock];
+    if (packet != nullptr) {
+      const F64 n = F64::splat(static_cast<double>(packet[1]));
+      for_channels(
+          packet, begin, end,
+          [&](auto i) {
+            const GradientMeans<F64> means =
+                gradient_means(read_sums<F64>(packet + moment_a_at(c, i)), read_sums<F64>(packet + moment_b_at(c, i)),
+                               n, F64::load(stats + c + i));
+            means.dy.keep(dy + i - begin);
+            means.dyd.keep(dyd + i - begin);
+          },
+          [&](int64_t i) {
+            const GradientMeans<double> means = gradient_means(packet, c, i, stats[c + i]);
+            dy[i - begin] = means.dy;
+            dyd[i - begin] = means.dyd;
+          });
+    }
     read_block(gamma, begin, end, 1.0, g);
     if (shape.dtype == HVD_SYNCBN_FLOAT64) {
       write_backward_coefficients(begin, end, c, stats, g, dy, dyd, static_cast<double*>(coefficients));

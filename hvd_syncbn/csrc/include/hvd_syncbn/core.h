@@ -111,6 +111,7 @@ HVD_SYNCBN_API int64_t hvd_syncbn_packet_count(const int64_t* packet);
 // Reduced packet -> stats (float64 mean[c], invstd[c]), coefficients for forward_apply, and the running statistics in
 // place: new = f32(old_weight) * old + f32(new_weight) * batch statistic; `unbiased` picks var*n/(n-1) (PyTorch) or var
 // (Keras). running_mean.data and running_var.data may be NULL. An empty global batch changes no running statistic.
+// packet: NULL for a frozen layer, which is normalised by its running statistics and leaves them as they are.
 HVD_SYNCBN_API void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const int64_t* packet,
                                               hvd_syncbn_vector gamma, hvd_syncbn_vector beta,
                                               hvd_syncbn_vector running_mean, hvd_syncbn_vector running_var,
@@ -127,6 +128,7 @@ HVD_SYNCBN_API void hvd_syncbn_backward_params(const hvd_syncbn_shape* shape, co
                                                const double* stats, hvd_syncbn_vector dgamma, hvd_syncbn_vector dbeta);
 
 // Reduced packet of the backward direction -> coefficients for backward_apply.
+// packet: NULL for a frozen layer, through whose statistics no gradient flows: dx is then a * dy, whatever x is.
 HVD_SYNCBN_API void hvd_syncbn_backward_finish(const hvd_syncbn_shape* shape, const int64_t* packet,
                                                const double* stats, hvd_syncbn_vector gamma, void* coefficients);
 
