@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ def test_docstrings(name: str) -> None:
 def test_pages(page: str) -> None:
     result = doctest.testfile(str(ROOT / "docs" / page), module_relative=False)
     assert result.attempted and not result.failed
+
+
+def test_sources_name_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "sources.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) >= 2 * (text.count("\n| ") - 1)
+    for path, name in named:
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE), f"{path}::{name}"
 
 
 def load(name: str) -> Any:

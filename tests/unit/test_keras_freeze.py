@@ -71,10 +71,12 @@ def step(layer: Any, x: Any, dy: Any, residual: Any, graph: bool = False) -> dic
 # --- What a frozen layer computes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axis", [-1, 1, 2])
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "axis"),
+    [("float32", -1), ("float32", 1), ("float32", 2), ("float64", 1), ("float16", 1), ("float16", -1), ("bfloat16", -1)],
+)
 def test_bytes_are_those_of_pytorch(dtype: str, affine: bool, activation: str | None, axis: int) -> None:
     """Outputs and all gradients, eager and in a graph. Those of PyTorch are the reference's (test_torch_freeze.py)."""
     shape = (3, 5, 4, 6)
