@@ -118,6 +118,21 @@ def test_close_to_torchs_evaluation(shape: tuple[int, ...], activation: str | No
         torch.testing.assert_close([got["dweight"], got["dbias"]], list(want[2:]), rtol=1e-12, atol=1e-12)
 
 
+def test_channels_know_nothing_of_each_other() -> None:
+    """131 of them, which is more than the core's blocks and vectors hold: the bytes of each alone."""
+    layer = freeze_batchnorm(randomize(SyncBatchNorm(131, activation="relu")).train(), affine=True)
+    x, dy, residual = (randn(seed, 2, 131, 3) for seed in range(3))
+    whole = step(layer, x, dy, residual)
+    for c in (0, 63, 64, 65, 130):
+        one = SyncBatchNorm(1, activation="relu")
+        one.load_state_dict({n: v[c : c + 1] if v.ndim else v for n, v in layer.state_dict().items()})
+        freeze_batchnorm(one, affine=True)
+        got = step(one, *(t[:, c : c + 1] for t in (x, dy, residual)))
+        for name in ("y", "dx", "dresidual"):
+            assert_same(got[name], whole[name][:, c : c + 1], f"{name} of channel {c}")
+        assert_same([got["dweight"], got["dbias"]], [whole["dweight"][c : c + 1], whole["dbias"][c : c + 1]])
+
+
 def test_gradients_equal_finite_differences() -> None:
     layer = randomize(SyncBatchNorm(2, dtype=torch.float64))
     freeze_batchnorm(layer, affine=True)

@@ -58,7 +58,7 @@ def set_state(layer: keras.layers.Layer, state: BatchNormState) -> None:
     Raises:
         TypeError: Not a batch normalization layer, or not a state.
         ValueError: It is not built; another number of channels; a layer without gamma or beta and a state that needs them;
-            `momentum=None` and a layer that cannot average over all batches. The layer is as it was then.
+            `momentum=None` and a layer that cannot average over all batches; batch renormalization. Nothing is changed then.
 
     Example:
 
@@ -74,6 +74,8 @@ def set_state(layer: keras.layers.Layer, state: BatchNormState) -> None:
     _check(layer)
     if not isinstance(state, BatchNormState):
         raise TypeError(f"Expected a BatchNormState. Received: {type(state).__name__}")
+    if layer.renorm:
+        raise ValueError(f"A layer that does batch renormalization has more state than this. Received: layer {layer.name!r}")
     ours = isinstance(layer, SyncBatchNormalization)
     if state.momentum is None and not ours:
         raise ValueError(
