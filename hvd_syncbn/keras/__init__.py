@@ -1,23 +1,118 @@
-"""Synchronized batch normalization for Keras 3, and what it takes to train Keras 3 models under Horovod."""
+"""Synchronized batch normalization for Keras 3, and what it takes to train Keras 3 models under Horovod.
 
-from hvd_syncbn.tf_impl.keras.callbacks import BroadcastVariablesCallback, MetricAverageCallback
+``import hvd_syncbn.keras as hvd`` takes the place of ``import horovod.tensorflow.keras as hvd`` and of
+``import horovod.tensorflow as hvd``: what Horovod does itself (``hvd.init``, ``hvd.rank``, ...) is taken from it when it is
+first used.
+"""
+
+import importlib
+from typing import Any
+
+import keras as _keras
+
+from hvd_syncbn import horovod as _horovod
+from hvd_syncbn.keras import callbacks
+from hvd_syncbn.tf_impl.keras.callbacks import (
+    BestModelCheckpoint,
+    BroadcastGlobalVariablesCallback,
+    BroadcastVariablesCallback,
+    LearningRateScheduleCallback,
+    LearningRateWarmupCallback,
+    MetricAverageCallback,
+)
 from hvd_syncbn.tf_impl.keras.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from hvd_syncbn.tf_impl.keras.fold import Scale, fold_batchnorm
 from hvd_syncbn.tf_impl.keras.freeze import freeze_batchnorm, unfreeze_batchnorm
+from hvd_syncbn.tf_impl.keras.functions import (
+    DistributedGradientTape,
+    PartialDistributedGradientTape,
+    allgather,
+    allreduce,
+    broadcast,
+    broadcast_variables,
+    reducescatter,
+)
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
 from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer
 from hvd_syncbn.tf_impl.keras.state import get_state, set_state
 
+# Horovod's own, which know nothing of Keras.
+_HOROVODS = {
+    "Adasum",
+    "Average",
+    "Compression",
+    "Max",
+    "Min",
+    "ProcessSet",
+    "Product",
+    "Sum",
+    "add_process_set",
+    "allgather_object",
+    "alltoall",
+    "broadcast_global_variables",
+    "broadcast_object",
+    "ccl_built",
+    "cross_rank",
+    "cross_size",
+    "cuda_built",
+    "ddl_built",
+    "global_process_set",
+    "gloo_built",
+    "gloo_enabled",
+    "init",
+    "is_homogeneous",
+    "is_initialized",
+    "join",
+    "local_rank",
+    "local_size",
+    "mpi_built",
+    "mpi_enabled",
+    "mpi_threads_supported",
+    "nccl_built",
+    "rank",
+    "remove_process_set",
+    "rocm_built",
+    "shutdown",
+    "size",
+    "start_timeline",
+    "stop_timeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "elastic":  # imports Horovod
+        return importlib.import_module("hvd_syncbn.keras.elastic")
+    if name in _HOROVODS:
+        return getattr(_horovod.load("torch" if _keras.backend.backend() == "torch" else "tensorflow"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOROVODS, "elastic"})
+
+
 __all__ = [
+    "BestModelCheckpoint",
+    "BroadcastGlobalVariablesCallback",
     "BroadcastVariablesCallback",
+    "DistributedGradientTape",
     "DistributedOptimizer",
+    "LearningRateScheduleCallback",
+    "LearningRateWarmupCallback",
     "MetricAverageCallback",
+    "PartialDistributedGradientTape",
     "Scale",
     "SyncBatchNormalization",
+    "allgather",
+    "allreduce",
+    "broadcast",
+    "broadcast_variables",
+    "callbacks",
     "convert_sync_batchnorm",
     "fold_batchnorm",
     "freeze_batchnorm",
     "get_state",
+    "reducescatter",
     "revert_sync_batchnorm",
     "set_state",
     "unfreeze_batchnorm",

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from hvd_syncbn.tf_impl.keras import ranks
-from hvd_syncbn.tf_impl.keras.functions import broadcast_variables
+from hvd_syncbn.tf_impl.keras.functions import backing, broadcast_variables
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -87,7 +87,7 @@ class BroadcastVariablesCallback(keras.callbacks.Callback):
             if not self.model.optimizer.built:
                 self.model.optimizer.build(self.model.trainable_variables)
             variables += self.model.optimizer.variables
-        local = {id(getattr(variable, "value", variable)) for variable in self._local_variables}
+        local = {id(backing(variable)) for variable in self._local_variables}
         variables = [variable for variable in variables if id(variable.value) not in local]
         broadcast_variables(variables, self.root_rank, self.process_set)
 
@@ -234,10 +234,10 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
             raise ValueError("`initial_lr` is required. Received: initial_lr=None")
         self.initial_lr = initial_lr
         self.start_epoch = start_epoch
-        self.end_epoch = end_epoch
+        self.end_epoch: Any = end_epoch
         self.staircase = staircase
         self.momentum_correction = momentum_correction
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch: Any = steps_per_epoch
         self.current_epoch: int | None = None
         self.multiplier: Callable[[float], float] = (
             multiplier if callable(multiplier) else lambda epoch: multiplier ** (epoch - start_epoch)
@@ -365,7 +365,8 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
 class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
     """`keras.callbacks.ModelCheckpoint` that keeps the best model and writes it on one rank.
 
-    It can be given to all ranks: two that write one file would spoil it. After `MetricAverageCallback` the best is that of all ranks.
+    Give it to all ranks or to that one: two that write one file would spoil it. After `MetricAverageCallback` the best is
+    that of all ranks.
 
     Args:
         monitor: The name in the logs to go by.
@@ -402,7 +403,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         ending = "later.weights.h5" if save_weights_only else "later.keras"
         super().__init__(ending if filepath is None else filepath, monitor, verbose, True, save_weights_only, mode, save_freq)
         if filepath is None:
-            self.filepath = None
+            self.filepath: Any = None
         self.root_rank = root_rank
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:

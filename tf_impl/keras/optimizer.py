@@ -176,6 +176,8 @@ def DistributedOptimizer(
     backward_passes_per_step: int = 1,
     compression: Any = None,
     sparse_as_dense: bool = False,
+    op: Any = None,
+    average_aggregated_gradients: bool = True,
 ) -> keras.optimizers.Optimizer:
     """Make a Keras 3 optimizer average its gradients over all ranks.
 
@@ -196,6 +198,8 @@ def DistributedOptimizer(
         compression: One of `hvd.Compression`, for dense gradients. Defaults to none.
         sparse_as_dense: Whether to add up `tf.IndexedSlices` into dense gradients instead of gathering the slices of
             all ranks; faster where most rows are touched.
+        op: `hvd.Average`, which is what this does; for scripts that say so.
+        average_aggregated_gradients: `True`, likewise: the gradients of `backward_passes_per_step` batches are averaged.
 
     Raises:
         TypeError: If `optimizer` is not a Keras 3 optimizer.
@@ -221,6 +225,7 @@ def DistributedOptimizer(
         raise ValueError(
             f"`backward_passes_per_step` must be an integer >= 1. Received: backward_passes_per_step={backward_passes_per_step}"
         )
+    _check_averaging(op, average_aggregated_gradients, backward_passes_per_step)
     name = name or f"hvd_syncbn.DistributedOptimizer{next(_instances)}"
     wrapped = type(optimizer)
     members = {
@@ -233,3 +238,14 @@ def DistributedOptimizer(
     # Past Keras's own __setattr__, which would take the class for a state to track.
     object.__setattr__(optimizer, "__class__", type(wrapped.__name__, (_Distributed, wrapped), members))
     return optimizer
+
+
+def _check_averaging(op: Any, average_aggregated_gradients: bool, passes: int) -> None:
+    """Refuse the sums that Horovod's optimizer can do: with them a script would train with other learning rates."""
+    if op is not None and op != ranks.require().Average:
+        raise ValueError(f"gradients are averaged: multiply the learning rate instead. Received: op={op}")
+    if passes > 1 and not average_aggregated_gradients:
+        raise ValueError(
+            "the gradients of several batches are averaged: multiply the learning rate by `backward_passes_per_step` instead. "
+            f"Received: average_aggregated_gradients=False, backward_passes_per_step={passes}"
+        )

@@ -1,0 +1,19 @@
+"""``hvd.elastic``: what Horovod has under this name, for Keras 3. Imports Horovod."""
+
+from hvd_syncbn.tf_impl.keras.elastic import (
+    CommitStateCallback,
+    KerasState,
+    TensorFlowKerasState,
+    UpdateBatchStateCallback,
+    UpdateEpochStateCallback,
+    run,
+)
+
+__all__ = [
+    "CommitStateCallback",
+    "KerasState",
+    "TensorFlowKerasState",
+    "UpdateBatchStateCallback",
+    "UpdateEpochStateCallback",
+    "run",
+]

@@ -1,0 +1,256 @@
+"""Elastic jobs: `model.fit` that goes on when workers die, leave or join.
+
+A traced step asks Horovod for the number of ranks when it runs (`HOROVOD_ELASTIC`), so nothing is traced anew.
+`hvd_syncbn.keras.elastic` is the face of this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from horovod.common.elastic import ObjectState, run_fn
+from horovod.common.exceptions import HorovodInternalError
+
+from hvd_syncbn.tf_impl.keras import ranks
+from hvd_syncbn.tf_impl.keras.functions import broadcast_variables
+
+
+@contextlib.contextmanager
+def _internal_errors() -> Iterator[None]:
+    """Turns what TensorFlow raises where a collective failed, and names it, into what Horovod restores after."""
+    try:
+        yield
+    except (tf.errors.UnknownError, tf.errors.AbortedError) as error:
+        if "Horovod" not in error.message:
+            raise
+        raise HorovodInternalError(error) from error
+
+
+def run(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate the function that trains: it starts over, with the last commit, whenever the ranks have changed.
+
+    Args:
+        func: Function whose first argument is a `State`. It must not talk to other ranks before it trains from that state,
+            since a worker that joins starts it in the middle.
+
+    Example:
+
+    ```python
+    @elastic.run
+    def train(state):
+        state.model.fit(data, initial_epoch=state.epoch, epochs=90, callbacks=[...])
+
+    train(elastic.KerasState(model, batch=0, epoch=0))
+    ```
+    """
+
+    @functools.wraps(func)
+    def attempt(state: Any, *args: Any, **kwargs: Any) -> Any:
+        with _internal_errors():
+            return func(state, *args, **kwargs)
+
+    def reset() -> None:
+        hvd = ranks.require()
+        hvd.shutdown()
+        hvd.init()
+
+    return run_fn(attempt, reset)
+
+
+class KerasState(ObjectState):
+    """A Keras 3 model and its optimizer, as last committed, in memory.
+
+    The model's weights, its random seeds and the optimizer's variables (a LossScaleOptimizer's, too) are saved and restored.
+    When ranks come together they get those of rank 0; seeds stay each rank's own, as equal seeds would drop the same units
+    everywhere. Metrics start anew with `fit()`. Gradients that `backward_passes_per_step` has not applied yet are given up, on
+    all ranks alike.
+
+    Args:
+        model: Keras model, built and, unless `optimizer` is given, compiled.
+        optimizer: Optimizer, if it is not the model's.
+        kwargs: More values to keep, which become attributes: `batch=0, epoch=0`.
+
+    Raises:
+        ValueError: The model is not built, or there is no optimizer.
+
+    Example:
+
+    ```python
+    state = elastic.KerasState(model, batch=0, epoch=0)
+    state.register_reset_callbacks([lambda: setattr(model.optimizer, "learning_rate", 0.01 * hvd.size())])
+    ```
+    """
+
+    def __init__(self, model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None, **kwargs: Any) -> None:
+        if not model.built:
+            raise ValueError(
+                f"the model has to be built first: `model.build(input_shape)`. Received: {model.name!r}, not built"
+            )
+        optimizer = model.optimizer if optimizer is None else optimizer
+        if optimizer is None:
+            raise ValueError(f"compile the model, or pass `optimizer`. Received: {model.name!r} without an optimizer")
+        hvd = ranks.require()
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        self.model = model
+        self.optimizer = optimizer
+        self._save_variables()
+        super().__init__(bcast_object=hvd.broadcast_object, get_rank=hvd.rank, **kwargs)
+
+    def save(self) -> None:
+        """Keep what is now."""
+        self._save_variables()
+        super().save()
+
+    def restore(self) -> None:
+        """Go back to what was kept."""
+        for variable, value in zip(self._variables(), self._values, strict=True):
+            variable.assign(value)
+        self._forget_gradients()
+        super().restore()
+
+    def sync(self) -> None:
+        """Take what rank 0 has, and keep it."""
+        seeds = {id(variable) for variable in self.model.variables} - {id(variable) for variable in self.model.weights}
+        with _internal_errors():  # somebody may die right now
+            broadcast_variables([variable for variable in self._variables() if id(variable) not in seeds], 0)
+        self._forget_gradients()
+        self._save_variables()
+        with _internal_errors():
+            super().sync()
+
+    def _variables(self) -> list[Any]:
+        return [*self.model.variables, *self.optimizer.variables]
+
+    def _save_variables(self) -> None:
+        self._values = [np.array(keras.ops.convert_to_numpy(variable)) for variable in self._variables()]
+
+    def _forget_gradients(self) -> None:
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        for one in {id(o): o for o in (self.optimizer, optimizer)}.values():
+            averager = getattr(one, "_averager", None)
+            for accumulator in getattr(averager, "accumulators", None) or getattr(one, "_accumulators", []):
+                accumulator.assign(tf.zeros_like(accumulator))
+
+
+TensorFlowKerasState = KerasState
+
+
+class CommitStateCallback(keras.callbacks.Callback):
+    """Commits a state every `batches_per_commit` batches, and at the end of an epoch.
+
+    Comes after the callbacks that update the state: what they have not seen yet is not committed.
+
+    Args:
+        state: The `State`.
+        batches_per_commit: Batches from one commit to the next. A commit copies the model to the host's memory, and asks if
+            workers have come or gone.
+    """
+
+    def __init__(self, state: Any, batches_per_commit: int = 1) -> None:
+        super().__init__()
+        if not isinstance(batches_per_commit, int) or batches_per_commit < 1:
+            raise ValueError(f"`batches_per_commit` must be an integer >= 1. Received: batches_per_commit={batches_per_commit}")
+        self.state = state
+        self.batches_per_commit = batches_per_commit
+        self.batches_remaining = batches_per_commit
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Count from here, as all ranks do after a reset."""
+        self.batches_remaining = self.batches_per_commit
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Commit, if it is time."""
+        self.batches_remaining -= 1
+        if self.batches_remaining == 0:
+            self.batches_remaining = self.batches_per_commit
+            self.state.commit()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Commit."""
+        self.state.commit()
+
+
+class UpdateBatchStateCallback(keras.callbacks.Callback):
+    """Keeps in `state.batch` how many batches of the epoch are done, and ends the first epoch after a reset by as many sooner.
+
+    That epoch takes its batches from the start of the data. For the very batches that were left, `fit()` needs data that
+    begins with them: `batches.repeat().skip(state.epoch * steps + state.batch)` and `steps_per_epoch=steps`.
+
+    Args:
+        state: The `State`, which has an attribute `batch`.
+    """
+
+    # Truthy, and not what anybody else would ask `fit()` to stop with.
+    _SHORTENED = "the rest of this epoch was done before the reset"
+
+    def __init__(self, state: Any) -> None:
+        super().__init__()
+        self.state = state
+        self.steps_per_epoch: int | None = None
+        self._done_before = 0
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Take note of the number of steps."""
+        self.steps_per_epoch = self.params.get("steps")
+        self._done_before = self.state.batch
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Tell the progress bar."""
+        if self.steps_per_epoch:
+            self.params["steps"] = self.steps_per_epoch - self._done_before
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Count the batch, and end the epoch if it is the last one."""
+        self.state.batch = self._done_before + batch + 1
+        if self._done_before and self.steps_per_epoch and self.state.batch >= self.steps_per_epoch:
+            self.model.stop_training = self.model.stop_training or self._SHORTENED
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Start from 0, with a whole epoch."""
+        self.state.batch = self._done_before = 0
+        if self.model.stop_training == self._SHORTENED:
+            self.model.stop_training = False
+
+
+class UpdateEpochStateCallback(keras.callbacks.Callback):
+    """Keeps in `state.epoch` how many epochs are done.
+
+    Args:
+        state: The `State`, which has an attribute `epoch`. `fit()` may be told so in both ways:
+            `initial_epoch=state.epoch, epochs=90` (which schedules of learning rates need), or `epochs=90 - state.epoch`.
+    """
+
+    def __init__(self, state: Any) -> None:
+        super().__init__()
+        self.state = state
+        self.initial_epoch: int | None = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Forget where the last `fit()` began."""
+        self.initial_epoch = None
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Find out how `fit()` counts."""
+        if self.initial_epoch is None:
+            self.initial_epoch = self.state.epoch - epoch
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Count the epoch."""
+        self.state.epoch = (self.initial_epoch or 0) + epoch + 1
+
+
+__all__ = [
+    "CommitStateCallback",
+    "KerasState",
+    "TensorFlowKerasState",
+    "UpdateBatchStateCallback",
+    "UpdateEpochStateCallback",
+    "run",
+]
