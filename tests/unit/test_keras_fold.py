@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+from hvd_syncbn import progress
 from hvd_syncbn.keras import Scale, SyncBatchNormalization, convert_sync_batchnorm, fold_batchnorm
 from tests.arrays import same_bits
 
@@ -411,3 +412,12 @@ def test_wrong_calls() -> None:
             fold_batchnorm(model)
     with pytest.warns(UserWarning, match=r"Found no batch normalization to fold"):
         fold_batchnorm(sequence((3,), layers.Dense(3)))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_progress(rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bar where it takes long, on the first rank."""
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setenv("HOROVOD_RANK", rank)
+    fold_batchnorm(randomize(network()))
+    assert ("Folding batch norms" in capsys.readouterr().err) == (rank == "0")

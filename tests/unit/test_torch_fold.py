@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from hvd_syncbn import progress
 from hvd_syncbn.torch import Scale, SyncBatchNorm, convert_sync_batchnorm, fold_batchnorm
 from tests.torch_tools import assert_same, randn, randomize
 
@@ -486,3 +487,12 @@ def test_a_trace_sees_through_scripted_code_of_others() -> None:
             return self.attention(y, y, y)[0]
 
     folds(randomize(Mixed()), randn(1, 2, 4, 6))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_progress(rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bar where it takes long, on the first rank."""
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setenv("HOROVOD_RANK", rank)
+    fold_batchnorm(randomize(Net()).eval())
+    assert ("Folding batch norms" in capsys.readouterr().err) == (rank == "0")

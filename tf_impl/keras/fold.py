@@ -6,6 +6,7 @@ configs of the old one's layers.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_syncbn.exchange import scale_and_shift
+from hvd_syncbn.progress import track
 from hvd_syncbn.tf_impl.keras.convert import _walk
 from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization
 
@@ -124,7 +126,10 @@ def fold_batchnorm(model: keras.Model) -> keras.Model:
         if number not in folder.gone | folder.scales:
             reason = folder.reasons.get(number, "it is in a layer whose order of calls is not known")
             warnings.warn(f"{path!r} is not folded: {reason}", stacklevel=2)
-    return folder.build(model)
+    try:
+        return folder.build(model)
+    finally:
+        folder.bar.close()
 
 
 def _is_graph(model: Any) -> bool:
@@ -176,6 +181,9 @@ class _Folder:
         self.scales: set[int] = set()  # those that become a Scale, or another one
         self.weights: dict[int, tuple[list[Array], Array]] = {}  # of layers with a norm in them: kernels, bias
         self.copies: dict[int, Any] = {}
+        # Building is what takes time. Folding needs no Horovod, so it is not asked which rank this is.
+        total = len(self.calls)
+        self.bar = track(range(total), "Folding batch norms", os.environ.get("HOROVOD_RANK", "0") == "0", total)
 
     # --- What becomes a part of what
 
@@ -351,6 +359,7 @@ class _Folder:
 
     def _call(self, operation: Any, *args: Any, residual: Any = None, **kwargs: Any) -> Any:
         if id(operation) not in self.gone | self.scales:
+            next(self.bar, None)
             kwargs = kwargs if residual is None else {**kwargs, "residual": residual}
             return self._copy(operation)(*args, **kwargs)
         outputs, pieces = args[0], self._pieces(operation)
@@ -364,6 +373,7 @@ class _Folder:
 
     def _pieces(self, layer: Any) -> list[Any]:
         """The layers in the place of one."""
+        next(self.bar, None)
         if id(layer) not in self.gone | self.scales:
             return [self._copy(layer)]
         pieces: list[Any] = []

@@ -1,0 +1,38 @@
+"""A progress bar for work that takes more than a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+T = TypeVar("T")
+
+PATIENCE = 1.0  # seconds without a bar
+
+
+def track(items: Iterable[T], description: str, shown: bool, total: int | None = None) -> Generator[T]:
+    """Yields ``items``; where ``shown``, with a bar on standard error from the second second on.
+
+    Close the generator where it is not read to its end, or the bar stays.
+    """
+    start = time.monotonic()
+    progress = None
+    try:
+        for done, item in enumerate(items):
+            if shown and progress is None and time.monotonic() - start > PATIENCE:
+                columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+                progress = Progress(*columns, console=Console(stderr=True))
+                progress.start()
+                task = progress.add_task(description, total=total)
+            if progress is not None:
+                progress.update(task, completed=done)
+            yield item
+        if progress is not None:
+            progress.update(task, completed=done + 1)
+    finally:
+        if progress is not None:
+            progress.stop()
