@@ -85,7 +85,7 @@ def run(
     module: str = "tests.cluster.elastic_torch",
     steps: int = 12,
     during: Callable[[Callable[[Mapping[str, int]], None], Callable[[str], list[dict[str, Any]]]], None] | None = None,
-    timeout: float = 120,
+    timeout: float = 240,
     options: Sequence[str] = (),
     **environment: str,
 ) -> Job:

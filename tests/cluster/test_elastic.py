@@ -5,6 +5,7 @@ The statistics at the end are those of one process that was given the same globa
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,10 @@ from tests.cluster import elastic
 from tests.cluster.elastic_torch import replay
 from tests.cluster.hosts import Hosts
 
-SECONDS = 10
+
+def limit() -> float:
+    """Seconds for a recovery: 10, and on a machine that has more to do than cores in proportion; Gloo's timeout is 600."""
+    return 10 * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
 
 
 def assert_recovered(job: elastic.Job, deaths: int, survivors: int) -> list[float]:
@@ -25,7 +29,7 @@ def assert_recovered(job: elastic.Job, deaths: int, survivors: int) -> list[floa
     recoveries = job.recoveries()
     assert len(recoveries) == deaths, (recoveries, job.output[-8000:])
     seconds = [second for recovery in recoveries for second in recovery.values()]
-    assert max(seconds, default=0) < SECONDS, (recoveries, job.output[-8000:])
+    assert max(seconds, default=0) < limit(), (recoveries, job.output[-8000:])
     assert len(job.of("end")) == survivors, (job.of("end"), job.output[-8000:])
     assert "terminate called" not in job.output
     batches = job.batches()
@@ -39,20 +43,20 @@ def death(worker: str, step: int, where: str, how: str) -> dict[str, Any]:
     return {"worker": worker, "step": step, "where": where, "how": how}
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_twice_in_one_job(hosts: Hosts, tmp_path: Path) -> None:
     """The first to die is rank 0, and the second has a neighbour on its host, which goes on."""
     plan = [death("rank 0", 3, "forward", "kill"), death("rank 1", 6, "backward", "raise")]
     assert_recovered(elastic.run(hosts, tmp_path, {"h1": 2, "h2": 2}, plan), deaths=2, survivors=2)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_hosts_come_and_go(hosts: Hosts, tmp_path: Path) -> None:
     """A host joins; another leaves, with its worker; then one dies."""
 
     def during(discover: Callable[[Mapping[str, int]], None], lines: Callable[[str], list[dict[str, Any]]]) -> None:
         def wait(size: int, newest: int) -> int:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while time.monotonic() < deadline:
                 rounds = [line["round"] for line in lines("loop") if line["size"] == size and line["round"] > newest]
                 if rounds:

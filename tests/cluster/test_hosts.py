@@ -42,7 +42,7 @@ def digests(framework: str, path: Path, hosts: Hosts | None = None, slots: str =
         text=True,
     )
     try:
-        output = "\n".join(process.communicate(timeout=150))
+        output = "\n".join(process.communicate(timeout=240))
     finally:
         end(process)
     assert path.exists(), output[-8000:]
@@ -50,7 +50,7 @@ def digests(framework: str, path: Path, hosts: Hosts | None = None, slots: str =
     return found
 
 
-@pytest.mark.timeout(360)
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
 def test_the_bytes_of_one_process(hosts: Hosts, tmp_path: Path, framework: str) -> None:
     """2 hosts x 2 ranks, for every split of the batch. In one framework horovodrun has to find the network interface."""
@@ -76,7 +76,7 @@ with Hosts(2) as hosts:
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("how", ["fail", "SIGTERM", "SIGKILL", "keeper"])
 def test_nothing_is_left(hosts: Hosts, how: str) -> None:
     """No process, namespace, bridge or file after a program with hosts fails or is killed; not even if their keeper is."""
@@ -95,7 +95,7 @@ def test_nothing_is_left(hosts: Hosts, how: str) -> None:
             time.sleep(0.5)
             Hosts(1).close()  # the next to make hosts clears up
             program.kill()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         left = [name for name in namespaces() if name.startswith(prefix)]
         alive = [pid for pid in running if Path(f"/proc/{pid}").exists()]

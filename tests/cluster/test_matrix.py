@@ -32,7 +32,7 @@ def table() -> Iterator[list[str]]:
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("ranks", "where", "how"), CASES)
 def test_recovers(hosts: Hosts, tmp_path: Path, table: list[str], ranks: int, where: str, how: str) -> None:
     number = CASES.index((ranks, where, how))
