@@ -39,6 +39,7 @@ class BatchNorm(_BatchNorm):
     # What TorchScript need not look at.
     __jit_ignored_attributes__: ClassVar[list[str]] = ["__module__", "process_set", "collective_name", "_converted_from"]
     __jit_unused_properties__: ClassVar[list[str]] = ["_fused"]
+    __constants__ = [*_BatchNorm.__constants__, "_fused"]  # noqa: RUF012, as _BatchNorm declares it
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class BatchNorm(_BatchNorm):
             self._check_input_dim(input)
         elif not _is_proxy(input):
             self._check_input_dim(input)
-        return self._normalize_locally(input, residual, self.activation)
+        return self._normalize_locally(input, residual, self._fused)
 
     def _normalize_locally(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
         keeps = self.track_running_stats or not self.training
@@ -157,7 +158,7 @@ class SyncBatchNorm(BatchNorm):
                     "or `hvd_syncbn.torch.revert_sync_batchnorm` before compiling one that trains"
                 )
             self._check_input_dim(input)
-            return self._normalize_locally(input, residual, self.activation)
+            return self._normalize_locally(input, residual, self._fused)
         activation = self._fused
         residual = check_input(input, self.num_features, residual, activation)
         if not _is_proxy(input):

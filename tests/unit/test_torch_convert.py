@@ -10,6 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import horovod.torch as hvd
 import pytest
@@ -27,6 +28,7 @@ from hvd_syncbn.torch import (
     convert_sync_batchnorm,
     revert_sync_batchnorm,
 )
+from hvd_syncbn.torch_impl import functional, module
 from tests.torch_tools import assert_same, randn, randomize, step
 
 
@@ -108,6 +110,7 @@ def model() -> Model:
 
 X = randn(1, 6, 3, 7, 7)
 DY = randn(2, 6, 3)
+DY_IMAGES = randn(3, 6, 3, 7, 7)
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -335,10 +338,11 @@ class CallsFunction(nn.BatchNorm2d):
 
 
 class CallsFunctionByMethod(nn.BatchNorm2d):
-    """In a method of its own."""
+    """In a method of its own, by its other name."""
 
     def normalize(self, x: Tensor) -> Tensor:
-        return torch.batch_norm(x, self.weight, self.bias, None, None, True, 0.1, 1e-5, False)
+        running = self.running_mean, self.running_var
+        return torch.batch_norm(x, self.weight, self.bias, *running, True, momentum=0.1, eps=1e-5, cudnn_enabled=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if not self.training else self.normalize(x)
@@ -347,7 +351,9 @@ class CallsFunctionByMethod(nn.BatchNorm2d):
 class CallsFunctionBehindDecorator(nn.BatchNorm2d):
     @unchanged
     def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, None, None, training=True) if self.training else super().forward(x)
+        if not self.training:
+            return super().forward(x)
+        return F.batch_norm(input=x, running_mean=None, running_var=None, training=True, momentum=0.3)
 
 
 class Inherits(CallsFunctionByMethod):
@@ -359,9 +365,99 @@ class CallsClassByName(nn.BatchNorm2d):
         return nn.BatchNorm2d.forward(self, x) if self.training else super().forward(x)
 
 
+class WithActivation(nn.BatchNorm2d):
+    """As image libraries have it: batch norm written out, then dropout and an activation of any kind."""
+
+    def __init__(self, features: int, momentum: float | None = 0.1) -> None:
+        super().__init__(features, momentum=momentum)
+        self.drop = nn.Identity()
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "expected 4 dimensions")
+        share = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                share = 1.0 / float(self.num_batches_tracked)
+        by_batch = True if self.training else self.running_mean is None and self.running_var is None
+        x = F.batch_norm(
+            x,
+            self.running_mean if not self.training or self.track_running_stats else None,
+            self.running_var if not self.training or self.track_running_stats else None,
+            self.weight,
+            self.bias,
+            by_batch,
+            share,
+            self.eps,
+        )
+        return self.act(self.drop(x))
+
+
+class OnlyRenamed(nn.BatchNorm2d):
+    """Without a forward of its own."""
+
+    def extra_repr(self) -> str:
+        return "mine, " + super().extra_repr()
+
+
+CONVERTED = [
+    CallsFunction,
+    CallsFunctionByMethod,
+    CallsFunctionBehindDecorator,
+    Inherits,
+    CallsClassByName,
+    WithActivation,
+    Doubled,
+    Named,
+    OnlyRenamed,
+]
+
+
+@pytest.mark.parametrize("cls", CONVERTED)
+def test_subclass_that_calls_the_function(cls: Any) -> None:
+    """What its own forward gives, by our operator: once a step, with statistics and counter as it keeps them."""
+    original = nn.Sequential(nn.Conv2d(3, 3, 1), randomize(cls(3)))
+    theirs = copy.deepcopy(original)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = convert_sync_batchnorm(original)
+    assert isinstance(ours[1], SyncBatchNorm) and isinstance(ours[1], cls) and ours[1].collective_name == "1"
+    for seed in range(2):
+        x, dy = randn(seed, 6, 3, 7, 7), randn(seed + 2, 6, 3, 7, 7)
+        with (
+            mock.patch.object(functional, "normalize", wraps=functional.normalize) as by_function,
+            mock.patch.object(module, "normalize", wraps=module.normalize) as by_super,
+        ):
+            got = step(ours, x, dy)
+        (call,) = by_function.call_args_list + by_super.call_args_list
+        assert call.args[-1] == "1"
+        torch.testing.assert_close(got, step(theirs, x, dy), rtol=1e-4, atol=1e-4)  # as assert_is_same_model
+    ours.eval(), theirs.eval()
+    theirs.load_state_dict(ours.state_dict())
+    assert_same(ours(x), theirs(x))
+    if cls not in (Doubled, Named):  # their second forward is in a base class
+        assert_same(copy.deepcopy(ours).train()(x), saved_and_loaded(ours).train()(x))
+    assert type(revert_sync_batchnorm(ours)[1]) is cls
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_example_of_images(momentum: float | None) -> None:
+    """The bytes of the layer by hand, where theirs computes the same."""
+    theirs = convert_sync_batchnorm(randomize(WithActivation(3, momentum)))
+    ours = nn.Sequential(randomize(SyncBatchNorm(3, momentum=momentum)), nn.SiLU())
+    for seed in range(3):
+        got = step(theirs, randn(seed, 6, 3, 7, 7), DY_IMAGES)
+        want = step(ours, randn(seed, 6, 3, 7, 7), DY_IMAGES)
+        assert_same(got, {name.replace("0.", ""): value for name, value in want.items()})
+
+
 class ByHand(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean((0, 2, 3), keepdim=True)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr()
 
 
 class OfTheirSync(nn.SyncBatchNorm):
@@ -371,15 +467,87 @@ class OfTheirSync(nn.SyncBatchNorm):
         return super().forward(x)
 
 
-@pytest.mark.parametrize(
-    "cls", [CallsFunction, CallsFunctionByMethod, CallsFunctionBehindDecorator, Inherits, CallsClassByName, ByHand, OfTheirSync]
-)
+class CallsOther(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_batch_norm(x, self.weight, self.bias, None, None, True, 0.1, 1e-5)[0]
+
+
+@pytest.mark.parametrize("cls", [ByHand, OfTheirSync, CallsOther])
 def test_subclass_that_normalizes_by_itself(cls: type[nn.Module]) -> None:
     original = nn.Sequential(nn.BatchNorm2d(3), cls(3))
     with pytest.warns(UserWarning, match=rf"'1' stays as it is: {cls.__name__} ") as caught:
         converted = convert_sync_batchnorm(original)
     assert len(caught) == 1
     assert type(converted[1]) is cls and type(converted[0]) is SyncBatchNorm2d
+
+
+class ByHandInTraining(nn.BatchNorm2d):
+    """One cannot tell from its code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean((0, 2, 3), keepdim=True) if self.training else super().forward(x)
+
+
+def test_subclass_that_turns_out_to_normalize_by_itself() -> None:
+    layer = convert_sync_batchnorm(nn.Sequential(ByHandInTraining(3)))
+    with pytest.warns(UserWarning, match="layer '0' has normalised by itself"):
+        layer(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.eval()(X)
+
+
+class NormOfItsOwn(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, training=True)
+
+
+class AttributeOfThatName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.batch_norm(x)
+
+
+class Hiding(nn.Module):
+    """Norms in plain containers: one that is registered as well, one in evaluation mode, one that trains unseen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.BatchNorm2d(3)
+        self.known = {"a": [self.seen]}
+        self.teacher = [nn.Sequential(nn.BatchNorm2d(3)).eval()]
+        self.unseen = {"b": (nn.Sequential(nn.BatchNorm2d(3)),)}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_what_is_out_of_reach() -> None:
+    """Whatever else would silently keep statistics of this rank."""
+    original = nn.ModuleDict(
+        {
+            "scripted": torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))),
+            "traced": torch.fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(3), NormOfItsOwn())),
+            "own": NormOfItsOwn(),
+            "attribute": AttributeOfThatName(),
+            "hiding": Hiding(),
+        }
+    )
+    with pytest.warns(UserWarning, match="stays as it is") as caught:
+        convert_sync_batchnorm(original)
+    texts = [str(warning.message) for warning in caught]
+    for path, fragment in (
+        ("scripted.0", "compiled by TorchScript"),
+        ("traced.batch_norm", "traced graph"),
+        ("own", "NormOfItsOwn calls batch_norm"),
+        ("hiding.unseen", "plain list or dictionary"),
+    ):
+        (text,) = (text for text in texts if text.startswith(f"{path!r} "))
+        assert fragment in text and "this rank's alone" in text
+    assert len(texts) == 4
+    converted = {path for path, layer in original.named_modules() if isinstance(layer, SyncBatchNorm)}
+    assert converted == {"traced.0", "attribute.batch_norm", "hiding.seen"}
 
 
 class HasProcessSet(nn.BatchNorm2d):
