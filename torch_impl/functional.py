@@ -18,6 +18,11 @@ def check_input(x: Tensor, num_features: int | None, residual: Tensor | None, ac
     """Raises ``ValueError`` or ``TypeError`` for what no rank could normalise; returns the residual in x's dtype."""
     if x.dim() < 2:
         raise ValueError(f"expected an input of at least 2 dimensions. Received: shape {tuple(x.shape)}")
+    if x.is_quantized:
+        raise TypeError(
+            "there is no int8 form of a synchronized batch norm: call hvd_syncbn.torch.revert_sync_batchnorm before fusing and "
+            f"converting a model for quantization. Received: {x.dtype}"
+        )
     if x.dtype not in _DTYPES:
         raise TypeError(f"expected a float32, float64, float16 or bfloat16 input. Received: {x.dtype}")
     shapes_are_known = not torch.jit.is_tracing()  # where they are part of the trace, PyTorch's operators look at them

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hvd_syncbn import native, protocol, vectors
 from hvd_syncbn.cli.stacks import torch_stack
@@ -394,6 +395,107 @@ def check_compiled() -> str | None:
         got = step(compiled, x[mine], dy[mine], residual[mine])
         got = {name.replace("_orig_mod.", ""): value for name, value in got.items()}
         assert_part(got, step(layer_in(ALONE), x, dy, residual), mine)
+    return None
+
+
+# --- PyTorch's own tools ---------------------------------------------------------------------------------------------
+
+
+class Written(nn.BatchNorm2d):
+    """A forward that calls the function itself, as image libraries have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        running = self.running_mean, self.running_var
+        return F.silu(F.batch_norm(x, *running, self.weight, self.bias, self.training, self.momentum, self.eps))
+
+
+def blocks(momentum: float | None = 0.1, norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
+    """In float64, where the order of a sum is worth 1e-15: what one process gets from the whole batch is seen exactly."""
+    torch.manual_seed(1)
+    convolutions = [nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2)]
+    return randomize(nn.Sequential(*(nn.Sequential(conv, norm(3, momentum=momentum)) for conv in convolutions)).double())
+
+
+def assert_equals_one_process(ours: nn.Module, theirs: nn.Module, steps: int = 3) -> None:
+    """Ours on this rank's part, PyTorch's batch norm on the global batch. Running statistics: by float32 weights, 1e-7."""
+    mine = UNEVEN[RANK]
+    for seed in range(steps):
+        x, dy = (randn(10 * seed + i, SAMPLES, 3, 5, 5, dtype=torch.float64) + 5 * i for i in (1, 2))
+        got, want = step(ours, x[mine], dy[mine]), step(theirs, x, dy)
+        for name in want:
+            if name in ("y", "dx"):
+                torch.testing.assert_close(got[name], want[name][mine], rtol=1e-10, atol=1e-10)
+            elif not name.endswith(("weight", "bias")):
+                assert name in got
+                torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
+
+
+def check_checkpointing() -> None:
+    """Ranks run every block twice, and count alike: statistics and counter are PyTorch's, of the global batch."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, inner: nn.Sequential, reentrant: bool) -> None:
+            super().__init__()
+            self.inner, self.reentrant = inner, reentrant
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.inner:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+            return x
+
+    for reentrant in (True, False):
+        for momentum in (0.1, None):
+            ours = Checkpointed(convert_sync_batchnorm(blocks(momentum)), reentrant)
+            theirs = Checkpointed(blocks(momentum), reentrant)
+            assert_equals_one_process(ours, theirs)
+            assert [block[1].num_batches_tracked.item() for block in ours.inner] == [6, 6]
+
+
+def check_in_place() -> None:
+    """An optimizer and a list from before the conversion are those of the model that trains on all ranks."""
+    mine = vectors.split(SIZE, "even")[RANK]  # equal parts, as Horovod averages gradients without weights
+    ours, theirs = blocks(), blocks()
+    listed = [layer for layer in ours.modules() if isinstance(layer, nn.BatchNorm2d)]
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=ours.named_parameters())
+    reference = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    assert convert_sync_batchnorm(ours) is ours
+    assert len(listed) == 2 and all(isinstance(layer, SyncBatchNorm) for layer in listed)
+    for seed in range(3):
+        x = randn(seed, SAMPLES, 3, 5, 5, dtype=torch.float64)
+        for model, by, part in ((ours, optimizer, x[mine]), (theirs, reference, x)):
+            by.zero_grad()
+            model(part).square().mean().backward()
+            by.step()
+    for name, value in theirs.state_dict().items():
+        tolerance = 1e-6 if "running" in name else 1e-10
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=tolerance, atol=tolerance)
+
+
+def check_function_in_their_forward() -> None:
+    """F.batch_norm in somebody's forward is over all ranks, for a traced model, too."""
+    assert_equals_one_process(convert_sync_batchnorm(blocks(norm=Written)), blocks(norm=Written))
+    assert_equals_one_process(torch.fx.symbolic_trace(convert_sync_batchnorm(blocks(norm=Written))), blocks(norm=Written))
+    if SIZE > 1:  # and it is not where nothing is converted
+        error = error_of(lambda: assert_equals_one_process(blocks(norm=Written), blocks(norm=Written)))
+        assert type(error) is AssertionError
+
+
+def check_symbolic_trace() -> None:
+    for training in (True, False):
+        traced = torch.fx.symbolic_trace(convert_sync_batchnorm(blocks()).train(training)).train()
+        assert_equals_one_process(traced, blocks())
+
+
+def check_compiled_function_in_their_forward() -> str | None:
+    if SIZE != 2:
+        return "the compiler takes its time: on 2 ranks alone"
+    ours = convert_sync_batchnorm(blocks(norm=Written)[:1])
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled.__dict__["named_buffers"] = ours.named_buffers  # without the compiler's prefix
+    assert_equals_one_process(compiled, blocks(norm=Written)[:1], steps=1)
     return None
 
 
