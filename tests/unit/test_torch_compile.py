@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm
+from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from hvd_syncbn.torch_impl import ops
 from tests.torch_tools import LAYOUTS, assert_same, in_layout, randn, randomize, step
+from tests.unit.test_torch_convert import CallsFunctionByMethod, Doubled, WithActivation
 
 # PyTorch's compiler uses its own deprecated parts.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -88,6 +89,33 @@ def test_inductor() -> None:
     x, dy = randn(1, 4, 5, 4, 3), randn(2, 4, 5, 4, 3)
     got = step(torch.compile(twin, fullgraph=True, backend="inductor"), x, dy)
     assert_same({name.replace("_orig_mod.", ""): value for name, value in got.items()}, step(eager, x, dy))
+
+
+def compiled_step(compiled: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    return {name.replace("_orig_mod.", ""): value for name, value in step(compiled, x, dy).items()}
+
+
+@pytest.mark.parametrize("cls", [WithActivation, CallsFunctionByMethod, Doubled])
+def test_subclass_with_a_forward_of_its_own(cls: type[nn.Module]) -> None:
+    """Leading its F.batch_norm to the operator breaks no graph."""
+    eager = convert_sync_batchnorm(nn.Sequential(randomize(cls(3))))
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        x, dy = randn(seed, 4, 3, 5, 5), randn(seed + 2, 4, 3, 5, 5)
+        assert_same(compiled_step(compiled, x, dy), step(eager, x, dy))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, WithActivation])
+def test_converted_after_it_was_compiled(norm: type[nn.Module]) -> None:
+    """And reverted again: the compiler looks at the class before it runs what it made for another."""
+    eager = nn.Sequential(nn.Conv2d(3, 3, 1), randomize(norm(3)))
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, backend="aot_eager")
+    x, dy = randn(1, 4, 3, 5, 5), randn(2, 4, 3, 5, 5)
+    for change in (lambda module: module, convert_sync_batchnorm, revert_sync_batchnorm):
+        change(eager), change(twin)
+        assert_same(compiled_step(compiled, x, dy), step(eager, x, dy))
 
 
 def test_autocast() -> None:

@@ -123,34 +123,45 @@ import numpy as np, onnxruntime, torch
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
-folder = sys.argv[1]
-x, name = torch.from_numpy(np.load(folder + "/x.npy")), "x"
+x, name = torch.from_numpy(np.load("x.npy")), "x"
 """
 
 
+@pytest.mark.parametrize("write", RUN)
 @pytest.mark.parametrize("kind", MODELS)
-def test_deployed(kind: str, tmp_path: Path) -> None:
-    """Each way out gives the model's outputs, here and where the package is absent, also for another batch size."""
+def test_deployed(kind: str, write: Callable[[nn.Module, Path], Callable[[Tensor], Tensor]], tmp_path: Path) -> None:
+    """A file gives the model's outputs, also for another batch size, and making it changes nothing."""
     module = MODELS[kind]().eval()
     state = {name: value.clone() for name, value in module.state_dict().items()}
-    np.save(tmp_path / "x.npy", OTHER.numpy())
-    program = PROGRAM
-    for write, run in RUN.items():
-        path = tmp_path / f"{write.__name__}{'.onnx' if write is to_onnx else '.pt2'}"
-        function = write(module, path)
-        for x in (X, OTHER):
-            compare(write, function(x), module(x))
-        program += f"path = folder + '/{path.name}'\nnp.save(path + '.npy', np.asarray({run}))\n"
+    function = write(module, path_in(tmp_path, kind, write))
+    for x in (X, OTHER):
+        compare(write, function(x), module(x))
     assert_same(dict(module.state_dict()), state)
+
+
+def test_the_package_is_absent(tmp_path: Path) -> None:
+    """Neither Horovod nor this package can be imported where the files of directly deployed models run."""
+    np.save(tmp_path / "x.npy", OTHER.numpy())
+    program, kinds = PROGRAM, ("converted", "by hand")
+    for kind in kinds:
+        for write, run in RUN.items():
+            path = path_in(tmp_path, kind, write)
+            write(MODELS[kind]().eval(), path)
+            program += f"path = {path.name!r}\nnp.save(path + '.npy', np.asarray({run}))\n"
     program += "assert not any(name.split('.')[0] in ('horovod', 'hvd_syncbn') for name in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
     )
     assert done.returncode == 0, done.stderr
-    for write in RUN:
-        (path,) = tmp_path.glob(f"{write.__name__}.*.npy")
-        compare(write, torch.from_numpy(np.load(path)), module(OTHER))
+    for kind in kinds:
+        for write in RUN:
+            got = np.load(f"{path_in(tmp_path, kind, write)}.npy")
+            compare(write, torch.from_numpy(got), MODELS[kind]().eval()(OTHER))
+
+
+def path_in(folder: Path, kind: str, write: Callable[..., object]) -> Path:
+    return folder / f"{kind.replace(' ', '_')}.{write.__name__}.{'onnx' if write is to_onnx else 'pt2'}"
 
 
 def compare(write: Callable[..., object], got: Tensor, want: Tensor) -> None:

@@ -7,6 +7,7 @@ ten times that with the cancellation in dx), a float64 one to 1e-14, and 16-bit 
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from hvd_syncbn import native, protocol, vectors
@@ -504,6 +506,36 @@ def test_differentiating_twice() -> None:
     (gradient,) = torch.autograd.grad(SyncBatchNorm(5)(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         gradient.sum().backward()
+
+
+TRANSFORMS: dict[str, Any] = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).square().sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x.expand(2, *x.shape)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func(transform: str) -> None:
+    """In training an error that names the layer, and nothing happened; in evaluation PyTorch's own result."""
+    ours, theirs = pair((4, 5, 6))
+    before = copy.deepcopy(ours.state_dict())
+    x = randn(1, 4, 5, 6)
+    with pytest.raises(RuntimeError, match=rf"torch\.func .*\.eval\(\) on layer '{ours.collective_name}'"):
+        TRANSFORMS[transform](ours, x)
+    assert_same(dict(ours.state_dict()), dict(before))
+    assert_same(ours(x), copy.deepcopy(ours)(x))  # what was left behind would be noticed here
+    ours.load_state_dict(before)
+    got, want = (TRANSFORMS[transform](layer.eval(), x) for layer in (ours, theirs))
+    assert_close(got, want, 1e-6)
+
+
+def test_forward_mode() -> None:
+    layer, x = SyncBatchNorm(5), randn(1, 4, 5, 6)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp is not implemented"):
+        layer(forward_ad.make_dual(x, x))
 
 
 def saved(layer: nn.Module, *inputs: Tensor) -> list[Tensor]:

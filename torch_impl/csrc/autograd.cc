@@ -223,6 +223,9 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
 }  // namespace
 }  // namespace hvd_syncbn
 
+// vmap asks for a rule before it calls an operator.
+TORCH_LIBRARY_IMPL(hvd_syncbn, FuncTorchBatched, m) { m.impl("sync_batch_norm", hvd_syncbn::sync_batch_norm); }
+
 TORCH_LIBRARY_FRAGMENT(hvd_syncbn, m) {
   m.def("allreduce_(Tensor(a!) packet, str name, int process_set) -> ()");
   m.def(
