@@ -6,9 +6,11 @@ import copy
 import functools
 import io
 import pickle
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -691,3 +693,20 @@ def test_converted_2d_still_checks_its_input() -> None:
         for mode in (True, False):
             with pytest.raises(ValueError, match=f"expected {dims} input"):
                 convert_sync_batchnorm(layer).train(mode)(torch.zeros(3, 3, 3, 3)[(0,) * (4 - wrong)])
+
+
+def test_docs_name_tests_that_there_are() -> None:
+    """docs/pytorch.md has a test behind each row of its table."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs/pytorch.md").read_text()
+    table = text[text.index("## What works with what") : text.index("## Limits")]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20 and all("::test_" in row or "check_" in row for row in rows)
+    parallel = (root / "tests/parallel/checks_torch.py").read_text()
+    file = ""
+    for name, test, check in re.findall(r"`(test_torch_\w+\.py)?::(test_\w+)`|`(check_\w+)`", text):
+        file = name or file
+        if check:
+            assert f"def {check}(" in parallel, check
+        else:
+            assert f"def {test}(" in (root / "tests/unit" / file).read_text(), (file, test)
