@@ -166,14 +166,15 @@ class CommitStateCallback(keras.callbacks.Callback):
         self.batches_remaining = self.batches_per_commit
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Commit, if it is time."""
+        """Commit, if it is time; after the last batch when the epoch ends, and not halfway there."""
         self.batches_remaining -= 1
-        if self.batches_remaining == 0:
+        if self.batches_remaining == 0 and batch + 1 != self.params.get("steps"):
             self.batches_remaining = self.batches_per_commit
             self.state.commit()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Commit."""
+        self.batches_remaining = self.batches_per_commit
         self.state.commit()
 
 
