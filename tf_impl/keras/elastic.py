@@ -92,7 +92,7 @@ class KerasState(ObjectState):
             raise ValueError(
                 f"the model has to be built first: `model.build(input_shape)`. Received: {model.name!r}, not built"
             )
-        optimizer = model.optimizer if optimizer is None else optimizer
+        optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
         if optimizer is None:
             raise ValueError(f"compile the model, or pass `optimizer`. Received: {model.name!r} without an optimizer")
         hvd = ranks.require()
