@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-PROTOCOL_VERSION = 1
-PIECE = 4096
+PROTOCOL_VERSION = 2
+PIECE = 1024
 LANES = 32
 LIMBS = 8
 LIMB_BITS = 40
@@ -264,6 +264,17 @@ def _two_sum(a: float, b: float) -> DoubleDouble:
     return s, (a - (s - t)) + (b - t)
 
 
+def _two_sum_in(a: float, b: float, compute: str) -> DoubleDouble:
+    """The same for values of the compute type. (Rounding a float64 sum of two float32 again rounds like once.)"""
+
+    def add(p: float, q: float) -> float:
+        return round_to(p + q, compute)
+
+    s = add(a, b)
+    t = add(s, -a)
+    return s, add(add(a, -add(s, -t)), add(b, -t))
+
+
 def _quick_two_sum(a: float, b: float) -> DoubleDouble:
     s = a + b
     return s, b - (s - a)
@@ -364,9 +375,29 @@ def _compute_type(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def _split_mean(mean: float, compute: str) -> DoubleDouble:
-    hi = round_to(mean, compute)
-    return hi, round_to(mean - hi, compute)
+# Past this many standard deviations a mean is taken off before anything else.
+FAR_MEAN = 2.0**20
+
+
+def _add_product(a: float, b: float, c: float) -> DoubleDouble:
+    """``a + b * c`` as a double-double."""
+    product = b * c
+    hi, lo = _two_sum(a, product)
+    return hi, lo + fma(b, c, -product)
+
+
+def _narrowed(value: DoubleDouble, compute: str) -> DoubleDouble:
+    """The same as a sum of two values of the compute type."""
+    hi = round_to(value[0], compute)
+    return hi, round_to((value[0] - hi) + value[1], compute)
+
+
+def _power_of_two(value: float, compute: str) -> float:
+    """The power of two at or below ``|value|``; the least normal one where it is smaller, 1 where it is no number."""
+    if not math.isfinite(value):
+        return 1.0
+    form = _FORMATS[compute]
+    return math.ldexp(1.0, max(math.frexp(value)[1] - 1 if value else form.lsb, form.lsb + form.precision - 1))
 
 
 def apply_forward(
@@ -382,14 +413,17 @@ def apply_forward(
     compute = _compute_type(dtype)
     y = np.empty_like(x)
     for c, stat in enumerate(statistics):
-        mean_hi, mean_lo = _split_mean(stat.mean, compute)
-        scale = round_to((1.0 if gamma is None else float(gamma[c])) * stat.invstd, compute)
-        shift = round_to(0.0 if beta is None else float(beta[c]), compute)
+        pivot = round_to(stat.mean, compute) if abs(stat.mean) * stat.invstd > FAR_MEAN else 0.0
+        scale, scale_lo = _narrowed(((1.0 if gamma is None else float(gamma[c])) * stat.invstd, 0.0), compute)
+        whole_shift = _add_product(0.0 if beta is None else float(beta[c]), -(stat.mean - pivot), scale + scale_lo)
+        shift, shift_lo = _narrowed(whole_shift, compute)
         for i, k in np.ndindex(x.shape[0], x.shape[2]):
-            d = round_to(round_to(float(x[i, c, k]) - mean_hi, compute) - mean_lo, compute)
-            v = fma(d, scale, shift, compute)
+            d = round_to(float(x[i, c, k]) - pivot, compute)
+            high, low = shift, fma(d, scale_lo, shift_lo, compute)
             if residual is not None:
-                v = round_to(v + float(residual[i, c, k]), compute)
+                high, lost = _two_sum_in(shift, float(residual[i, c, k]), compute)
+                low = round_to(low + (0.0 if math.isnan(lost) else lost), compute)
+            v = round_to(fma(d, scale, high, compute) + low, compute)
             if relu and v <= 0.0:
                 v = 0.0
             y[i, c, k] = round_to(v, dtype)
@@ -412,23 +446,27 @@ def apply_backward(
     n = float(packet.count)
     for c, stat in enumerate(statistics):
         if packet.nonfinite[c]:
-            mean_hi = mean_lo = scale = c1 = c2 = math.nan
+            unit = scale = scale_lo = slope = shift = shift_lo = math.nan
         else:
-            mean_hi, mean_lo = _split_mean(stat.mean, compute)
-            scale = round_to((1.0 if gamma is None else float(gamma[c])) * stat.invstd, compute)
-            c1 = c2 = 0.0
-        if packet.count and not packet.nonfinite[c]:
-            c1 = round_to(_divide(read_sum(packet.a[c]), n)[0], compute)
-            c2 = round_to(stat.invstd * stat.invstd * _divide(read_sum(packet.b[c]), n)[0], compute)
+            dy_mean = dyd_mean = 0.0
+            if packet.count:
+                dy_mean = _divide(read_sum(packet.a[c]), n)[0]
+                dyd_mean = stat.invstd * stat.invstd * _divide(read_sum(packet.b[c]), n)[0]
+            whole = (1.0 if gamma is None else float(gamma[c])) * stat.invstd
+            unit = _power_of_two(round_to(whole, compute), compute)
+            slope = round_to(-(whole / unit) * dyd_mean, compute)
+            shift, shift_lo = _narrowed(_add_product(-(whole / unit * dy_mean), -stat.mean, slope), compute)
+            scale, scale_lo = _narrowed((whole / unit, 0.0), compute)
         for i, k in np.ndindex(x.shape[0], x.shape[2]):
             g = float(dy[i, c, k])
             if y is not None and y[i, c, k] <= 0.0:
                 g = 0.0
             dresidual[i, c, k] = round_to(g, dtype)
             if mask is not None and not mask[i, k]:
-                dx[i, c, k] = round_to(round_to(scale * g, compute), dtype)
-                continue
-            d = round_to(round_to(float(x[i, c, k]) - mean_hi, compute) - mean_lo, compute)
-            t = round_to(g - fma(d, c2, c1, compute), compute)
-            dx[i, c, k] = round_to(round_to(scale * t, compute), dtype)
+                low = round_to(scale_lo * g, compute)
+            else:
+                high, low = fma(float(x[i, c, k]), slope, shift, compute), fma(scale_lo, g, shift_lo, compute)
+                low = round_to(high + low, compute)
+            v = fma(scale, g, low, compute)
+            dx[i, c, k] = round_to(round_to(unit * v, compute), dtype)
     return dx, dresidual

@@ -84,12 +84,12 @@ class TestAccuracy:
         assert accuracy.ulps(np.array([2.0**-23]), np.array([2.5])) == 0.5
 
     @pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
-    def test_ours_is_within_two_ulps(self, mean: float) -> None:
+    def test_ours_is_within_its_promise(self, mean: float) -> None:
         x = accuracy.batch(mean)
         shape = native.shape(x.shape[0], x.shape[1], math.prod(x.shape[2:]), "float32")
         y, _ = native.forward(shape, x, native.forward_packet(shape, x, m.EPS), m.EPS)
         expected = accuracy.exact(x)
-        assert accuracy.ulps(np.abs(y.reshape(x.shape) - expected), expected) <= 2
+        assert accuracy.ulps(np.abs(y.reshape(x.shape) - expected), expected) <= (1.0 if mean <= 1e2 else 1.2)
 
 
 class TestCostModel:

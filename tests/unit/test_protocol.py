@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hvd_syncbn import native, protocol
-from tests.arrays import hostile, rounded, same_bits, storage
+from tests.arrays import hostile, logical, rounded, same_bits, storage
 
 EPS = 1e-5
 
@@ -177,28 +177,76 @@ def _rational(values: NDArray[np.float32]) -> tuple[Fraction, Fraction, Decimal]
         return mean, var, 1 / (Decimal(total.numerator) / Decimal(total.denominator)).sqrt()
 
 
-@pytest.mark.parametrize("layout", native.LAYOUTS)
-@pytest.mark.parametrize(("ratio", "tolerance"), [(0.0, 1e-10), (1.0, 1e-10), (1e2, 1e-10), (1e4, 1e-6), (1e6, 1e-2)])
-@pytest.mark.parametrize("sizes", [(8, 2, 300), (2, 2, 5000), (300, 4, 1)], ids=str)
-def test_accuracy(sizes: tuple[int, int, int], ratio: float, tolerance: float, layout: str) -> None:
-    """The targets of section 5, against exact rationals. The distance is the piece sums' float64 rounding."""
+def _ulps(got: NDArray[Any], exact: list[Fraction], unit_of: list[float]) -> float:
+    """The largest distance, each in float32 units in the last place of `unit_of`."""
+    units = np.spacing(np.array(unit_of, np.float32)).astype(float)
+    return max(float(abs(Fraction(float(g)) - e)) / u for g, e, u in zip(got.reshape(-1), exact, units, strict=True))
+
+
+@pytest.mark.parametrize(("layout", "with_residual"), [("channels_first", True), ("channels_last", False)])
+@pytest.mark.parametrize(
+    ("ratio", "of_invstd", "of_y"), [(0.0, 1e-12, 1.0), (1.0, 1e-12, 1.0), (1e2, 1e-12, 1.0), (1e4, 1e-8, 1.2), (1e6, 1e-4, 0)]
+)
+@pytest.mark.parametrize("sizes", [(8, 1, 300), (2, 1, 2100), (300, 2, 1), (4, 8, 4)], ids=str)
+def test_accuracy(
+    sizes: tuple[int, int, int], ratio: float, of_invstd: float, of_y: float, with_residual: bool, layout: str
+) -> None:
+    """The promises of section 5, against exact rationals."""
     n, c, s = sizes
-    x = (np.random.default_rng(int(ratio) + n).standard_normal(sizes) + ratio).astype(np.float32)
+    rng = np.random.default_rng(int(ratio) + n)
+    x = (rng.standard_normal(sizes) + ratio).astype(np.float32)
+    dy, residual = rng.standard_normal((2, *sizes)).astype(np.float32)
+    gamma, beta = rng.uniform(0.5, 1.5, c).astype(np.float32), rng.standard_normal(c).astype(np.float32)
     shape = native.shape(n, c, s, "float32", layout)
-    stored = storage(x.astype(np.float64), "float32", layout)
+    stored, stored_dy, stored_residual = (storage(array.astype(np.float64), "float32", layout) for array in (x, dy, residual))
     packet = native.forward_packet(shape, stored, EPS)
-    y, stats = native.forward(shape, stored, packet, EPS)
-    y = y.transpose(0, 2, 1) if layout == "channels_last" else y
+    y, stats = native.forward(shape, stored, packet, EPS, gamma, beta, residual=stored_residual if with_residual else None)
+    packet = native.backward_packet(shape, stored, stored_dy, stats, EPS)
+    dx, _ = native.backward(shape, stored, stored_dy, packet, stats, gamma)
+    y, dx = (logical(array, "float32", layout) for array in (y, dx))
     for channel in range(c):
-        mean, var, invstd = _rational(x[:, channel].reshape(-1))
-        scale = max(abs(mean), Fraction(np.sqrt(float(var))))
-        assert abs(Fraction(float(stats[0, channel])) - mean) <= Fraction(1e-14) * scale
-        error = abs(Decimal(float(stats[1, channel])) - invstd)
-        assert error <= Decimal(tolerance) * invstd
-        if ratio <= 1e4:
-            exact = np.array([float((Fraction(float(v)) - mean) * Fraction(invstd)) for v in x[:, channel].reshape(-1)])
-            ulps = np.abs(y[:, channel].reshape(-1) - exact) / (np.maximum(np.abs(exact), 1) * 2.0**-23)
-            assert ulps.max() <= 2
+        values, gradients, added = ([Fraction(float(v)) for v in array[:, channel].reshape(-1)] for array in (x, dy, residual))
+        mean, var, root = _rational(x[:, channel].reshape(-1))
+        assert abs(Fraction(float(stats[0, channel])) - mean) <= Fraction(1e-14) * max(abs(mean), Fraction(np.sqrt(float(var))))
+        assert abs(Decimal(float(stats[1, channel])) - root) <= Decimal(of_invstd) * root
+        if ratio > 1e4:
+            continue
+        invstd, scale = Fraction(root), Fraction(root) * Fraction(float(gamma[channel]))
+        exact = [(v - mean) * scale + Fraction(float(beta[channel])) for v in values]
+        if with_residual:
+            exact = [e + r for e, r in zip(exact, added, strict=True)]
+        assert _ulps(y[:, channel], exact, [max(abs(float(e)), 1.0) for e in exact]) <= of_y
+        dy_mean = sum(gradients, Fraction(0)) / len(gradients)
+        dyd_mean = sum((g * (v - mean) for g, v in zip(gradients, values, strict=True)), Fraction(0)) / len(gradients)
+        slope = dyd_mean * invstd * invstd
+        exact = [scale * (g - dy_mean - slope * (v - mean)) for g, v in zip(gradients, values, strict=True)]
+        assert _ulps(dx[:, channel], exact, [max(abs(float(e)) for e in exact)] * len(exact)) <= 1.25
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", [0.0, 1.0, -1e3, 1.6e9, -1e20])
+def test_channel_of_one_value_gives_beta(value: float, dtype: str) -> None:
+    """However large: what a mean of 1e22 standard deviations costs is not taken from beta."""
+    shape = native.shape(6, 2, 9, dtype)
+    x = storage(np.full((6, 2, 9), value), dtype)
+    beta = np.array([0.3, -7.0], np.float32)
+    y, _ = native.forward(shape, x, native.forward_packet(shape, x, EPS), EPS, np.array([0.7, 1.3], np.float32), beta)
+    assert (y == beta[:, None]).all()
+
+
+def test_gradient_of_large_values() -> None:
+    """Values of 2^50 and small gradients: the same digits as values of 1, for all scaling is by powers of two."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, 8, 1, 33)).astype(np.float32)
+    shape = native.shape(8, 1, 33, "float32")
+    results = []
+    for power in (0, 50):
+        scaled, gradient = x * np.float32(2.0**power), dy * np.float32(2.0**-power)
+        _, stats = native.forward(shape, scaled, native.forward_packet(shape, scaled, 0.0), 0.0)
+        packet = native.backward_packet(shape, scaled, gradient, stats, 0.0)
+        results.append(native.backward(shape, scaled, gradient, packet, stats)[0])
+    assert np.abs(results[0]).max() > 1
+    assert same_bits(results[1] * np.float32(2.0**100), results[0])
 
 
 def test_paths_of_other_machines_are_refused() -> None:

@@ -250,12 +250,13 @@ def test_gradients_equal_finite_differences() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 1e2, 1e4])
 def test_accuracy(ratio: float) -> None:
-    """2 ulps of max(|y|, 1), up to a mean of 1e4 standard deviations (docs/protocol.md, section 5)."""
+    """1 ulp of max(|y|, 1), 1.2 at a mean of 1e4 standard deviations (docs/protocol.md, section 5)."""
     x = randn(1, 16, 3, 20, 20) + ratio
     y = sync_batch_norm(x, None, None)
     one = torch.ones(3, dtype=torch.float64)
     exact = composed(x.double(), one, 0 * one, None, False)  # float64's own error there is 1e-8, a tenth of an ulp
-    assert ((y - exact).abs() / exact.abs().clamp(min=1)).max() <= 2 * 2**-23
+    ulp = 2.0 ** exact.abs().clamp(min=1).log2().floor() * 2**-23
+    assert ((y - exact).abs() / ulp).max() <= (1.0 if ratio <= 1e2 else 1.2)
 
 
 # --- Against the reference, in bytes ----------------------------------------------------------------------------------

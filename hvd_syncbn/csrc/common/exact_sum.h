@@ -10,8 +10,8 @@
 
 namespace hvd_syncbn {
 
-constexpr int kProtocolVersion = 1;
-constexpr int kPiece = 4096;
+constexpr int kProtocolVersion = 2;
+constexpr int kPiece = 1024;
 constexpr int kLanes = 32;
 constexpr int kLimbs = 8;
 constexpr int kLimbBits = 40;

@@ -3,56 +3,10 @@
 #define HVD_SYNCBN_COMMON_FINISH_H_
 
 #include "../include/hvd_syncbn/core.h"
+#include "double_double.h"
 #include "exact_sum.h"
 
 namespace hvd_syncbn {
-
-// An unevaluated sum hi + lo with |lo| <= ulp(hi) / 2. V is a double or a vector of them.
-template <class V>
-struct DoubleDouble {
-  V hi, lo;
-};
-
-template <class V>
-HVD_SYNCBN_HD DoubleDouble<V> two_sum(V a, V b) {
-  const V s = a + b;
-  const V t = s - a;
-  return {s, (a - (s - t)) + (b - t)};
-}
-
-template <class V>
-HVD_SYNCBN_HD DoubleDouble<V> quick_two_sum(V a, V b) {  // |a| >= |b|
-  const V s = a + b;
-  return {s, b - (s - a)};
-}
-
-template <class V>
-HVD_SYNCBN_HD DoubleDouble<V> add(DoubleDouble<V> a, V b) {
-  const DoubleDouble<V> s = two_sum(a.hi, b);
-  return quick_two_sum(s.hi, s.lo + a.lo);
-}
-
-template <class V>
-HVD_SYNCBN_HD DoubleDouble<V> subtract(DoubleDouble<V> a, DoubleDouble<V> b) {
-  const DoubleDouble<V> s = two_sum(a.hi, -b.hi);
-  const DoubleDouble<V> t = two_sum(a.lo, -b.lo);
-  const DoubleDouble<V> u = quick_two_sum(s.hi, s.lo + t.hi);
-  return quick_two_sum(u.hi, u.lo + t.lo);
-}
-
-template <class V>
-HVD_SYNCBN_HD DoubleDouble<V> multiply(DoubleDouble<V> a, DoubleDouble<V> b) {
-  const V p = a.hi * b.hi;
-  const V e = fused(a.lo, b.hi, fused(a.hi, b.lo, fused(a.hi, b.hi, -p)));
-  return quick_two_sum(p, e);
-}
-
-template <class V>
-HVD_SYNCBN_HD DoubleDouble<V> divide(DoubleDouble<V> a, V n) {
-  const V q = a.hi / n;
-  const V r = fused(-q, n, a.hi) + a.lo;
-  return quick_two_sum(q, r / n);
-}
 
 // The exact sum in `limbs` (any carry state, left in another), for V double and I int64_t, or vectors of them.
 template <class V, class I>
@@ -111,26 +65,34 @@ HVD_SYNCBN_HD double running(double old_weight, double old, double new_weight, d
 
 HVD_SYNCBN_HD double unbiased(double var, double n) { return var * n / (n - 1); }
 
-// What forward_apply needs of a channel, in the compute type T of the elements.
+// What forward_apply needs of a channel, in the compute type T of the elements: y = (x - pivot) * (scale + scale_lo) +
+// shift + shift_lo.
 template <class T>
 struct ForwardCoefficients {
-  T mean_hi, mean_lo, scale, shift;
+  T pivot, scale, scale_lo, shift, shift_lo;
 };
+
+// Past this many standard deviations a mean does not go into the shift, where it would take digits from beta, but is
+// taken off first, which is exact there.
+constexpr double kFarMean = 0x1p20;
 
 template <class T>
 HVD_SYNCBN_HD ForwardCoefficients<T> forward_coefficients(double mean, double invstd, double gamma, double beta) {
-  const T mean_hi = static_cast<T>(mean);
-  return {mean_hi, static_cast<T>(mean - static_cast<double>(mean_hi)), static_cast<T>(gamma * invstd),
-          static_cast<T>(beta)};
+  const T pivot = fabs(mean) * invstd > kFarMean ? static_cast<T>(mean) : T(0);
+  const DoubleDouble<T> scale = narrowed<T>({gamma * invstd, 0.0});
+  const DoubleDouble<T> shift = narrowed<T>(add_product(beta, -(mean - static_cast<double>(pivot)),
+                                                        static_cast<double>(scale.hi) + static_cast<double>(scale.lo)));
+  return {pivot, scale.hi, scale.lo, shift.hi, shift.lo};
 }
 
-// What backward_apply needs of a channel.
+// What backward_apply needs of a channel: dx = unit * ((scale + scale_lo) * dy + slope * x + shift + shift_lo). The
+// unit is a power of two: without it, the slope would be too small for a float where x is very large.
 template <class T>
 struct BackwardCoefficients {
-  T mean_hi, mean_lo, scale, c1, c2;
+  T unit, scale, scale_lo, slope, shift, shift_lo;
 };
 
-// c1 and c2 before they are rounded to T.
+// The means of dy, and of dy * d over the variance.
 template <class V>
 struct GradientMeans {
   V dy, dyd;
@@ -157,10 +119,15 @@ HVD_SYNCBN_HD BackwardCoefficients<T> backward_coefficients(double mean, double 
                                                             GradientMeans<double> means) {
   if (means.dy != means.dy) {
     const T nan = canonical_nan<T>();
-    return {nan, nan, nan, nan, nan};
+    return {nan, nan, nan, nan, nan, nan};
   }
-  const ForwardCoefficients<T> forward = forward_coefficients<T>(mean, invstd, gamma, 0.0);
-  return {forward.mean_hi, forward.mean_lo, forward.scale, static_cast<T>(means.dy), static_cast<T>(means.dyd)};
+  const double whole = gamma * invstd;
+  const T unit = power_of_two(static_cast<T>(whole));
+  const double scale = whole / static_cast<double>(unit);
+  const DoubleDouble<T> split = narrowed<T>({scale, 0.0});
+  const T slope = static_cast<T>(-scale * means.dyd);
+  const DoubleDouble<T> shift = narrowed<T>(add_product(-(scale * means.dy), -mean, static_cast<double>(slope)));
+  return {unit, split.hi, split.lo, slope, shift.hi, shift.lo};
 }
 
 // This rank's parameter gradients, from its own packet.

@@ -49,6 +49,16 @@ HVD_SYNCBN_HD To bit_cast(From from) {
   return to;
 }
 
+// The power of two at or below |v|; the least normal one where v is smaller, 1 where v is no number.
+HVD_SYNCBN_HD float power_of_two(float v) {
+  const uint32_t bits = bit_cast<uint32_t>(v) & 0x7f800000u;
+  return bit_cast<float>(bits == 0 ? 0x00800000u : bits == 0x7f800000u ? 0x3f800000u : bits);
+}
+HVD_SYNCBN_HD double power_of_two(double v) {
+  const uint64_t infinite = 0x7ff0000000000000u, bits = bit_cast<uint64_t>(v) & infinite;
+  return bit_cast<double>(bits == 0 ? 0x0010000000000000u : bits == infinite ? 0x3ff0000000000000u : bits);
+}
+
 // Every NaN that leaves the core is this one: hardware disagrees about the sign and payload of the NaNs it makes.
 template <class T>
 HVD_SYNCBN_HD T canonical_nan();

@@ -1,7 +1,9 @@
-// Backward apply: dx = scale * (dy - fma(d, c2, c1)), d = (x - mean_hi) - mean_lo, element by element; with a fused
-// relu dy is masked by the output first, and the masked dy is the residual's gradient.
+// Backward apply: dx = unit * ((scale + scale_lo) * dy + slope * x + shift + shift_lo), element by element, in the
+// operations of
+// ../common/elementwise.h; with a fused relu dy is masked by the output first, and the masked dy is the residual's
+// gradient.
 //
-// Traffic: x and dy (and y) are read once, dx (and dresidual) are written once; five coefficients per channel stay in
+// Traffic: x and dy (and y) are read once, dx (and dresidual) are written once; six coefficients per channel stay in
 // cache. Geometry: as forward_apply.cc.
 #include "apply.h"
 
@@ -18,11 +20,12 @@ struct BackwardApply {
   const T* y;
   T* dx;
   T* dresidual;
-  const Value* mean_hi;
-  const Value* mean_lo;
+  const Value* unit;
   const Value* scale;
-  const Value* c1;
-  const Value* c2;
+  const Value* scale_lo;
+  const Value* slope;
+  const Value* shift;
+  const Value* shift_lo;
 
   HVD_SYNCBN_INLINE uintptr_t outputs() const {
     return reinterpret_cast<uintptr_t>(dx) | reinterpret_cast<uintptr_t>(dresidual);
@@ -30,22 +33,24 @@ struct BackwardApply {
 
   template <class V>
   struct Coefficients {
-    V mean_hi, mean_lo, scale, c1, c2;
+    V unit, scale, scale_lo, slope, shift, shift_lo;
   };
   template <class V>
   HVD_SYNCBN_INLINE Coefficients<V> splat(int64_t c) const {
-    return {V::splat(mean_hi[c]), V::splat(mean_lo[c]), V::splat(scale[c]), V::splat(c1[c]), V::splat(c2[c])};
+    return {V::splat(unit[c]),  V::splat(scale[c]), V::splat(scale_lo[c]),
+            V::splat(slope[c]), V::splat(shift[c]), V::splat(shift_lo[c])};
   }
   template <class V>
   HVD_SYNCBN_INLINE Coefficients<V> load(int64_t c) const {
-    return {V::load(mean_hi + c), V::load(mean_lo + c), V::load(scale + c), V::load(c1 + c), V::load(c2 + c)};
+    return {V::load(unit + c),  V::load(scale + c), V::load(scale_lo + c),
+            V::load(slope + c), V::load(shift + c), V::load(shift_lo + c)};
   }
   template <bool kStream, class V>
   HVD_SYNCBN_INLINE void apply(int64_t i, const Coefficients<V>& k, bool counts) const {
     V g = V::load(dy + i);
     if (kRelu) g = keep_where_positive(g, V::load(y + i));
-    // A masked position took no part in the statistics: no gradient flows to it through them.
-    const V dx_i = counts ? input_gradient(V::load(x + i), g, k.mean_hi, k.mean_lo, k.scale, k.c1, k.c2) : k.scale * g;
+    const V dx_i = counts ? input_gradient(V::load(x + i), g, k.unit, k.scale, k.scale_lo, k.slope, k.shift, k.shift_lo)
+                          : input_gradient(g, k.unit, k.scale, k.scale_lo);
     dx_i.template store<kStream>(dx + i);
     if (dresidual != nullptr) g.template store<kStream>(dresidual + i);
   }
@@ -65,7 +70,8 @@ void run(const hvd_syncbn_shape& shape, const void* x, const void* dy, const voi
                                       k + c,
                                       k + 2 * c,
                                       k + 3 * c,
-                                      k + 4 * c};
+                                      k + 4 * c,
+                                      k + 5 * c};
   walk_elements<T>(shape, op, mask, begin, end);
 }
 

@@ -110,7 +110,7 @@ extern "C" {
 int64_t hvd_syncbn_packet_size(int64_t channels) { return packet_size(channels); }
 
 int64_t hvd_syncbn_coefficients_size(const hvd_syncbn_shape* shape) {
-  return 5 * shape->c * (shape->dtype == HVD_SYNCBN_FLOAT64 ? 8 : 4);
+  return 6 * shape->c * (shape->dtype == HVD_SYNCBN_FLOAT64 ? 8 : 4);
 }
 
 int64_t hvd_syncbn_moments_units(const hvd_syncbn_shape* shape) {

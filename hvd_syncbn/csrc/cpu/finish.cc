@@ -86,10 +86,11 @@ HVD_SYNCBN_INLINE void write_forward_coefficients(int64_t begin, int64_t end, in
                                                   const double* gamma, const double* beta, T* out) {
   for (int64_t i = begin; i < end; ++i) {
     const ForwardCoefficients<T> k = forward_coefficients<T>(stats[i], stats[c + i], gamma[i - begin], beta[i - begin]);
-    out[i] = k.mean_hi;
-    out[c + i] = k.mean_lo;
-    out[2 * c + i] = k.scale;
+    out[i] = k.pivot;
+    out[c + i] = k.scale;
+    out[2 * c + i] = k.scale_lo;
     out[3 * c + i] = k.shift;
+    out[4 * c + i] = k.shift_lo;
   }
 }
 
@@ -99,11 +100,12 @@ HVD_SYNCBN_INLINE void write_backward_coefficients(int64_t begin, int64_t end, i
   for (int64_t i = begin; i < end; ++i) {
     const BackwardCoefficients<T> k =
         backward_coefficients<T>(stats[i], stats[c + i], gamma[i - begin], {dy[i - begin], dyd[i - begin]});
-    out[i] = k.mean_hi;
-    out[c + i] = k.mean_lo;
-    out[2 * c + i] = k.scale;
-    out[3 * c + i] = k.c1;
-    out[4 * c + i] = k.c2;
+    out[i] = k.unit;
+    out[c + i] = k.scale;
+    out[2 * c + i] = k.scale_lo;
+    out[3 * c + i] = k.slope;
+    out[4 * c + i] = k.shift;
+    out[5 * c + i] = k.shift_lo;
   }
 }
 

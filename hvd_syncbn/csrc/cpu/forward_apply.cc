@@ -1,6 +1,7 @@
-// Forward apply: y = relu?(fma(d, scale, shift) + residual?), d = (x - mean_hi) - mean_lo, element by element.
+// Forward apply: y = relu?((x - pivot) * (scale + scale_lo) + shift + shift_lo + residual?), element by element, in the
+// operations of ../common/elementwise.h.
 //
-// Traffic: x (and the residual) are read once, y is written once; four coefficients per channel stay in cache.
+// Traffic: x (and the residual) are read once, y is written once; five coefficients per channel stay in cache.
 // Geometry: see apply.h.
 #include "apply.h"
 
@@ -15,29 +16,31 @@ struct ForwardApply {
   const T* x;
   const T* residual;
   T* y;
-  const Value* mean_hi;
-  const Value* mean_lo;
+  const Value* pivot;
   const Value* scale;
+  const Value* scale_lo;
   const Value* shift;
+  const Value* shift_lo;
 
   HVD_SYNCBN_INLINE uintptr_t outputs() const { return reinterpret_cast<uintptr_t>(y); }
 
   template <class V>
   struct Coefficients {
-    V mean_hi, mean_lo, scale, shift;
+    V pivot, scale, scale_lo, shift, shift_lo;
   };
   template <class V>
   HVD_SYNCBN_INLINE Coefficients<V> splat(int64_t c) const {
-    return {V::splat(mean_hi[c]), V::splat(mean_lo[c]), V::splat(scale[c]), V::splat(shift[c])};
+    return {V::splat(pivot[c]), V::splat(scale[c]), V::splat(scale_lo[c]), V::splat(shift[c]), V::splat(shift_lo[c])};
   }
   template <class V>
   HVD_SYNCBN_INLINE Coefficients<V> load(int64_t c) const {
-    return {V::load(mean_hi + c), V::load(mean_lo + c), V::load(scale + c), V::load(shift + c)};
+    return {V::load(pivot + c), V::load(scale + c), V::load(scale_lo + c), V::load(shift + c), V::load(shift_lo + c)};
   }
   template <bool kStream, class V>
   HVD_SYNCBN_INLINE void apply(int64_t i, const Coefficients<V>& k, bool) const {
-    V v = normalized(V::load(x + i), k.mean_hi, k.mean_lo, k.scale, k.shift);
-    if (kResidual) v = v + V::load(residual + i);
+    const V at = V::load(x + i);
+    V v = kResidual ? normalized(at, k.pivot, k.scale, k.scale_lo, k.shift, k.shift_lo, V::load(residual + i))
+                    : normalized(at, k.pivot, k.scale, k.scale_lo, k.shift, k.shift_lo);
     if (kRelu) v = relu(v);
     v.template store<kStream>(y + i);
   }
@@ -48,8 +51,14 @@ void run(const hvd_syncbn_shape& shape, const void* x, const void* residual, con
          int64_t end, void* y) {
   const Compute<T>* const k = static_cast<const Compute<T>*>(coefficients);
   const int64_t c = shape.c;
-  const ForwardApply<T, kResidual, kRelu> op = {
-      static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<T*>(y), k, k + c, k + 2 * c, k + 3 * c};
+  const ForwardApply<T, kResidual, kRelu> op = {static_cast<const T*>(x),
+                                                static_cast<const T*>(residual),
+                                                static_cast<T*>(y),
+                                                k,
+                                                k + c,
+                                                k + 2 * c,
+                                                k + 3 * c,
+                                                k + 4 * c};
   walk_elements<T>(shape, op, nullptr, begin, end);
 }
 

@@ -1,6 +1,6 @@
 // Forward moments: sum x and sum x^2 of every piece, in float64, added exactly to the packet.
 //
-// Traffic: x is read once; per piece of up to 4096 positions two values go to the tile's exact sums.
+// Traffic: x is read once; per piece of up to 1024 positions two values go to the tile's exact sums.
 // Geometry: see moments.h; one unit is a tile of channels x one piece.
 #include "moments.h"
 

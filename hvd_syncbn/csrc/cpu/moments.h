@@ -402,26 +402,38 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
         }
         continue;
       }
-      ++begin;
       const int64_t n = unit / pieces, piece = unit - n * pieces;
-      const int64_t position = piece * kPiece;
-      const int length = static_cast<int>(shape.s - position < kPiece ? shape.s - position : kPiece);
-      sums.expect(1);
+      const auto length_of = [&](int64_t at) {
+        return static_cast<int>(shape.s - at * kPiece < kPiece ? shape.s - at * kPiece : kPiece);
+      };
       if (shape.layout == HVD_SYNCBN_CHANNELS_LAST) {
-        column_piece(terms, n * shape.s + position, length, shape.c, first, width, tile_mean, a, b, &sums);
-      } else {
-        for (int i = 0; i < width; i += F64::N) {
+        ++begin;
+        sums.expect(1);
+        column_piece(terms, n * shape.s + piece * kPiece, length_of(piece), shape.c, first, width, tile_mean, a, b,
+                     &sums);
+        continue;
+      }
+      // All pieces of a row that are ours, so that rows are read from end to end.
+      const int64_t ours = pieces - piece < stop - begin ? pieces - piece : stop - begin;
+      const int run = static_cast<int>(ours < kScratch / kRowTile ? ours : kScratch / kRowTile);
+      begin += run;
+      for (int i = 0; i < width; i += F64::N) {
+        for (int p = 0; p < run; ++p) {
           F64 rows_a[F64::N], rows_b[F64::N];
           for (int r = 0; r < F64::N; ++r) {
             const int c = i + r < width ? i + r : width - 1;  // the last one again, for nobody
-            const LaneSums m = row(n, first + c, position, length, mean ? mean[first + c] : 0.0);
+            const LaneSums m =
+                row(n, first + c, (piece + p) * kPiece, length_of(piece + p), mean ? mean[first + c] : 0.0);
             rows_a[r] = m.a;
             rows_b[r] = m.b;
           }
-          fold_rows(rows_a).keep(a + i);
-          fold_rows(rows_b).keep(b + i);
+          fold_rows(rows_a).keep(a + p * kRowTile + i);
+          fold_rows(rows_b).keep(b + p * kRowTile + i);
         }
-        add_pieces(a, b, width, 0, &sums);
+      }
+      for (int p = 0; p < run; ++p) {
+        sums.expect(1);
+        add_pieces(a + p * kRowTile, b + p * kRowTile, width, 0, &sums);
       }
     }
     sums.finish();

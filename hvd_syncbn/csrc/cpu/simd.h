@@ -4,7 +4,7 @@
 // F64 and F32 hold N values; S64 and S32 hold one and serve tails, and everything in the baseline path. All have
 //   load(p)     N elements of any type, widened (exact)
 //   store<kStream>(p)   rounded once, NaN made canonical; kStream: past the caches, to an aligned address
-//   splat(v)    + - *    fused(a, b, c)    relu(v)    keep_where_positive(v, y)
+//   splat(v)    + - *    fused(a, b, c)    relu(v)    keep_where_positive(v, y)    number_or_zero(v): 0 for NaN
 // and those of float64, for the exact sums (tile_sums.h),
 //   a | b, a & b (of the bits)    magnitude(v)    larger(a, b), smaller(a, b): b where a is NaN
 //   any_above(a, b)    any_nonzero(v)
@@ -56,6 +56,7 @@ struct Scalar {
   friend HVD_SYNCBN_INLINE Scalar keep_where_positive(Scalar a, Scalar y) {
     return {hvd_syncbn::keep_where_positive(a.v, y.v)};
   }
+  friend HVD_SYNCBN_INLINE Scalar number_or_zero(Scalar a) { return {hvd_syncbn::number_or_zero(a.v)}; }
   friend HVD_SYNCBN_INLINE Scalar operator|(Scalar a, Scalar b) {
     static_assert(sizeof(T) == sizeof(uint64_t), "for float64");
     return {bit_cast<T>(bit_cast<uint64_t>(a.v) | bit_cast<uint64_t>(b.v))};
@@ -158,6 +159,9 @@ struct F32 {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y.v, _mm512_setzero_ps(), _CMP_NLE_UQ), a.v)};
   }
   friend HVD_SYNCBN_INLINE F32 relu(F32 a) { return keep_where_positive(a, a); }
+  friend HVD_SYNCBN_INLINE F32 number_or_zero(F32 a) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q), a.v)};
+  }
 };
 
 struct I64 {
@@ -214,6 +218,9 @@ struct F64 {
     return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y.v, _mm512_setzero_pd(), _CMP_NLE_UQ), a.v)};
   }
   friend HVD_SYNCBN_INLINE F64 relu(F64 a) { return keep_where_positive(a, a); }
+  friend HVD_SYNCBN_INLINE F64 number_or_zero(F64 a) {
+    return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a.v, a.v, _CMP_ORD_Q), a.v)};
+  }
   friend HVD_SYNCBN_INLINE F64 operator|(F64 a, F64 b) { return {_mm512_or_pd(a.v, b.v)}; }
   friend HVD_SYNCBN_INLINE F64 operator&(F64 a, F64 b) { return {_mm512_and_pd(a.v, b.v)}; }
   friend HVD_SYNCBN_INLINE F64 magnitude(F64 a) { return {_mm512_abs_pd(a.v)}; }
@@ -288,6 +295,9 @@ struct F32 {
     return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_setzero_ps(), _CMP_NLE_UQ), a.v)};
   }
   friend HVD_SYNCBN_INLINE F32 relu(F32 a) { return keep_where_positive(a, a); }
+  friend HVD_SYNCBN_INLINE F32 number_or_zero(F32 a) {
+    return {_mm256_and_ps(_mm256_cmp_ps(a.v, a.v, _CMP_ORD_Q), a.v)};
+  }
 };
 
 struct I64 {
@@ -352,6 +362,9 @@ struct F64 {
     return {_mm256_and_pd(_mm256_cmp_pd(y.v, _mm256_setzero_pd(), _CMP_NLE_UQ), a.v)};
   }
   friend HVD_SYNCBN_INLINE F64 relu(F64 a) { return keep_where_positive(a, a); }
+  friend HVD_SYNCBN_INLINE F64 number_or_zero(F64 a) {
+    return {_mm256_and_pd(_mm256_cmp_pd(a.v, a.v, _CMP_ORD_Q), a.v)};
+  }
   friend HVD_SYNCBN_INLINE F64 operator|(F64 a, F64 b) { return {_mm256_or_pd(a.v, b.v)}; }
   friend HVD_SYNCBN_INLINE F64 operator&(F64 a, F64 b) { return {_mm256_and_pd(a.v, b.v)}; }
   friend HVD_SYNCBN_INLINE F64 magnitude(F64 a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)}; }

@@ -1,5 +1,6 @@
-// Backward apply: finishes the reduced packet, then dx = scale * (dy - fma(d, c2, c1)), d = (x - mean_hi) - mean_lo,
-// element by element; with a fused relu dy is masked by the output first, and the masked dy is the residual's gradient.
+// Backward apply: finishes the reduced packet, then dx = unit * ((scale + scale_lo) * dy + slope * x + shift +
+// shift_lo), element by element, in the operations of ../common/elementwise.h; with a fused relu dy is masked by the
+// output first, and the masked dy is the residual's gradient.
 //
 // Bytes: x and dy (and y) are read once, dx (and dresidual) are written once, n*c*s elements each; 136 bytes of packet
 // and a few vectors per channel and block.
@@ -25,7 +26,7 @@ __device__ __noinline__ BackwardCoefficients<Value> finish_channel(const Backwar
                                                                    int32_t status) {
   if (failed(status)) {
     const Value nan = canonical_nan<Value>();
-    return {nan, nan, nan, nan, nan};
+    return {nan, nan, nan, nan, nan, nan};
   }
   const double invstd = in.stats[c + channel];
   return backward_coefficients<Value>(in.stats[channel], invstd, read(in.gamma, channel, 1.0),
@@ -71,10 +72,9 @@ struct BackwardApply {
   __device__ void compute(const Loaded<kWidth>& loaded, int e, const Coefficients& k, Results<kWidth>* results) const {
     Value g = widen(loaded.dy.v[e]);
     if (y != nullptr) g = keep_where_positive(g, widen(loaded.y.v[e]));
-    // A masked position took no part in the statistics: no gradient flows to it through them.
-    const Value dx_e = loaded.counts
-                           ? input_gradient<Value>(widen(loaded.x.v[e]), g, k.mean_hi, k.mean_lo, k.scale, k.c1, k.c2)
-                           : k.scale * g;
+    const Value dx_e = loaded.counts ? input_gradient<Value>(widen(loaded.x.v[e]), g, k.unit, k.scale, k.scale_lo,
+                                                             k.slope, k.shift, k.shift_lo)
+                                     : input_gradient<Value>(g, k.unit, k.scale, k.scale_lo);
     narrow(dx_e, &results->dx.v[e]);
     narrow(g, &results->dresidual.v[e]);
   }

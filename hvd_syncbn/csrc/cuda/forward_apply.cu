@@ -1,5 +1,5 @@
-// Forward apply: finishes the reduced packet, then y = relu?(fma(d, scale, shift) + residual?), d = (x - mean_hi) -
-// mean_lo, element by element.
+// Forward apply: finishes the reduced packet, then y = relu?((x - pivot) * (scale + scale_lo) + shift +
+// shift_lo + residual?), element by element, in the operations of ../common/elementwise.h.
 //
 // Bytes: x (and the residual) are read once, y is written once, n*c*s elements each; 136 bytes of packet and a few
 // vectors per channel and block. The blocks of the first split write the stats and the running statistics.
@@ -75,8 +75,10 @@ struct ForwardApply {
   }
   template <int kWidth>
   __device__ void compute(const Loaded<kWidth>& loaded, int e, const Coefficients& k, Results<kWidth>* results) const {
-    Value v = normalized<Value>(widen(loaded.x.v[e]), k.mean_hi, k.mean_lo, k.scale, k.shift);
-    if (residual != nullptr) v = v + widen(loaded.residual.v[e]);
+    const Value at = widen(loaded.x.v[e]);
+    Value v = residual != nullptr ? normalized<Value>(at, k.pivot, k.scale, k.scale_lo, k.shift, k.shift_lo,
+                                                      widen(loaded.residual.v[e]))
+                                  : normalized<Value>(at, k.pivot, k.scale, k.scale_lo, k.shift, k.shift_lo);
     if (relu) v = hvd_syncbn::relu(v);
     narrow(v, &results->v[e]);
   }
