@@ -422,7 +422,7 @@ def test_zero_stride_gradient(layout: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_fused_equals_separate_steps(with_residual: bool, dtype: torch.dtype, layout: str) -> None:
-    """In bytes where every step rounds to the tensor's type anyway; fused 16-bit steps round once, not three times."""
+    """In bytes where every step rounds to the tensor's type anyway; a fused residual, or 16-bit type, rounds less often."""
 
     class Separate(SyncBatchNorm):
         def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -433,7 +433,7 @@ def test_fused_equals_separate_steps(with_residual: bool, dtype: torch.dtype, la
     added = residual if with_residual else None
     got, want = (step(randomize(layer), x, dy, added) for layer in (SyncBatchNorm(5, activation="relu"), Separate(5)))
     assert 0 < got["y"].count_nonzero() < got["y"].numel()
-    if dtype in (torch.float32, torch.float64):
+    if dtype in (torch.float32, torch.float64) and not with_residual:
         assert_same(got, want)
     else:
         # Not the gradients: an output that one of them rounds to 0 is masked there and not here.
