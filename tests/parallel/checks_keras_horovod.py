@@ -509,9 +509,11 @@ def check_copies_average() -> None:
         keras.models.clone_model(model).optimizer,
         copy.deepcopy(keras.optimizers.LossScaleOptimizer(original, initial_scale=1.0)),
     ):
-        variable = keras.Variable(0.0)
-        duplicate.apply([tf.constant(float(hvd.rank()))], [variable])
-        assert float(variable) == -(hvd.size() - 1) / 2, duplicate
+        variables = duplicate._trainable_variables or [keras.Variable(tf.zeros(1))]  # the clone's are those of the model
+        before = [v.numpy() for v in variables]
+        duplicate.apply([tf.fill(v.shape, tf.cast(hvd.rank(), v.dtype)) for v in variables], variables)
+        for variable, value in zip(variables, before, strict=True):
+            np.testing.assert_allclose(variable.numpy(), value - (hvd.size() - 1) / 2, rtol=1e-6)  # float32 subtracts
 
 
 def check_warnings_when_training_starts() -> None:

@@ -160,26 +160,28 @@ def test_models_come_back(kind: str, saved: str, extension: str, tmp_path: Path,
         keras.saving.save_model(source, path, zipped=False)
     else:
         source.save(path)
-    by_keras = keras.models.load_model(path)
+    # Keras can load neither the losses nor, without help, the class of the model from an .h5 file.
+    options = {"custom_objects": {"Net": Net}, "compile": extension != ".h5"}
+    by_keras = keras.models.load_model(path, **options)
     assert_equal(by_keras, source)
-    assert not is_distributed(by_keras.optimizer)
+    assert extension == ".h5" or not is_distributed(by_keras.optimizer)
     made_by_class = {"sequential": [], "functional": [], "subclassed": "all", "custom": "all but the first"}[kind]
     was, now = kinds_of_norms(source), kinds_of_norms(by_keras)
     lost = saved == "converted" and made_by_class
     assert now == ([w and not (lost and (i or made_by_class == "all")) for i, w in enumerate(was)])
     if lost and extension == ".h5":
         with pytest.warns(UserWarning, match=r"legacy \.h5.*Received: filepath="):
-            ours = load_model(path)
+            ours = load_model(path, **options)
         assert kinds_of_norms(ours) == now
     else:
-        ours = load_model(path)
+        ours = load_model(path, **options)
         assert kinds_of_norms(ours) == was
         for a, b in zip(norms(ours), norms(source), strict=True):
-            if isinstance(a, SyncBatchNormalization):
+            if saved == "converted":
                 assert (a.collective_name, a.process_set) == (b.collective_name, b.process_set)
     assert_equal(ours, source)
-    assert is_distributed(ours.optimizer)
-    if extension != ".h5":  # Keras drops the optimizer of a model that it has saved as .h5
+    if extension != ".h5":
+        assert is_distributed(ours.optimizer)
         for a, b in zip(ours.optimizer.variables, source.optimizer.variables, strict=True):
             assert same_bits(a.numpy(), b.numpy())
 
