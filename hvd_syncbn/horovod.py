@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -59,6 +60,31 @@ def process_set_id(process_set: Any) -> int:
             f"first. Received: {process_set}"
         )
     return int(number)
+
+
+def ranks_of(process_set: Any) -> list[int] | None:
+    """What a file can hold of a process set (or of its ranks): the ranks; None where it is all of them."""
+    ranks = getattr(process_set, "ranks", process_set)
+    return None if ranks is None or getattr(process_set, "process_set_id", None) == 0 else list(ranks)
+
+
+def registered_process_set(hvd: Any, ranks: Iterable[int], who: str) -> Any:
+    """The registered process set of just these ranks.
+
+    Raises:
+        ValueError: there is none; the message says that ``who`` wanted it.
+    """
+    wanted = list(ranks)
+    for number, registered in hvd.mpi_ops._basics._get_process_set_ids_and_ranks().items():
+        if list(registered) == wanted:
+            process_set = hvd.ProcessSet(wanted)
+            process_set.process_set_id = number
+            return process_set
+    raise ValueError(
+        f"{who} is to train on a process set that is not registered: pass `hvd.ProcessSet(ranks)` to "
+        "`hvd.init(process_sets=[...])` or `hvd.add_process_set(...)`, or give another `process_set`. "
+        f"Received: ranks={wanted}"
+    )
 
 
 def size(hvd: Any, process_set: Any) -> int:

@@ -12,12 +12,15 @@ process runs eagerly: sooner done.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_syncbn.keras import BroadcastVariablesCallback, DistributedOptimizer, MetricAverageCallback
+from hvd_syncbn.keras import (
+    BroadcastVariablesCallback,
+    DistributedOptimizer,
+    MetricAverageCallback,
+    convert_sync_batchnorm,
+    load_model,
+)
 
 TOLERANCE = 1e-9
 MSE = keras.losses.MeanSquaredError(dtype="float64")  # by default it would compute in float32
@@ -240,7 +249,7 @@ def check_loss_scaling() -> None:
                 scale(DistributedOptimizer(keras.optimizers.SGD(1.0), backward_passes_per_step=passes)),
             ):
                 values = overflow_once(optimizer, eagerly)
-                outside = type(optimizer) is keras.mixed_precision.LossScaleOptimizer
+                outside = optimizer.__class__ is keras.mixed_precision.LossScaleOptimizer
                 # Inside, the sum of two batches overflows; outside, the batch that does is left out of it.
                 expected = [-mean, -mean, -2 * mean] if passes == 1 else [0.0, 0.0, -mean if outside else 0.0]
                 assert values == expected, (values, expected)
@@ -484,6 +493,79 @@ def check_names_of_other_objects_do_not_matter() -> None:
     callbacks = [BroadcastVariablesCallback()]
     fit(model, x[:, hvd.rank()], y[:, hvd.rank()], BATCH, callbacks=callbacks)
     assert all_equal(digest(model))
+
+
+def check_copies_average() -> None:
+    """Each way of copying: the gradients of all ranks, also where a rank has made more copies than the others."""
+    original = DistributedOptimizer(keras.optimizers.SGD(1.0))
+    for _ in range(hvd.rank()):
+        copy.deepcopy(original)
+    model = make_model()
+    model.compile(optimizer=original, loss=MSE)
+    for duplicate in (
+        copy.deepcopy(original),
+        pickle.loads(pickle.dumps(original)),
+        original.__class__.from_config(original.get_config()),
+        keras.models.clone_model(model).optimizer,
+        copy.deepcopy(keras.optimizers.LossScaleOptimizer(original, initial_scale=1.0)),
+    ):
+        variables = duplicate._trainable_variables or [keras.Variable(tf.zeros(1))]  # the clone's are those of the model
+        before = [v.numpy() for v in variables]
+        duplicate.apply([tf.fill(v.shape, tf.cast(hvd.rank(), v.dtype)) for v in variables], variables)
+        for variable, value in zip(variables, before, strict=True):
+            np.testing.assert_allclose(variable.numpy(), value - (hvd.size() - 1) / 2, rtol=1e-6)  # float32 subtracts
+
+
+def check_warnings_when_training_starts() -> None:
+    """An optimizer that does not average, and plain norms beside synchronized ones; `load_model` mends both."""
+
+    @keras.saving.register_keras_serializable("check_warnings")
+    class Own(keras.layers.Layer):
+        def build(self, shape: Any) -> None:
+            self.norm = keras.layers.BatchNormalization()
+            self.norm.build(shape)
+
+        def call(self, x: Any) -> Any:
+            return self.norm(x)
+
+    def said(model: keras.Model, **options: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            x, y = np.ones((4, FEATURES)) * hvd.rank(), np.ones((4, FEATURES))
+            model.fit(x, y, verbose=0, epochs=2, **options)
+        return [str(w.message) for w in caught if "several ranks" in str(w.message)]
+
+    layers = [keras.Input((FEATURES,)), keras.layers.BatchNormalization(), Own(name="own")]
+    model = convert_sync_batchnorm(keras.Sequential(layers))
+    model.compile(DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse")
+    assert said(model) == []
+    with shared_folder() as folder:
+        path = folder / f"model{hvd.rank()}.keras"
+        model.save(path)
+        loaded, ours = keras.models.load_model(path), load_model(path)
+        hvd.allgather_object(None)
+    found = said(loaded, callbacks=[BroadcastVariablesCallback()])
+    assert len(found) == 2, found
+    assert "does not average" in found[0], found
+    assert "['own.norm']" in found[1], found
+    assert said(ours, callbacks=[BroadcastVariablesCallback()]) == []
+    assert all_equal(digest(ours))
+    alone = keras.models.clone_model(model)
+    alone.compile("sgd", "mse")
+    assert len(said(alone)) == 2
+    dense = make_model()
+    dense.compile("sgd", MSE)
+    x, y = make_data(steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(dense, x[:, hvd.rank()], y[:, hvd.rank()], BATCH, epochs=1, callbacks=[BroadcastVariablesCallback()])
+    assert any("does not average" in str(w.message) for w in caught)
+    # A loop of one's own averages as it likes.
+    loop = convert_sync_batchnorm(keras.Sequential([keras.Input((FEATURES,)), keras.layers.BatchNormalization()]))
+    loop.compile("sgd", "mse")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loop(np.ones((4, FEATURES)) * hvd.rank(), training=True)
 
 
 def check_xla() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import pytest
 
 pytest.importorskip("horovod.tensorflow")
 
+import h5py
 import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
@@ -22,6 +27,7 @@ from hvd_syncbn.keras import (
     DistributedOptimizer,
     MetricAverageCallback,
 )
+from hvd_syncbn.tf_impl.keras.optimizer import is_distributed
 
 pytestmark = pytest.mark.timeout(120)
 LossScaleOptimizer = keras.mixed_precision.LossScaleOptimizer
@@ -89,9 +95,86 @@ def test_is_the_wrapped_optimizer(make: Any) -> None:
     assert distributed is optimizer
     assert isinstance(distributed, type(plain))
     assert type(distributed).__name__ == type(plain).__name__
-    serialized, expected = keras.optimizers.serialize(distributed), keras.optimizers.serialize(plain)
+    assert plain.__class__ is not distributed.__class__ is type(distributed)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_file_holds_the_wrapped_optimizer(make: Any, tmp_path: Path) -> None:
+    configs = []
+    for optimizer in (DistributedOptimizer(make()), make()):
+        make_model(optimizer).save(tmp_path / "model.keras")
+        with zipfile.ZipFile(tmp_path / "model.keras") as file:
+            configs.append(json.loads(file.read("config.json"))["compile_config"]["optimizer"])
+    serialized, expected = configs
     assert serialized["config"].keys() == expected["config"].keys()  # not the values: Keras counts names
     assert serialized | {"config": None} == expected | {"config": None}
+    make_model(DistributedOptimizer(make())).save(tmp_path / "model.h5")
+    with h5py.File(tmp_path / "model.h5") as file:
+        config = json.loads(file.attrs["training_config"])["optimizer_config"]
+    assert config["class_name"] == keras.saving.get_registered_name(type(make()))
+    assert config["config"].keys() == expected["config"].keys()
+
+
+COPIES = {
+    "from_config": lambda optimizer: optimizer.from_config(optimizer.get_config()),
+    "its class": lambda optimizer: optimizer.__class__.from_config(optimizer.get_config()),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+    "serialize": lambda optimizer: keras.optimizers.deserialize(keras.optimizers.serialize(optimizer)),
+    "clone_model": lambda optimizer: keras.models.clone_model(make_model(optimizer)).optimizer,
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_copies_are_distributed(copied: Any, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the settings of the original and none of its state; what a LossScaleOptimizer is around is copied with it."""
+    monkeypatch.setattr(hvd.global_process_set, "process_set_id", 0)
+    options = {"process_set": hvd.global_process_set, "compression": hvd.Compression.fp16, "sparse_as_dense": True}
+    optimizer = DistributedOptimizer(make(), "mine", backward_passes_per_step=2, **options)
+    both = [optimizer] if isinstance(optimizer, LossScaleOptimizer) else [optimizer, LossScaleOptimizer(optimizer)]
+    for original in both:
+        duplicate = copied(original)
+        assert isinstance(duplicate, type(make()) if original is optimizer else LossScaleOptimizer)
+        assert is_distributed(duplicate)
+        a, b = ((x if original is optimizer else x.inner_optimizer)._averager for x in (original, duplicate))
+        assert a is not b
+        assert a.get_config() == b.get_config()
+        assert b.compression is hvd.Compression.fp16
+        assert b.accumulators is not a.accumulators
+
+
+def test_copies_have_accumulators_of_their_own() -> None:
+    """The issue's example: applied in turn, each updates by its own gradients."""
+    g = DistributedOptimizer(keras.optimizers.SGD(1.0), backward_passes_per_step=2)
+    for d in (g.from_config(g.get_config()), copy.deepcopy(g), pickle.loads(pickle.dumps(g))):
+        first, second = keras.Variable(0.0), keras.Variable(0.0)
+        g = g.from_config(g.get_config())
+        for _ in range(2):
+            g.apply([tf.constant(1.0)], [first])
+            d.apply([tf.constant(100.0)], [second])
+        assert (float(first), float(second)) == (-1.0, -100.0)
+
+
+def test_names_of_collectives() -> None:
+    """Optimizers are counted when they first have something to exchange, not when they are made."""
+    a, b, c = (DistributedOptimizer(keras.optimizers.SGD(), "test.names") for _ in range(3))
+    d = copy.deepcopy(a)
+    assert [x._averager.prefix for x in (c, d, c, a)] == ["test.names", "test.names.1", "test.names", "test.names.2"]
+    assert b._averager.name == "test.names"
+
+
+def test_keras_own_loss_scale_optimizer_is_left_alone() -> None:
+    assert LossScaleOptimizer.check_finite.__module__.startswith("keras.")
+    assert type(LossScaleOptimizer(keras.optimizers.SGD())) is LossScaleOptimizer
+    around = LossScaleOptimizer(DistributedOptimizer(keras.optimizers.SGD()))
+    assert type(around) is not LossScaleOptimizer
+    assert around.__class__ is LossScaleOptimizer
+    inner = keras.optimizers.SGD()
+    around = LossScaleOptimizer(inner)
+    DistributedOptimizer(inner)
+    with pytest.raises(RuntimeError, match=r"DistributedOptimizer\(loss_scale_optimizer\).*Received: "):
+        around.apply([tf.constant(1.0)], [keras.Variable(0.0)])
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)

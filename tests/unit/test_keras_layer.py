@@ -389,7 +389,7 @@ def test_convert_a_layer() -> None:
 
 def test_convert_again() -> None:
     model = convert_sync_batchnorm(sequential(), process_set=[0])
-    assert model.layers[0].process_set == [0]
+    assert model.layers[0].process_set == (0,)
     convert_sync_batchnorm(model)
     assert model.layers[0].process_set is None
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from hvd_syncbn.tf_impl.keras import ranks
+from hvd_syncbn import horovod
+from hvd_syncbn.tf_impl.keras import ranks, start
 from hvd_syncbn.tf_impl.keras.functions import backing, broadcast_variables
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
@@ -90,6 +91,8 @@ class BroadcastVariablesCallback(keras.callbacks.Callback):
         local = {id(backing(variable)) for variable in self._local_variables}
         variables = [variable for variable in variables if id(variable.value) not in local]
         broadcast_variables(variables, self.root_rank, self.process_set)
+        if horovod.size(ranks.require(), self.process_set) > 1:
+            start.look(self.model)
 
 
 class BroadcastGlobalVariablesCallback(BroadcastVariablesCallback):

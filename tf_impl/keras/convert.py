@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
 
-from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization
+from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization, held
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
@@ -37,26 +37,45 @@ def convert_sync_batchnorm(model: keras.layers.Layer, process_set: ProcessSet | 
         `model`.
 
     Raises:
+        TypeError: `model` is no Keras 3 model or layer.
         ValueError: A layer does batch renormalization. Nothing is changed then.
+
+    Warns:
+        UserWarning: There is nothing to convert. A model that makes its layers in `build()` or `call()` has to be built first.
     """
-    layers = list(_batch_norms(model))
+    layers = list(batch_norms(_checked(model)))
     for path, layer in layers:
         if layer.renorm:
             raise ValueError(f"SyncBatchNormalization does no batch renormalization. Received: layer {path!r} with renorm=True")
     for path, layer in layers:
         if type(layer) in (keras.layers.BatchNormalization, BatchNormalization):
-            _change_class(layer, SyncBatchNormalization)
-            layer.activation = None
-            layer.unbiased_variance = False
-            layer.synchronized = False
-            layer.supports_jit = False
-        elif not isinstance(layer, SyncBatchNormalization):
+            synchronize(layer, path, process_set)
+        elif isinstance(layer, SyncBatchNormalization):
+            layer.process_set = held(process_set)
+            layer.collective_name = path
+        else:
             _warn(path, layer)
-            continue
-        layer.process_set = process_set
-        layer.collective_name = path
-    _forget_traces(model)
+    if not layers:
+        _warn_of_nothing(model, "BatchNormalization")
+    forget_traces(model)
     return model
+
+
+def synchronize(
+    layer: Any,
+    collective_name: str,
+    process_set: ProcessSet | Sequence[int] | None,
+    activation: str | None = None,
+    unbiased_variance: bool = False,
+) -> None:
+    """Make a Keras batch normalization ours, in place."""
+    change_class(layer, SyncBatchNormalization)
+    layer.process_set = held(process_set)
+    layer.collective_name = collective_name
+    layer.activation = activation
+    layer.unbiased_variance = unbiased_variance
+    layer.synchronized = False
+    layer.supports_jit = False
 
 
 def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
@@ -71,9 +90,13 @@ def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
         `model`.
 
     Raises:
+        TypeError: `model` is no Keras 3 model or layer.
         ValueError: A layer has an activation, which Keras's layer has not. Nothing is changed then.
+
+    Warns:
+        UserWarning: There is nothing to convert.
     """
-    layers = [(path, layer) for path, layer in _batch_norms(model) if isinstance(layer, SyncBatchNormalization)]
+    layers = [(path, layer) for path, layer in batch_norms(_checked(model)) if isinstance(layer, SyncBatchNormalization)]
     for path, layer in layers:
         if layer.activation is not None:
             raise ValueError(
@@ -86,28 +109,52 @@ def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
         for name in ("activation", "unbiased_variance", "process_set", "collective_name"):
             delattr(layer, name)
         layer.supports_jit = True
-        _change_class(layer, BatchNormalization if layer.frozen else keras.layers.BatchNormalization)
-    _forget_traces(model)
+        change_class(layer, BatchNormalization if layer.frozen else keras.layers.BatchNormalization)
+    if not layers:
+        _warn_of_nothing(model, "SyncBatchNormalization")
+    forget_traces(model)
     return model
 
 
-def _change_class(layer: keras.layers.Layer, cls: type) -> None:
+def _checked(model: Any) -> keras.layers.Layer:
+    if not isinstance(model, keras.layers.Layer):
+        kind = model if isinstance(model, type) else type(model)
+        hint = " tf_keras (Keras 2) is another library." if kind.__module__.partition(".")[0] == "tf_keras" else ""
+        raise TypeError(
+            f"`model` has to be a model or layer of Keras 3, one at a time.{hint} Received: {model!r} "
+            f"({'the class' if isinstance(model, type) else 'of type'} {kind.__module__}.{kind.__qualname__})"
+        )
+    return model
+
+
+def _warn_of_nothing(model: keras.layers.Layer, what: str) -> None:
+    warnings.warn(
+        f"found no {what} to convert. A model that makes its layers in `build()` or `call()` has to be built before. "
+        f"Received: {model!r}",
+        stacklevel=3,
+    )
+
+
+def change_class(layer: Any, cls: type) -> None:
+    """Give an object of Keras another class, in place."""
     # Past Keras's own __setattr__, which would take the class for a state to track.
     object.__setattr__(layer, "__class__", cls)
 
 
 def _warn(path: str, layer: keras.layers.Layer) -> None:
-    warnings.warn(f"layer {path!r} stays as it is. Received: an instance of {type(layer).__name__}", stacklevel=3)
+    warnings.warn(f"layer {path!r} stays as it is. Received: an instance of {type(layer).__qualname__}", stacklevel=3)
 
 
-def _forget_traces(model: keras.layers.Layer) -> None:
+def forget_traces(model: keras.layers.Layer) -> None:
+    """Make compiled models trace their next step anew."""
     for _, layer in _walk(model, "", set()):
         if isinstance(layer, keras.Model) and layer.compiled:
             layer.train_function = layer.test_function = layer.predict_function = None
             layer.jit_compile = False  # as compile() decides for a model that has our layers
 
 
-def _batch_norms(model: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
+def batch_norms(model: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
+    """All batch normalizations of a model, of Keras's class or one derived from it, each with its path."""
     for path, layer in _walk(model, "", set()):
         if isinstance(layer, keras.layers.BatchNormalization):
             yield path or layer.name, layer

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from hvd_syncbn.tf_impl.keras.convert import _change_class, _walk
+from hvd_syncbn.tf_impl.keras.convert import _walk, change_class
 from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization
 
 
@@ -55,7 +55,7 @@ def freeze_batchnorm(model: keras.layers.Layer, affine: bool = False) -> keras.l
     known = []
     for path, layer in layers:
         if type(layer) is keras.layers.BatchNormalization:
-            _change_class(layer, BatchNormalization)
+            change_class(layer, BatchNormalization)
         if type(layer) in (BatchNormalization, SyncBatchNormalization):
             known.append(layer)
         else:
@@ -85,7 +85,7 @@ def unfreeze_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
             continue
         layer.unfreeze()
         if type(layer) is BatchNormalization:
-            _change_class(layer, keras.layers.BatchNormalization)
+            change_class(layer, keras.layers.BatchNormalization)
     _forget_traces(model)
     return model
 

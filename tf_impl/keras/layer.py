@@ -6,12 +6,14 @@ needs neither Horovod nor the native library.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
 
 from hvd_syncbn import horovod
+from hvd_syncbn.horovod import ranks_of
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
@@ -84,7 +86,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             variable.trainable = False
 
 
-@keras.saving.register_keras_serializable("hvd_syncbn")
+@keras.saving.register_keras_serializable("hvd_syncbn", "SyncBatchNormalization")
 class SyncBatchNormalization(BatchNormalization):
     """Layer that normalizes its inputs over the batch of all Horovod ranks.
 
@@ -97,6 +99,10 @@ class SyncBatchNormalization(BatchNormalization):
 
     Differences from Keras's layer: a batch of one value per channel is an error in training; a batch without any unmasked
     position leaves the moving statistics alone; a mask needs `axis=-1` and the TensorFlow backend.
+
+    Files of weights and models cross between this layer and Keras's in both directions. To that end both classes have the same
+    `__name__`: Keras stores the members of lists under the names of their classes, and `model.summary()` shows those, too;
+    `repr(layer)` tells them apart.
 
     A layer made by hand calls its collectives by its `name`, which has to be the same on every rank: make the same layers in
     the same order on each, or name them. `convert_sync_batchnorm` calls them by their place in the model.
@@ -147,7 +153,7 @@ class SyncBatchNormalization(BatchNormalization):
         if activation not in (None, "relu"):
             raise ValueError(f'`activation` has to be None or "relu". Received: activation={activation!r}')
         super().__init__(axis=axis, momentum=momentum, epsilon=epsilon, center=center, scale=scale, **kwargs)
-        self.process_set = process_set if process_set is None or hasattr(process_set, "ranks") else tuple(process_set)
+        self.process_set = held(process_set)
         self.activation = activation
         self.unbiased_variance = unbiased_variance
         self.collective_name = self.name
@@ -173,20 +179,22 @@ class SyncBatchNormalization(BatchNormalization):
             mask = getattr(inputs, "_keras_mask", None)
         if backend not in _TRAIN:
             raise RuntimeError(f"training needs Keras's TensorFlow or PyTorch backend. Received: KERAS_BACKEND={backend}")
+        self._look(backend)
         return keras.ops.cast(_TRAIN[backend](self, inputs, mask, residual), self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         """Keras's config of the layer and ours. A process set becomes the list of its ranks."""
-        ranks = getattr(self.process_set, "ranks", self.process_set)
-        everyone = getattr(self.process_set, "process_set_id", None) == 0
-        config = {
-            **super().get_config(),
-            "process_set": None if ranks is None or everyone else list(ranks),
+        return super().get_config() | self._own_config()
+
+    def _own_config(self) -> dict[str, Any]:
+        """What Keras's layer does not have."""
+        own = {
+            "process_set": ranks_of(self.process_set),
             "activation": self.activation,
             "unbiased_variance": self.unbiased_variance,
         }
         # What conversion called it is still the same on every rank when the model is loaded.
-        return config if self.collective_name == self.name else config | {"collective_name": self.collective_name}
+        return own if self.collective_name == self.name else own | {"collective_name": self.collective_name}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SyncBatchNormalization:
@@ -195,21 +203,39 @@ class SyncBatchNormalization(BatchNormalization):
         layer.collective_name = config.get("collective_name", layer.name)
         return layer
 
+    def save_own_variables(self, store: Any) -> None:
+        """Save the weights as Keras's layer does, and beside them, where there is room, what `load_model` has to know."""
+        super().save_own_variables(store)
+        attributes = getattr(getattr(store, "_h5_entry_group", None), "attrs", None)
+        if attributes is not None:
+            attributes[RECORD] = json.dumps(
+                self._own_config() | {"collective_name": self.collective_name, "frozen": self.frozen}
+            )
+
+    def __repr__(self) -> str:
+        """Return Keras's words, with the name that tells it from Keras's layer."""
+        return f"<SyncBatchNormalization name={self.name}, built={self.built}>"
+
+    def _look(self, framework: str) -> None:
+        """Have the model that was called looked at, where several ranks train."""
+        from hvd_syncbn.tf_impl.keras import start
+
+        if horovod.size(horovod.require(framework), self._registered_process_set(framework)) > 1:
+            start.look(self._get_call_context().entry_layer)
+
     def _registered_process_set(self, framework: str) -> ProcessSet | None:
         """The process set as Horovod knows it: a saved model has only ranks."""
         if not isinstance(self.process_set, tuple):
             return self.process_set
         hvd = horovod.require(framework)
-        for number, ranks in hvd.mpi_ops._basics._get_process_set_ids_and_ranks().items():
-            if tuple(ranks) == self.process_set:
-                process_set = hvd.ProcessSet(ranks)
-                process_set.process_set_id = number
-                return process_set
-        raise ValueError(
-            f"layer {self.collective_name!r} is to train on a process set that is not registered: pass "
-            "`hvd.ProcessSet(ranks)` to `hvd.init(process_sets=[...])` or `hvd.add_process_set(...)`, or convert the model "
-            f"again with another `process_set`. Received: ranks={list(self.process_set)}"
-        )
+        return horovod.registered_process_set(hvd, self.process_set, f"layer {self.collective_name!r}")
+
+
+# Keras stores the members of lists under their classes' names, and counts layers' names by them. Pickle uses __qualname__.
+SyncBatchNormalization.__name__ = keras.layers.BatchNormalization.__name__
+
+RECORD = "hvd_syncbn"
+"""The HDF5 attribute beside a layer's weights that says it was synchronized, and how: our part of its config, as JSON."""
 
 
 _REFUSED = {
@@ -217,6 +243,11 @@ _REFUSED = {
     "synchronized": "synchronizes over Horovod, not over a tf.distribute strategy",
     "virtual_batch_size": "normalizes over the batch of all ranks, not over parts of it",
 }
+
+
+def held(process_set: ProcessSet | Sequence[int] | None) -> ProcessSet | tuple[int, ...] | None:
+    """A process set as a layer holds it: ranks as a tuple, since Keras would track a list."""
+    return process_set if process_set is None or hasattr(process_set, "ranks") else tuple(process_set)
 
 
 def _may_be_equal(a: Sequence[int | None], b: Sequence[int | None]) -> bool:

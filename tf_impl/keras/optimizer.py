@@ -1,12 +1,13 @@
 """Keras 3 under Horovod: an optimizer that averages gradients.
 
-* A distributed optimizer is the user's own object with one method more: its state, its config, its name in a file and
-  `isinstance` stay those of the wrapped class. So what is saved knows nothing of Horovod, and what is loaded (built,
-  with its state) can be wrapped again.
+* A distributed optimizer is the user's own object, of a class derived from its own: `isinstance`, state and all else stay.
+* Its copies are distributed, too, each with its own accumulators: `from_config`, `copy.deepcopy`, pickle, `clone_model`, and
+  inside a LossScaleOptimizer. Only a file knows nothing of Horovod: it holds the wrapped class and loads anywhere.
+  `load_model` wraps what is loaded (built, with its state) again.
 * `Optimizer.apply` is the only hook: gradients are averaged before anything else sees them, hence clipping, weight
   decay, EMA and the decision of a LossScaleOptimizer come out alike on every rank.
 * Collectives have names of their own, never those of Keras, which count the objects of a process and so may differ
-  between ranks.
+  between ranks. Optimizers are counted when they first exchange something: in that the ranks agree already.
 
 Custom training loops need none of this: `apply_gradients` of a distributed optimizer averages there, too, or take
 `hvd.DistributedGradientTape`. That asks its sources for `.ref()`, which only the backing `tf.Variable`s have:
@@ -22,15 +23,19 @@ optimizer.apply_gradients(zip(gradients, model.trainable_variables))
 from __future__ import annotations
 
 import functools
-import itertools
+import io
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
+from keras.src.backend.common import global_state
 
 from hvd_syncbn import horovod
 from hvd_syncbn.tf_impl.keras import ranks
+from hvd_syncbn.tf_impl.keras.convert import change_class
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -40,19 +45,73 @@ if TYPE_CHECKING:
 
     Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices | None
 
-_instances = itertools.count()
+NAME = "hvd_syncbn.DistributedOptimizer"
+_named: Counter[tuple[int, str]] = Counter()
 
 
 class _Averager:
-    """Averages lists of gradients over the ranks of a process set."""
+    """How one optimizer averages: its settings, and what it keeps between steps.
 
-    def __init__(self, name: str, process_set: ProcessSet | None, compression: Any, sparse_as_dense: bool) -> None:
-        hvd = ranks.require()
+    Horovod is asked for when there is something to average, so that a copy can be made anywhere. A process set may be the list
+    of its ranks.
+    """
+
+    def __init__(
+        self,
+        name: str = NAME,
+        process_set: ProcessSet | Sequence[int] | None = None,
+        backward_passes_per_step: int = 1,
+        compression: Any = None,
+        sparse_as_dense: bool = False,
+    ) -> None:
         self.name = name
-        self.process_set = process_set or hvd.global_process_set
-        self.compression = compression or hvd.Compression.none
+        self.given_process_set = process_set
+        self.passes = backward_passes_per_step
+        self.given_compression = compression
         self.sparse_as_dense = sparse_as_dense
-        self.is_alone()  # raises if this rank has no business in the process set
+        self.accumulators: list[tf.Variable] = []
+
+    def get_config(self) -> dict[str, Any]:
+        """The settings, as a config can hold them."""
+        compression: Any = self.given_compression
+        if compression is not None and not isinstance(compression, str):
+            compressions = {value: key for key, value in vars(ranks.require().Compression).items() if isinstance(value, type)}
+            if compression not in compressions:
+                raise ValueError(f"a config can only hold a compression of `hvd.Compression`. Received: {compression!r}")
+            compression = compressions[compression]
+        return {
+            "name": self.name,
+            "process_set": horovod.ranks_of(self.given_process_set),
+            "backward_passes_per_step": self.passes,
+            "compression": compression,
+            "sparse_as_dense": self.sparse_as_dense,
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has the settings, by value, and nothing else."""
+        process_set = horovod.ranks_of(self.given_process_set)
+        return _Averager, (self.name, process_set, self.passes, self.given_compression, self.sparse_as_dense)
+
+    @functools.cached_property
+    def process_set(self) -> ProcessSet:
+        """The process set as Horovod knows it."""
+        hvd, given = ranks.require(), self.given_process_set
+        if given is None:
+            return hvd.global_process_set
+        return given if hasattr(given, "ranks") else horovod.registered_process_set(hvd, given, "an optimizer")
+
+    @functools.cached_property
+    def compression(self) -> Any:
+        """One of `hvd.Compression`."""
+        given = self.given_compression or "none"
+        return getattr(ranks.require().Compression, given) if isinstance(given, str) else given
+
+    @functools.cached_property
+    def prefix(self) -> str:
+        """What the names of the collectives begin with: of this optimizer alone, the same on all ranks."""
+        key = (horovod.process_set_id(self.process_set), self.name)
+        number, _named[key] = _named[key], _named[key] + 1
+        return f"{self.name}.{number}" if number else self.name
 
     def is_alone(self) -> bool:
         """Tell whether there is nobody to talk to. An elastic job may grow after a step was traced: never alone."""
@@ -68,7 +127,7 @@ class _Averager:
                 "XLA cannot compile Horovod's collectives: pass `jit_compile=False` to `compile()` or `tf.function`. "
                 "Received: jit_compile=True"
             )
-        return {"name": f"{self.name}.{what}", "ignore_name_scope": True, "process_set": self.process_set}
+        return {"name": f"{self.prefix}.{what}", "ignore_name_scope": True, "process_set": self.process_set}
 
     def all_ranks(self, condition: tf.Tensor) -> tf.Tensor:
         """Return whether a condition holds on every rank."""
@@ -118,14 +177,47 @@ class _Averager:
 class _Distributed(keras.optimizers.Optimizer):
     """What a distributed optimizer does differently; comes before the wrapped class."""
 
-    # Of the class that DistributedOptimizer makes for one optimizer: on the instance, Keras would track and save them.
+    _wrapped: type[keras.optimizers.Optimizer]
     _averager: _Averager
-    _passes: int
-    _accumulators: list[tf.Variable]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        object.__setattr__(self, "_averager", _Averager())
+        super().__init__(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "loss_scale_factor":
+            # A LossScaleOptimizer resets this of the optimizer that it is put around, and tells it nothing else of itself.
+            _agree(sys._getframe(1).f_locals.get("self"), self)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's config and, other than for a file, how it averages."""
+        config: dict[str, Any] = super().get_config()
+        return config if _writing_a_file() else config | {"distributed": self._averager.get_config()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **kwargs: Any) -> _Distributed:
+        """Return a distributed optimizer, with accumulators of its own."""
+        config = dict(config)
+        averager = _Averager(**config.pop("distributed", {}))
+        optimizer: _Distributed = super().from_config(config, **kwargs)
+        object.__setattr__(optimizer, "_averager", averager)
+        return optimizer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle what Keras does, and how it averages."""
+        _, arguments = super().__reduce__()
+        return _copy, (*arguments, self._averager)
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
         """Average the gradients, then do as the wrapped optimizer does."""
-        if self._passes > 1:
+        caller = sys._getframe(1).f_locals.get("self")
+        if isinstance(caller, keras.optimizers.LossScaleOptimizer) and not isinstance(caller, _Distributed | _Agreeing):
+            raise RuntimeError(
+                "an optimizer inside a LossScaleOptimizer was made distributed: ranks would not agree which steps to skip. Use "
+                f"`DistributedOptimizer(loss_scale_optimizer)`. Received: {caller!r}"
+            )
+        if self._averager.passes > 1:
             self._accumulate(list(grads), trainable_variables)
         else:
             super().apply(self._averager.average(grads), trainable_variables)
@@ -133,12 +225,13 @@ class _Distributed(keras.optimizers.Optimizer):
     def _accumulate(self, grads: list[Gradient], trainable_variables: Sequence[Any] | None) -> None:
         if trainable_variables is not None and not self.built:  # creates variables, impossible in a branch
             self.build(list(trainable_variables))
-        present = {i: tf.convert_to_tensor(g) / self._passes for i, g in enumerate(grads) if g is not None}
-        if not self._accumulators:
+        averager = self._averager
+        present = {i: tf.convert_to_tensor(g) / averager.passes for i, g in enumerate(grads) if g is not None}
+        if not averager.accumulators:
             with tf.init_scope():
                 zeros = [tf.zeros(g.shape, g.dtype) for g in present.values()]
-                self._accumulators.extend(tf.Variable(z, trainable=False) for z in [*zeros, tf.constant(0)])
-        *means, count = self._accumulators
+                averager.accumulators.extend(tf.Variable(z, trainable=False) for z in [*zeros, tf.constant(0)])
+        *means, count = averager.accumulators
         for mean, gradient in zip(means, present.values(), strict=True):
             mean.assign_add(gradient)
         count.assign_add(1)
@@ -147,25 +240,79 @@ class _Distributed(keras.optimizers.Optimizer):
         def update() -> None:
             local = dict(zip(present, means, strict=True))
             gradients = [local[i].read_value() if i in local else None for i in range(len(grads))]
-            apply(self._averager.average(gradients), trainable_variables)
-            for variable in self._accumulators:
+            apply(averager.average(gradients), trainable_variables)
+            for variable in averager.accumulators:
                 variable.assign(tf.zeros_like(variable))
 
-        tf.cond(count == self._passes, update, lambda: None)
+        tf.cond(count == averager.passes, update, lambda: None)
 
 
-def _on_all_ranks(check_finite: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    @functools.wraps(check_finite)
-    def agreed(self: keras.optimizers.LossScaleOptimizer, grads: Sequence[Gradient]) -> tf.Tensor:
-        finite, inner = check_finite(self, grads), self.inner_optimizer
-        return inner._averager.all_ranks(finite) if isinstance(inner, _Distributed) else finite
+class _Agreeing(keras.optimizers.LossScaleOptimizer):
+    """A LossScaleOptimizer around a distributed optimizer; comes before the wrapped class.
 
-    return agreed
+    Under mixed_float16 `compile()` puts one around ours, and that looks at gradients not averaged yet: a rank that skips the
+    step alone would leave the others waiting.
+    """
+
+    _wrapped: type[keras.optimizers.Optimizer]
+
+    def check_finite(self, grads: Sequence[Gradient]) -> tf.Tensor:
+        """Return whether the gradients are finite on every rank."""
+        return self.inner_optimizer._averager.all_ranks(super().check_finite(grads))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle what Keras does, and how the optimizer inside averages."""
+        _, arguments = super().__reduce__()
+        return _copy_around, (*arguments, self.inner_optimizer._averager)
 
 
-# Under mixed_float16 `compile()` puts a LossScaleOptimizer around ours, and that looks at gradients not averaged yet:
-# a rank that skips the step alone would leave the others waiting. Nothing but this method can know better.
-keras.optimizers.LossScaleOptimizer.check_finite = _on_all_ranks(keras.optimizers.LossScaleOptimizer.check_finite)
+def _agree(outer: Any, inner: _Distributed) -> None:
+    plain = isinstance(outer, keras.optimizers.LossScaleOptimizer) and not isinstance(outer, _Distributed | _Agreeing)
+    if plain and getattr(outer, "inner_optimizer", None) is inner:
+        cls: Any = type(outer)
+        change_class(outer, _subclass(_Agreeing, cls))
+
+
+@functools.cache
+def _subclass(mixin: Any, wrapped: Any) -> type:
+    """The class of a mixin before a wrapped class, which Keras knows by a name of ours, and in a file as the wrapped one."""
+
+    def seen(self: Any) -> type:
+        return wrapped if mixin is _Agreeing or _writing_a_file() else type(self)
+
+    members = {"__module__": __name__, "_wrapped": wrapped, "__class__": property(seen)}
+    cls = type(wrapped.__name__, (mixin, wrapped), members)
+    name = f"{mixin.__name__.strip('_')}({wrapped.__module__}.{wrapped.__qualname__})"
+    registered: type = keras.saving.register_keras_serializable("hvd_syncbn", name)(cls)
+    return registered
+
+
+def _writing_a_file() -> bool:
+    """Whether Keras is about to put a config into a `.keras` or a legacy `.h5` file; it does not tell in any public way."""
+    get = global_state.get_global_attribute
+    return get("shared_objects/id_to_config_map") is not None or bool(get("use_legacy_config"))
+
+
+def _distribute(optimizer: Any, averager: _Averager) -> Any:
+    cls: Any = type(optimizer)
+    change_class(optimizer, _subclass(_Distributed, cls))
+    object.__setattr__(optimizer, "_averager", averager)
+    return optimizer
+
+
+def _copy(file: io.BytesIO, averager: _Averager) -> Any:
+    return _distribute(keras.optimizers.Optimizer._unpickle_model(file), averager)
+
+
+def _copy_around(file: io.BytesIO, averager: _Averager) -> Any:
+    outer = keras.optimizers.Optimizer._unpickle_model(file)
+    _agree(outer, _distribute(outer.inner_optimizer, averager))
+    return outer
+
+
+def is_distributed(optimizer: object) -> bool:
+    """Whether an optimizer averages over the ranks, itself or inside a LossScaleOptimizer."""
+    return isinstance(optimizer, _Distributed) or isinstance(getattr(optimizer, "inner_optimizer", None), _Distributed)
 
 
 def DistributedOptimizer(
@@ -182,15 +329,17 @@ def DistributedOptimizer(
     """Make a Keras 3 optimizer average its gradients over all ranks.
 
     The optimizer itself is changed and returned, so that one loaded with a model keeps its state. Wrap before the
-    model is trained, and create and wrap the same optimizers in the same order on all ranks. A model saved with it
-    holds the plain optimizer and loads where there is no Horovod; to continue, wrap `model.optimizer` again.
+    model is trained. Copies of it are distributed as well: by `from_config`, `copy.deepcopy`, pickle and `clone_model`. A saved
+    model holds the plain optimizer and loads where there is no Horovod; to continue, use `load_model`, or wrap
+    `model.optimizer` again. A model copied by `copy.deepcopy` or pickle goes through such a file, too.
 
     Under float16, `DistributedOptimizer(LossScaleOptimizer(...))` is faster than the other way round, which is what
     `compile()` makes of it by itself: outside, a LossScaleOptimizer costs one more (small) collective per step.
 
     Args:
         optimizer: Any `keras.optimizers.Optimizer`, built or not.
-        name: The prefix of the names of the collectives, the same on all ranks. Defaults to a counted one.
+        name: The prefix of the names of the collectives, the same on all ranks. Where several optimizers have it (copies, or by
+            default all), they are counted in the order in which they first exchange gradients.
         process_set: The `hvd.ProcessSet` to average over. Defaults to all ranks.
         backward_passes_per_step: The number of batches whose gradients are averaged locally before one exchange and
             one update. Everything that counts steps (schedules, EMA) counts updates, as with a larger batch; the
@@ -219,25 +368,16 @@ def DistributedOptimizer(
             f"`optimizer` must be a `keras.optimizers.Optimizer` of Keras 3. Received: {optimizer!r} "
             f"(of type {type(optimizer)})"
         )
-    if isinstance(optimizer, _Distributed) or isinstance(getattr(optimizer, "inner_optimizer", None), _Distributed):
+    if is_distributed(optimizer):
         raise ValueError(f"`optimizer` is a DistributedOptimizer already. Received: {optimizer!r}")
     if not isinstance(backward_passes_per_step, int) or backward_passes_per_step < 1:
         raise ValueError(
             f"`backward_passes_per_step` must be an integer >= 1. Received: backward_passes_per_step={backward_passes_per_step}"
         )
     _check_averaging(op, average_aggregated_gradients, backward_passes_per_step)
-    name = name or f"hvd_syncbn.DistributedOptimizer{next(_instances)}"
-    wrapped = type(optimizer)
-    members = {
-        "_averager": _Averager(name, process_set, compression, sparse_as_dense),
-        "_passes": backward_passes_per_step,
-        "_accumulators": [],
-        # Keras writes the class it finds here into a file: still the wrapped one.
-        "__class__": property(lambda self: wrapped),
-    }
-    # Past Keras's own __setattr__, which would take the class for a state to track.
-    object.__setattr__(optimizer, "__class__", type(wrapped.__name__, (_Distributed, wrapped), members))
-    return optimizer
+    averager = _Averager(name or NAME, process_set, backward_passes_per_step, compression, sparse_as_dense)
+    averager.is_alone()  # raises if Horovod is not ready or this rank has no business in the process set
+    return _distribute(optimizer, averager)
 
 
 def _check_averaging(op: Any, average_aggregated_gradients: bool, passes: int) -> None:

@@ -1,0 +1,154 @@
+"""``load_model``: Keras's, and then what Horovod's does: the model comes back ready to train on several ranks.
+
+A custom class makes its layers anew, as plain ones, when Keras loads or clones it. What was synchronized is written beside
+the weights (`SyncBatchNormalization.save_own_variables`) and read here, by layers that take the plain ones' places for the
+time of one more `load_weights`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from hvd_syncbn.tf_impl.keras.convert import batch_norms, change_class, forget_traces, synchronize
+from hvd_syncbn.tf_impl.keras.layer import RECORD
+from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer
+
+if TYPE_CHECKING:
+    from horovod.common.process_sets import ProcessSet
+
+
+def load_model(
+    filepath: str | os.PathLike[str],
+    custom_objects: dict[str, Any] | None = None,
+    compile: bool = True,
+    safe_mode: bool = True,
+    *,
+    custom_optimizers: list[type[keras.optimizers.Optimizer]] | None = None,
+    name: str | None = None,
+    process_set: ProcessSet | None = None,
+    backward_passes_per_step: int = 1,
+    compression: Any = None,
+    sparse_as_dense: bool = False,
+) -> keras.Model:
+    """Load a model as `keras.models.load_model` does, synchronized where it was when it was saved, its optimizer distributed.
+
+    Synchronized layers of a custom class, which `keras.models.load_model` gives back as plain ones, are synchronized again,
+    with the process sets (by their ranks) and collective names that they had. The optimizer of a compiled model is wrapped by
+    `DistributedOptimizer`, whatever it was when the model was saved, and keeps its state.
+
+    Args:
+        filepath: A `.keras` file, the folder of `save(..., zipped=False)`, or a legacy `.h5` file. The last has no record of
+            what was synchronized inside custom classes: a warning names the layers that may have been.
+        custom_objects: Names to classes and functions, as in Keras.
+        compile: Whether to compile the model, if it was, and wrap its optimizer.
+        safe_mode: As in Keras.
+        custom_optimizers: Classes of optimizers of your own, as in Horovod.
+        name: See `DistributedOptimizer`, as for the arguments that follow.
+        process_set: The `hvd.ProcessSet` that the optimizer averages over.
+        backward_passes_per_step: Batches for one update.
+        compression: One of `hvd.Compression`.
+        sparse_as_dense: Whether sparse gradients become dense.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: As `keras.models.load_model` does.
+        RuntimeError: The model is compiled, and Horovod is missing or not initialized, or Keras does not run on TensorFlow.
+
+    Warns:
+        UserWarning: Layers may have been synchronized that the file does not tell of.
+
+    Example:
+
+    ```python
+    hvd.init()
+    model = load_model("checkpoint.keras")
+    model.fit(x, y, initial_epoch=5, callbacks=[BroadcastVariablesCallback()])
+    ```
+    """
+    objects = {cls.__name__: cls for cls in custom_optimizers or []} | (custom_objects or {})
+    model = keras.models.load_model(filepath, custom_objects=objects, compile=compile, safe_mode=safe_mode)
+    plain = [(path, norm) for path, norm in batch_norms(model) if type(norm) is keras.layers.BatchNormalization]
+    if plain and str(filepath).endswith((".h5", ".hdf5")):
+        _warn_of_no_record(filepath, plain)
+    elif plain and model.built:
+        _synchronize_again(model, filepath, [norm for _, norm in plain])
+    if compile and getattr(model, "optimizer", None) is not None:
+        DistributedOptimizer(
+            model.optimizer,
+            name,
+            process_set=process_set,
+            backward_passes_per_step=backward_passes_per_step,
+            compression=compression,
+            sparse_as_dense=sparse_as_dense,
+        )
+    return model
+
+
+class _Reader(keras.layers.BatchNormalization):
+    """A plain layer that also loads the record beside its weights."""
+
+    def load_own_variables(self, store: Any) -> None:
+        super().load_own_variables(store)
+        attributes = getattr(getattr(store, "_h5_entry_group", None), "attrs", {})
+        object.__setattr__(self, "record", attributes.get(RECORD))
+
+
+_Reader.__name__ = keras.layers.BatchNormalization.__name__  # the name that Keras looks for in the file
+
+
+def _synchronize_again(model: keras.Model, filepath: str | os.PathLike[str], norms: list[Any]) -> None:
+    weights = Path(filepath, "model.weights.h5") if os.path.isdir(filepath) else filepath
+    for norm in norms:
+        change_class(norm, _Reader)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said when the model was loaded
+            model.load_weights(weights)
+    finally:
+        for norm in norms:
+            change_class(norm, keras.layers.BatchNormalization)
+    for norm in norms:
+        record = vars(norm).pop("record", None)
+        if record is not None:
+            settings = json.loads(record)
+            frozen = settings.pop("frozen")
+            synchronize(norm, **settings)
+            if frozen:
+                norm.freeze(affine=frozen == "statistics")
+    forget_traces(model)
+
+
+def _warn_of_no_record(filepath: str | os.PathLike[str], plain: list[tuple[str, Any]]) -> None:
+    """Name the layers that the file's config does not: those that a custom class has made."""
+    import h5py  # type: ignore[import-untyped]
+
+    with h5py.File(filepath, "r") as file:
+        config = json.loads(file.attrs["model_config"])
+    told = set(_names(config))
+    paths = [path for path, norm in plain if norm.name not in told]
+    if paths:
+        warnings.warn(
+            f"a legacy .h5 file does not tell whether the layers that custom classes make were synchronized. "
+            f"{paths} are plain now: convert the model again (`convert_sync_batchnorm`) if they were, and save it as .keras. "
+            f"Received: filepath={str(filepath)!r}",
+            stacklevel=3,
+        )
+
+
+def _names(config: Any) -> Iterator[str]:
+    if isinstance(config, dict):
+        if isinstance(config.get("name"), str):
+            yield config["name"]
+        config = list(config.values())
+    if isinstance(config, list):
+        for value in config:
+            yield from _names(value)
