@@ -1,6 +1,6 @@
-"""The C interface of the core for Python, over numpy arrays: for tests, ``hvd-syncbn verify`` and ``doctor``.
+"""The C interface of the core for Python, over numpy arrays: for ``recalibrate``, tests, ``hvd-syncbn verify`` and ``doctor``.
 
-The frameworks do not come through here: their adapters link the same library. Each function is its C namesake in
+A training step does not come through here: the adapters link the same library. Each function is its C namesake in
 ``csrc/include/hvd_syncbn/core.h`` run over all its units. 16-bit floats are numpy ``uint16`` arrays of their bits.
 """
 
@@ -21,6 +21,7 @@ from hvd_syncbn.protocol import DTYPES, HEADER, LIMBS
 
 LAYOUTS = ("channels_first", "channels_last")
 OK, RANKS_DISAGREE, ONE_VALUE, EMPTY = range(4)
+POOLED, BATCHES = range(2)
 
 _STORAGE = {"float32": np.float32, "float64": np.float64, "float16": np.uint16, "bfloat16": np.uint16}
 
@@ -271,3 +272,41 @@ def backward(
             _pointer(dresidual),
         )
     return dx, dresidual
+
+
+def add_packet(packet: NDArray[np.int64], total: NDArray[np.int64]) -> None:
+    """Adds a closed packet to a total of the same length, in place."""
+    library().hvd_syncbn_add_packet(_channels(total), _pointer(packet), _pointer(total))
+
+
+def add_batch(packet: NDArray[np.int64], total: NDArray[np.int64]) -> int:
+    """Adds the statistics of a reduced packet's batch to a total, in place: OK, ONE_VALUE or EMPTY."""
+    return int(library().hvd_syncbn_add_batch(_channels(total), _pointer(packet), _pointer(total)))
+
+
+def population(
+    total: NDArray[np.int64], estimator: int, unbiased: bool, eps: float, *vectors: tuple[NDArray[Any], str] | None
+) -> int:
+    """Writes population statistics into ``vectors``, arrays with their dtypes: OK, ONE_VALUE or EMPTY.
+
+    They are mean, variance and, where the layer is to become the identity, gamma and beta.
+    """
+    four = [_vector(*vector) if vector else _vector(None) for vector in (*vectors, None, None)[:4]]
+    return int(
+        library().hvd_syncbn_population(
+            _channels(total), _pointer(total), ctypes.c_int32(estimator), ctypes.c_int32(unbiased), ctypes.c_double(eps), *four
+        )
+    )
+
+
+def average_weights(old_weight: float, batches: int) -> tuple[float, float]:
+    """The weights of the old running statistic and of the batch's, after ``batches`` others."""
+    old, new = ctypes.c_double(), ctypes.c_double()
+    library().hvd_syncbn_average_weights(
+        ctypes.c_double(old_weight), ctypes.c_int64(batches), ctypes.byref(old), ctypes.byref(new)
+    )
+    return old.value, new.value
+
+
+def _channels(packet: NDArray[np.int64]) -> ctypes.c_int64:
+    return ctypes.c_int64((len(packet) - HEADER) // (1 + 2 * LIMBS))

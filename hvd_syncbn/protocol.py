@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -352,6 +352,26 @@ def running(old: float, batch: float, old_weight: float, new_weight: float, dtyp
     return round_to(round_to(old_weight, "float32") * old + round_to(new_weight, "float32") * batch, dtype)
 
 
+def average_weights(old_weight: float, batches: int) -> tuple[float, float]:
+    """The weights of the old running statistic and of the batch's in an average that starts without a bias.
+
+    Caffe's: ``s = old_weight * s + 1`` with every batch, and the batch weighs ``1 / s``. ``old_weight`` 1 averages over all
+    batches alike. In closed form, so that the count of ``batches`` before this one is all that has to be kept.
+    """
+    keep = round_to(old_weight, "float32")
+    if keep == 1:
+        share = 1 / (batches + 1)
+    else:
+        power, base, n = 1.0, keep, batches + 1
+        while n:
+            if n & 1:
+                power *= base
+            base *= base
+            n >>= 1
+        share = (1 - keep) / (1 - power)
+    return 1 - share, share
+
+
 def unbiased(var: float, count: int) -> float:
     """PyTorch's running variance; Keras's is the biased one."""
     return var * count / (count - 1)
@@ -366,6 +386,69 @@ def parameter_gradients(packet: Packet, statistics: Sequence[Statistics], dtype:
         else:
             result.append((round_to(stat.invstd * read_sum(b)[0], dtype), round_to(read_sum(a)[0], dtype)))
     return result
+
+
+# --- Statistics of a data set (section 9) -----------------------------------------------------------------------------
+
+
+def add_batch(total: Packet, batch: Packet) -> Packet:
+    """``total`` with one global batch's means and unbiased variances as exact sums; its count is that of the batches.
+
+    A batch without a value adds nothing.
+
+    Raises:
+        ValueError: the batch has one value per channel.
+    """
+    if batch.count == 0:
+        return total
+    if batch.count == 1:
+        raise ValueError("expected more than 1 value per channel in a batch. Received: 1")
+    result = total + replace(batch, count=1, nonfinite=[0] * len(batch.a), a=[0] * len(batch.a), b=[0] * len(batch.b))
+    for c, stat in enumerate(finish_forward(batch, 0.0)):
+        for moment, value in ((result.a, stat.mean), (result.b, unbiased(stat.var, batch.count))):
+            fixed = to_fixed(value)
+            if fixed is None:
+                result.nonfinite[c] += 1
+            else:
+                moment[c] += fixed
+    return result
+
+
+def pooled_population(total: Packet, convention_unbiased: bool) -> list[tuple[float, float]]:
+    """``(mean, variance)`` of every channel of all the values that ``total``, a sum of packets, stands for."""
+    return [
+        (stat.mean, unbiased(stat.var, total.count) if convention_unbiased else stat.var) for stat in finish_forward(total, 0.0)
+    ]
+
+
+def batches_population(total: Packet) -> list[tuple[float, float]]:
+    """``(mean, variance)`` of every channel: the averages of what ``add_batch`` added up."""
+    return [
+        (math.nan, math.nan) if bad else (_divide(read_sum(a), total.count)[0], _divide(read_sum(b), total.count)[0])
+        for bad, a, b in zip(total.nonfinite, total.a, total.b, strict=True)
+    ]
+
+
+def stored_packet(mean: Sequence[float], variance: Sequence[float], eps: float, dtype: str) -> Packet:
+    """The packet of a batch with these statistics, for a layer that normalises by stored ones: that of ``mean + std`` and
+    ``mean - std``, whose sums need no root."""
+    packet = empty_packet(len(mean), eps, dtype)
+    packet.count = 2
+    for c, (m, v) in enumerate(zip(mean, variance, strict=True)):
+        fixed_mean, fixed_variance = to_fixed(m), to_fixed(v)
+        if fixed_mean is None or fixed_variance is None or abs(m) >= 2.0**79:  # whose square is out of range
+            packet.nonfinite[c] = 1
+            continue
+        digits, exponent = _dyadic(m)
+        shift = 2 * exponent - LSB_EXP
+        square = digits * digits << shift if shift >= 0 else digits * digits >> -shift
+        packet.a[c], packet.b[c] = 2 * fixed_mean, 2 * (square + fixed_variance)
+    return packet
+
+
+def identity_gamma(variance: float, eps: float, dtype: str = "float32") -> float:
+    """The gamma that makes a layer with this stored variance the identity; its beta is the stored mean."""
+    return round_to(math.sqrt(variance + eps), dtype)
 
 
 # --- Applying (section 4) ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from hvd_syncbn.torch_impl.freeze import freeze_batchnorm, unfreeze_batchnorm
 from hvd_syncbn.torch_impl.functional import sync_batch_norm
 from hvd_syncbn.torch_impl.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from hvd_syncbn.torch_impl.ops import check_device_errors
+from hvd_syncbn.torch_impl.recalibrate import recalibrate
 from hvd_syncbn.torch_impl.state import get_state, set_state
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "fold_batchnorm",
     "freeze_batchnorm",
     "get_state",
+    "recalibrate",
     "revert_sync_batchnorm",
     "set_state",
     "sync_batch_norm",

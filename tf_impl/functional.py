@@ -34,13 +34,15 @@ def sync_batch_norm(
     moving_variance: Any,
     *,
     training: bool,
-    momentum: float = 0.99,
+    momentum: float | None = 0.99,
     epsilon: float = 1e-3,
     axis: int = -1,
     mask: Any = None,
     residual: Any = None,
     activation: str | None = None,
     unbiased_variance: bool = False,
+    zero_debias: bool = False,
+    batches: Any = None,
     process_set: Any = None,
     name: str | None = None,
 ) -> tuple[Any, Any, Any]:
@@ -61,7 +63,7 @@ def sync_batch_norm(
             that of `x`.
         moving_variance: Moving variance of each channel.
         training: Python boolean. `True` normalizes with the batch's statistics, `False` with the moving ones.
-        momentum: Weight of the old moving statistics; the batch's weigh `1 - momentum`.
+        momentum: Weight of the old moving statistics; the batch's weigh `1 - momentum`. `None` averages over all batches.
         epsilon: Small float added to the variance.
         axis: The channels' axis. The last one and 1 are read in place, any other costs transpositions.
         mask: Boolean tensor, broadcastable to `x` without its last axis; only with channels last. The statistics are taken over
@@ -69,6 +71,10 @@ def sync_batch_norm(
         residual: Tensor like `x` that is added before the activation.
         activation: `None` or `"relu"`.
         unbiased_variance: Whether the moving variance takes `n / (n - 1)` times the batch's variance, as PyTorch does.
+        zero_debias: Whether the moving statistics are Caffe's average, in which what they started from has no weight: with
+            `s = momentum * s + 1` in every batch, the batch weighs `1 / s`. Its variance is the unbiased one.
+        batches: Number of batches before this one, an int64 scalar, which `zero_debias` and a momentum of `None` need. The
+            caller counts.
         process_set: Horovod process set whose ranks share the batch; `None` for all.
         name: What error messages and Horovod's timeline call this layer; has to be the same on every rank.
 
@@ -101,35 +107,75 @@ def sync_batch_norm(
     if mask is not None:
         mask = _checked_mask(x, axis, mask)
 
+    averages = momentum is None or zero_debias
+    if training and averages and batches is None:
+        raise ValueError(
+            "`batches` is needed to average without a bias. "
+            f"Received: momentum={momentum}, zero_debias={zero_debias}, batches=None"
+        )
+
     if not training:
         y = _evaluate(x, axis, gamma, beta, moving_mean, moving_variance, epsilon, residual, activation)
         return y, moving_mean, moving_variance
 
-    last = x.shape.rank - 1
-    channels_first = axis == 1 and axis != last
-    to_last = None if channels_first or axis == last else [i for i in range(last + 1) if i != axis] + [axis]
-    if to_last is not None:
-        x = tf.transpose(x, to_last)
-        residual = None if residual is None else tf.transpose(residual, to_last)
+    x, data_format, to_last = _oriented(x, axis)
+    residual = residual if residual is None or to_last is None else tf.transpose(residual, to_last)
     y, new_mean, new_variance = _train(
         x,
         gamma,
         beta,
         moving_mean,
         moving_variance,
-        data_format="channels_first" if channels_first else "channels_last",
-        momentum=momentum,
+        data_format=data_format,
+        weights=(1.0, 0.0) if momentum is None else (momentum, 1.0 - momentum),
+        batches=tf.convert_to_tensor(batches, tf.int64) if averages else None,
         epsilon=epsilon,
         mask=mask,
         residual=residual,
         relu=activation == "relu",
-        unbiased_variance=unbiased_variance,
+        unbiased_variance=unbiased_variance or zero_debias,
         process_set=process_set,
         layer=name or "sync_batch_norm",
     )
-    if to_last is not None:
-        y = tf.transpose(y, [to_last.index(i) for i in range(last + 1)])
-    return y, new_mean, new_variance
+    return _as_it_was(y, to_last), new_mean, new_variance
+
+
+def forward_packet(x: Any, epsilon: float, axis: int, mask: Any = None) -> Any:
+    """The packet of this rank's `x`, before the collective."""
+    x, data_format, _ = _oriented(tf.convert_to_tensor(x), _checked_axis(x, axis))
+    mask = None if mask is None else _checked_mask(x, x.shape.rank - 1, mask)
+    common = {"data_format": data_format, "epsilon_bits": _float64_bits(epsilon)}
+    with _clear_errors("forward_packet"):
+        return ops.library().hvd_syncbn_forward_moments(x, _optional(mask), _unknown(), **common)
+
+
+def normalize_by(packet: Any, x: Any, gamma: Any, beta: Any, epsilon: float, axis: int, layer: str) -> Any:
+    """`x` normalized by the statistics of a reduced packet."""
+    x, data_format, to_last = _oriented(tf.convert_to_tensor(x), _checked_axis(x, axis))
+    channels = x.shape[1 if data_format == "channels_first" else -1]
+    unused = tf.zeros([channels], next((tensor.dtype for tensor in (gamma, beta) if tensor is not None), tf.float32))
+    with _clear_errors(layer):
+        y, *_ = ops.library().hvd_syncbn_forward_apply(
+            x, packet, unused, unused, _optional(gamma), _optional(beta), [], [], [],
+            relu=False, old_weight=1.0, new_weight=0.0, unbiased_variance=False, layer=layer, process_set_id=0,
+            data_format=data_format, epsilon_bits=_float64_bits(epsilon),
+        )  # fmt: skip
+    return _as_it_was(y, to_last)
+
+
+def _oriented(x: Any, axis: int) -> tuple[Any, str, list[int] | None]:
+    """x with its channels where the core takes them, the data format, and the permutation that it took."""
+    last = x.shape.rank - 1
+    if axis == last:
+        return x, "channels_last", None
+    if axis == 1:
+        return x, "channels_first", None
+    to_last = [i for i in range(last + 1) if i != axis] + [axis]
+    return tf.transpose(x, to_last), "channels_last", to_last
+
+
+def _as_it_was(y: Any, to_last: list[int] | None) -> Any:
+    return y if to_last is None else tf.transpose(y, [to_last.index(i) for i in range(len(to_last))])
 
 
 def frozen_batch_norm(
@@ -288,7 +334,8 @@ def _train(
     moving_variance: Any,
     *,
     data_format: str,
-    momentum: float,
+    weights: tuple[float, float],
+    batches: Any,
     epsilon: float,
     mask: Any,
     residual: Any,
@@ -297,15 +344,11 @@ def _train(
     process_set: Any,
     layer: str,
 ) -> tuple[Any, Any, Any]:
-    hvd = horovod.require("tensorflow")
-    horovod.size(hvd, process_set)  # raises if this rank has no business there
-    set_id = horovod.process_set_id(process_set)
-    if set_id != 0:
-        _process_sets[set_id] = process_set
+    set_id = process_set_id(process_set)
     common = {"data_format": data_format, "epsilon_bits": _float64_bits(epsilon)}
     with _clear_errors(layer):
         packet = ops.library().hvd_syncbn_forward_moments(x, _optional(mask), _unknown(), **common)
-        packet = _sum_over_ranks(packet, layer, "forward", set_id)
+        packet = sum_over_ranks(packet, f"{layer}.forward", set_id)
         y, _, new_mean, new_variance = ops.library().hvd_syncbn_forward_apply(
             x,
             packet,
@@ -315,9 +358,10 @@ def _train(
             _optional(beta),
             _optional(residual),
             _optional(mask),
+            _optional(batches),
             relu=relu,
-            old_weight=momentum,
-            new_weight=1.0 - momentum,
+            old_weight=weights[0],
+            new_weight=weights[1],
             unbiased_variance=unbiased_variance,
             layer=layer,
             process_set_id=set_id,
@@ -329,9 +373,10 @@ def _train(
 @tf.RegisterGradient("HvdSyncbnForwardApply")
 def _gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
     """The layer's gradient: x reaches y through the packet, too, and this is both ways at once."""
-    gammas, betas, residuals, masks = (op.get_attr(name) for name in ("gammas", "betas", "residuals", "masks"))
+    kinds = ("gammas", "betas", "residuals", "masks", "counts")
+    gammas, betas, residuals, masks, counts = (op.get_attr(name) for name in kinds)
     x, _, moving_mean, _, *optional = op.inputs
-    gamma, mask = optional[:gammas], optional[gammas + betas + residuals :]
+    gamma, mask = optional[:gammas], optional[gammas + betas + residuals :][:masks]
     y, stats = op.outputs[:2]
     relu = op.get_attr("relu")
     layer = tf.compat.as_str(op.get_attr("layer"))
@@ -343,12 +388,12 @@ def _gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
         packet, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(
             x, dy, stats, [y] * relu, mask, _unknown(), U=moving_mean.dtype, **common
         )
-        packet = _sum_over_ranks(packet, layer, "backward", op.get_attr("process_set_id"))
+        packet = sum_over_ranks(packet, f"{layer}.backward", op.get_attr("process_set_id"))
         dx, masked_dy = ops.library().hvd_syncbn_backward_apply(
             x, dy, packet, stats, gamma, [y] * relu, mask, residuals=residuals * relu, layer=layer, **common
         )
     dresidual = masked_dy if relu else [dy] * residuals
-    return [dx, None, None, None, *[dgamma] * gammas, *[dbeta] * betas, *dresidual, *[None] * masks]
+    return [dx, None, None, None, *[dgamma] * gammas, *[dbeta] * betas, *dresidual, *[None] * (masks + counts)]
 
 
 def _optional(tensor: Any) -> list[Any]:
@@ -367,12 +412,22 @@ def _float64_bits(value: float) -> int:
     return bits
 
 
-def _sum_over_ranks(packet: Any, layer: str, direction: str, set_id: int) -> Any:
+def process_set_id(process_set: Any) -> int:
+    """Horovod's number of a process set that this rank is in, by which `sum_over_ranks` knows it."""
+    horovod.size(horovod.require("tensorflow"), process_set)  # raises if this rank has no business there
+    number = horovod.process_set_id(process_set)
+    if number != 0:
+        _process_sets[number] = process_set
+    return number
+
+
+def sum_over_ranks(packet: Any, name: str, set_id: int) -> Any:
+    """The reduced packet: the only collective."""
     hvd = horovod.require("tensorflow")
     # An elastic job may grow while a graph traced for one rank is in use.
     if horovod.size(hvd, _process_sets[set_id]) == 1 and not int(os.environ.get("HOROVOD_ELASTIC", "0")):
         return packet
-    name = re.sub(r"[^\w.-]", "_", f"hvd_syncbn.{layer}.{direction}", flags=re.ASCII)
+    name = re.sub(r"[^\w.-]", "_", f"hvd_syncbn.{name}", flags=re.ASCII)
     return _eager_allreduce(name, set_id)(packet) if tf.executing_eagerly() else _allreduce(packet, name, set_id)
 
 

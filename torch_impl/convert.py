@@ -328,7 +328,7 @@ def revert_sync_batchnorm(module: Module) -> Module:
         TypeError: ``module`` is no ``torch.nn.Module``.
     """
     _check(module)
-    for layer in module.modules():
+    for path, layer in module.named_modules():
         if not isinstance(layer, SyncBatchNorm):
             continue
         made = type_before_parametrizations(layer)
@@ -336,6 +336,11 @@ def revert_sync_batchnorm(module: Module) -> Module:
         if _is_plain(cls) and layer.activation is not None:
             cls = BatchNorm
         _become(layer, cls)
+        if vars(layer).pop("zero_debias", False):
+            warnings.warn(
+                f"{path!r} averages with its momentum alone from now on, as torch.nn's layers do. Received: zero_debias=True",
+                stacklevel=2,
+            )
         for name in (*_OURS, *_plain_extras(cls), *(TRACED_AS_LEAF if cls is not BatchNorm else ())):
             vars(layer).pop(name, None)
     return module

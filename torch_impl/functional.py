@@ -50,7 +50,7 @@ def normalize(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     batches: Tensor | None,
-    weights: tuple[float, float] | None,
+    weights: tuple[float, float | None],
     unbiased: bool,
     eps: float,
     residual: Tensor | None,
@@ -63,7 +63,8 @@ def normalize(
     Args:
         batches: the number of batches before this one, int64, which is counted in place.
         weights: of the old running statistic and of the batch's, before they are rounded to float32: ``(1 - momentum,
-            momentum)`` as PyTorch spells momentum, the other way round as Keras does; None averages over all batches.
+            momentum)`` as PyTorch spells momentum, the other way round as Keras does. ``(1 - momentum, None)`` is Caffe's
+            average, which has no bias at its start; ``(1, None)`` averages over all ``batches``.
         unbiased: whether the running variance takes ``var * n / (n - 1)`` (PyTorch) or ``var`` (Keras).
     """
     if x.is_cuda and not ops.HAS_CUDA:
@@ -79,7 +80,7 @@ def normalize(
         running_mean,
         running_var,
         batches,
-        *(weights or (None, None)),
+        *weights,
         unbiased,
         eps,
         activation == "relu",

@@ -118,6 +118,9 @@ class SyncBatchNorm(BatchNorm):
         activation: None, or ``"relu"``, fused in both directions.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
+        zero_debias: whether the running statistics are Caffe's average, in which the 0 and 1 that they started from have no
+            weight: with ``s = (1 - momentum) * s + 1`` in every batch, the batch weighs ``1 / s``. It needs the count of
+            batches, which is in the ``state_dict`` of every batch norm.
 
     Shape:
         - input: :math:`(N, C, *)`, float32, float64, float16 or bfloat16; `N` may differ between ranks and be 0
@@ -143,11 +146,16 @@ class SyncBatchNorm(BatchNorm):
         activation: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        zero_debias: bool = False,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, activation, device, dtype)
         self.process_set = process_set
+        if zero_debias:  # what is converted is without
+            self.zero_debias = True
         # Layers are made in the same order on every rank, so the counter agrees; conversion names them by their path.
         self.collective_name = f"{type(self).__name__}{next(_made_by_hand)}"
+
+    zero_debias = False
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalises ``input``; see the class for shapes, ``sync_batch_norm`` for errors."""
@@ -169,9 +177,8 @@ class SyncBatchNorm(BatchNorm):
             return self._normalize_locally(input, residual, activation)
         tracks = self.track_running_stats
         batches = self.num_batches_tracked if tracks else None
-        momentum = self.momentum
-        if momentum is None and batches is None:
-            momentum = 0.0
+        old_weight = 1.0 if self.momentum is None else 1 - self.momentum
+        averages = tracks and (self.zero_debias or self.momentum is None)
         return normalize(
             input,
             self.weight,
@@ -179,7 +186,7 @@ class SyncBatchNorm(BatchNorm):
             self.running_mean if tracks else None,
             self.running_var if tracks else None,
             batches,
-            None if momentum is None else (1 - momentum, momentum),
+            (old_weight, None if averages else 0.0 if self.momentum is None else self.momentum),
             True,
             self.eps,
             residual,
@@ -195,8 +202,8 @@ class SyncBatchNorm(BatchNorm):
         return frozen_batch_norm(input, self.running_mean, self.running_var, weight, bias, self.eps, residual, self._fused)
 
     def extra_repr(self) -> str:
-        """The arguments of ``nn.BatchNorm``, the activation, and the process set."""
-        text = super().extra_repr()
+        """The arguments of ``nn.BatchNorm``, the activation, the average, and the process set."""
+        text = super().extra_repr() + (", zero_debias=True" if self.zero_debias else "")
         return text if self.process_set is None else f"{text}, process_set={self.process_set}"
 
     @classmethod

@@ -34,6 +34,7 @@ from hvd_syncbn.tf_impl.keras.functions import (
 )
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
 from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer
+from hvd_syncbn.tf_impl.keras.recalibrate import recalibrate
 from hvd_syncbn.tf_impl.keras.saving import load_model
 from hvd_syncbn.tf_impl.keras.state import get_state, set_state
 
@@ -114,6 +115,7 @@ __all__ = [
     "freeze_batchnorm",
     "get_state",
     "load_model",
+    "recalibrate",
     "reducescatter",
     "revert_sync_batchnorm",
     "set_state",

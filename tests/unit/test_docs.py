@@ -63,3 +63,16 @@ def test_exchange_example(capsys: pytest.CaptureFixture[str]) -> None:
     kernel, bias = theirs.layers[3].get_weights()
     theirs.layers[3].set_weights([kernel.swapaxes(0, 1), bias])
     assert np.abs(example.answers(theirs, images) - example.answers(ours, images)).max() > 100 * example.TOLERANCE
+
+
+def test_adabn_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recalibrating wins accuracy back, and inserted norms change nothing but the last bits."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = load("adabn")
+    example.hvd.init()
+    example.horovod.tensorflow.init()
+    for adapts, inserts in ((example.torch_adapts, example.torch_inserts), (example.keras_adapts, example.keras_inserts)):
+        old, new, adapted = adapts()
+        assert old > 0.9 and new < old - 0.2 and adapted > new + (old - new) / 2
+        change, largest = inserts()
+        assert change < 1e-5 * largest

@@ -137,7 +137,7 @@ def test_average_over_all_batches() -> None:
     assert hvd_syncbn.torch.get_state(layer).momentum is None
     hvd_syncbn.torch.set_state(layer, state(momentum=None))
     assert layer.momentum is None and layer.num_batches_tracked == 7
-    with pytest.raises(ValueError, match=r"no average over all batches.*Received: momentum=None for layer 'norm'"):
+    with pytest.raises(ValueError, match=r"an average over all batches.*Received: momentum=None for layer 'norm'"):
         hvd_syncbn.keras.set_state(keras_layer(layers.BatchNormalization, name="norm"), state(momentum=None))
 
 

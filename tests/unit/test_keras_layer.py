@@ -189,7 +189,7 @@ def test_config() -> None:
     copy = SyncBatchNormalization.from_config(config)
     assert copy.get_config() == config
     assert (copy.activation, copy.unbiased_variance, copy.axis, copy.name) == ("relu", True, 1, "a")
-    ours = {"process_set", "activation", "unbiased_variance"}
+    ours = {"process_set", "activation", "unbiased_variance", "zero_debias"}
     assert config.keys() - layers.BatchNormalization().get_config().keys() == ours
     plain = layers.BatchNormalization.from_config({k: v for k, v in config.items() if k not in ours})
     assert plain.get_config().items() <= config.items()

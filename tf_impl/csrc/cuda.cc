@@ -44,8 +44,8 @@ class GpuForwardApplyOp : public ForwardApplyOp {
     return Cuda(hvd_syncbn_cuda_forward_apply(
         &arrays.shape, epsilon_, arrays.x->data(), Data<const void>(arrays.residual), relu_,
         Data<const int64_t>(arrays.packet), Vector(arrays.gamma), Vector(arrays.beta), Vector(arrays.moving_mean),
-        Vector(arrays.moving_variance), Vector(arrays.new_mean), Vector(arrays.new_variance), old_weight_, new_weight_,
-        unbiased_, layer_.c_str(), Data<double>(arrays.stats), arrays.y->data(), StreamOf(ctx)));
+        Vector(arrays.moving_variance), Vector(arrays.new_mean), Vector(arrays.new_variance), arrays.old_weight,
+        arrays.new_weight, unbiased_, layer_.c_str(), Data<double>(arrays.stats), arrays.y->data(), StreamOf(ctx)));
   }
 };
 
@@ -76,7 +76,8 @@ class GpuBackwardApplyOp : public BackwardApplyOp {
 };
 
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardMoments").Device(tensorflow::DEVICE_GPU), GpuForwardMomentsOp);
-REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardApply").Device(tensorflow::DEVICE_GPU), GpuForwardApplyOp);
+REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardApply").Device(tensorflow::DEVICE_GPU).HostMemory("batches"),
+                        GpuForwardApplyOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardMoments").Device(tensorflow::DEVICE_GPU), GpuBackwardMomentsOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardApply").Device(tensorflow::DEVICE_GPU), GpuBackwardApplyOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnKeep").Device(tensorflow::DEVICE_GPU), KeepOp);

@@ -166,6 +166,7 @@ class ForwardMomentsOp : public PreparedOp<ForwardMomentsArrays> {
 struct ForwardApplyArrays {
   hvd_syncbn_shape shape;
   const Tensor *x, *packet, *moving_mean, *moving_variance, *gamma, *beta, *residual;
+  double old_weight, new_weight;
   Tensor *y, *stats, *new_mean, *new_variance;
 };
 
@@ -192,6 +193,13 @@ class ForwardApplyOp : public PreparedOp<ForwardApplyArrays> {
     TF_RETURN_IF_ERROR(OptionalInput(ctx, "gamma", per_channel, &to->gamma));
     TF_RETURN_IF_ERROR(OptionalInput(ctx, "beta", per_channel, &to->beta));
     TF_RETURN_IF_ERROR(OptionalInput(ctx, "residual", to->x->shape(), &to->residual));
+    const Tensor* batches;
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "batches", TensorShape(), &batches));
+    to->old_weight = old_weight_;
+    to->new_weight = new_weight_;
+    if (batches != nullptr) {
+      hvd_syncbn_average_weights(old_weight_, *Data<const int64_t>(batches), &to->old_weight, &to->new_weight);
+    }
     TF_RETURN_IF_ERROR(ctx->allocate_output("y", to->x->shape(), &to->y));
     TF_RETURN_IF_ERROR(ctx->allocate_output("stats", {2, to->shape.c}, &to->stats));
     TF_RETURN_IF_ERROR(ctx->allocate_output("new_moving_mean", per_channel, &to->new_mean));

@@ -69,13 +69,16 @@ REGISTER_OP("HvdSyncbnForwardMoments")
       return absl::OkStatus();
     });
 
-// `mask` is there for the gradient. `stats` is float64: mean and 1 / standard deviation of each channel.
+// `mask` is there for the gradient. With `batches`, the number of those before, the weights are those of an average
+// without a bias at its start, and new_weight is not looked at. `stats` is float64: mean and 1 / standard deviation of
+// each channel.
 REGISTER_OP("HvdSyncbnForwardApply")
     .HVD_SYNCBN_COMMON_ATTRS.Attr("U: {half, bfloat16, float, double}")
     .Attr("gammas: int >= 0")
     .Attr("betas: int >= 0")
     .Attr("residuals: int >= 0")
     .Attr("masks: int >= 0")
+    .Attr("counts: int >= 0")
     .Attr("relu: bool")
     .Attr("old_weight: float")
     .Attr("new_weight: float")
@@ -90,6 +93,7 @@ REGISTER_OP("HvdSyncbnForwardApply")
     .Input("beta: betas * U")
     .Input("residual: residuals * T")
     .Input("mask: masks * bool")
+    .Input("batches: counts * int64")
     .Output("y: T")
     .Output("stats: double")
     .Output("new_moving_mean: U")
@@ -256,8 +260,9 @@ class CpuForwardApplyOp : public ForwardApplyOp {
     Tensor coefficients;
     TF_RETURN_IF_ERROR(Coefficients(ctx, shape, &coefficients));
     hvd_syncbn_forward_finish(&shape, epsilon_, Data<const int64_t>(arrays.packet), Vector(arrays.gamma),
-                              Vector(arrays.beta), Vector(arrays.new_mean), Vector(arrays.new_variance), old_weight_,
-                              new_weight_, unbiased_, Data<double>(arrays.stats), coefficients.data());
+                              Vector(arrays.beta), Vector(arrays.new_mean), Vector(arrays.new_variance),
+                              arrays.old_weight, arrays.new_weight, unbiased_, Data<double>(arrays.stats),
+                              coefficients.data());
     Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
       hvd_syncbn_forward_apply(&shape, arrays.x->data(), Data<const void>(arrays.residual), relu_, coefficients.data(),
                                begin, end, arrays.y->data());

@@ -67,6 +67,7 @@ def synchronize(
     process_set: ProcessSet | Sequence[int] | None,
     activation: str | None = None,
     unbiased_variance: bool = False,
+    zero_debias: bool = False,
 ) -> None:
     """Make a Keras batch normalization ours, in place."""
     change_class(layer, SyncBatchNormalization)
@@ -74,6 +75,8 @@ def synchronize(
     layer.collective_name = collective_name
     layer.activation = activation
     layer.unbiased_variance = unbiased_variance
+    if zero_debias:
+        layer.zero_debias = True
     layer.synchronized = False
     layer.supports_jit = False
 
@@ -91,7 +94,8 @@ def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
 
     Raises:
         TypeError: `model` is no Keras 3 model or layer.
-        ValueError: A layer has an activation, which Keras's layer has not. Nothing is changed then.
+        ValueError: A layer has an activation or averages without a bias (`zero_debias`, a momentum of `None`), which Keras's
+            layer does not. Nothing is changed then.
 
     Warns:
         UserWarning: There is nothing to convert.
@@ -101,6 +105,11 @@ def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
         if layer.activation is not None:
             raise ValueError(
                 f"BatchNormalization has no activation. Received: layer {path!r} with activation={layer.activation!r}"
+            )
+        if layer.averages:
+            raise ValueError(
+                "BatchNormalization averages with a momentum alone. "
+                f"Received: layer {path!r} with momentum={layer.momentum}, zero_debias={layer.zero_debias}"
             )
     for path, layer in layers:
         if type(layer) is not SyncBatchNormalization:

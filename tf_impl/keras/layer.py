@@ -110,7 +110,7 @@ class SyncBatchNormalization(BatchNormalization):
     Args:
         axis: Integer, the axis that should be normalized (typically the features axis): -1 for channels last, 1 for channels
             first. Others work and cost transpositions.
-        momentum: Momentum for the moving average.
+        momentum: Momentum for the moving average; `None` averages over all batches.
         epsilon: Small float added to variance to avoid dividing by zero.
         center: If `True`, add offset of `beta` to normalized tensor.
         scale: If `True`, multiply by `gamma`.
@@ -118,6 +118,9 @@ class SyncBatchNormalization(BatchNormalization):
             holds the ranks. A process set of just these ranks has to be registered when it is trained again.
         activation: `None`, or `"relu"`, fused in both directions.
         unbiased_variance: Whether the moving variance takes `n / (n - 1)` times the batch's variance, as PyTorch does.
+        zero_debias: Whether the moving statistics are Caffe's average, in which the 0 and 1 that they started from have no
+            weight: with `s = momentum * s + 1` in every batch, the batch weighs `1 / s`. Its variance is the unbiased one. As
+            with a momentum of `None`, the layer has one weight more, the number of batches.
         **kwargs: The other arguments of `keras.layers.BatchNormalization`. `renorm` and `synchronized` are refused.
 
     Call arguments:
@@ -136,7 +139,7 @@ class SyncBatchNormalization(BatchNormalization):
     def __init__(
         self,
         axis: int = -1,
-        momentum: float = 0.99,
+        momentum: float | None = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
@@ -144,6 +147,7 @@ class SyncBatchNormalization(BatchNormalization):
         process_set: ProcessSet | Sequence[int] | None = None,
         activation: str | None = None,
         unbiased_variance: bool = False,
+        zero_debias: bool = False,
         **kwargs: Any,
     ) -> None:
         for name, why in _REFUSED.items():
@@ -152,12 +156,32 @@ class SyncBatchNormalization(BatchNormalization):
         kwargs.pop("virtual_batch_size", None)
         if activation not in (None, "relu"):
             raise ValueError(f'`activation` has to be None or "relu". Received: activation={activation!r}')
-        super().__init__(axis=axis, momentum=momentum, epsilon=epsilon, center=center, scale=scale, **kwargs)
+        super().__init__(
+            axis=axis, momentum=1.0 if momentum is None else momentum, epsilon=epsilon, center=center, scale=scale, **kwargs
+        )
+        self.momentum = momentum
+        if zero_debias:  # what is converted is without
+            self.zero_debias = True
         self.process_set = held(process_set)
         self.activation = activation
         self.unbiased_variance = unbiased_variance
         self.collective_name = self.name
         self.supports_jit = False
+
+    zero_debias = False
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights of the moving average follow from the number of batches."""
+        return self.momentum is None or self.zero_debias
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Create the weights."""
+        super().build(input_shape)
+        if self.averages:
+            self.batches = self.add_weight(
+                name="batches", shape=(), dtype="int64", initializer="zeros", trainable=False, autocast=False
+            )
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None, residual: Any = None) -> Any:
         """Normalize `inputs`."""
@@ -192,6 +216,7 @@ class SyncBatchNormalization(BatchNormalization):
             "process_set": ranks_of(self.process_set),
             "activation": self.activation,
             "unbiased_variance": self.unbiased_variance,
+            "zero_debias": self.zero_debias,
         }
         # What conversion called it is still the same on every rank when the model is loaded.
         return own if self.collective_name == self.name else own | {"collective_name": self.collective_name}
@@ -271,11 +296,15 @@ def _train_tensorflow(layer: SyncBatchNormalization, inputs: Any, mask: Any, res
         residual=residual,
         activation=layer.activation,
         unbiased_variance=layer.unbiased_variance,
+        zero_debias=layer.zero_debias,
+        batches=layer.batches if layer.averages else None,
         process_set=layer._registered_process_set("tensorflow"),
         name=layer.collective_name,
     )
     layer.moving_mean.assign(moving_mean)
     layer.moving_variance.assign(moving_variance)
+    if layer.averages:
+        layer.batches.assign_add(1)
     return outputs
 
 
@@ -292,15 +321,16 @@ def _train_torch(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual
     gamma, beta = (None if variable is None else variable.value for variable in (layer.gamma, layer.beta))
     mean, variance = layer.moving_mean.value, layer.moving_variance.value
     residual = check_input(x, mean.shape[0], residual, layer.activation)
+    old_weight = 1.0 if layer.momentum is None else layer.momentum
     outputs = normalize(
         x,
         gamma,
         beta,
         mean,
         variance,
-        None,
-        (layer.momentum, 1.0 - layer.momentum),
-        layer.unbiased_variance,
+        layer.batches.value if layer.averages else None,
+        (old_weight, None if layer.averages else 1.0 - old_weight),
+        layer.unbiased_variance or layer.zero_debias,
         layer.epsilon,
         residual,
         layer.activation,

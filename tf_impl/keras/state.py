@@ -77,9 +77,9 @@ def set_state(layer: keras.layers.Layer, state: BatchNormState) -> None:
     if layer.renorm:
         raise ValueError(f"A layer that does batch renormalization has more state than this. Received: layer {layer.name!r}")
     ours = isinstance(layer, SyncBatchNormalization)
-    if state.momentum is None and not ours:
+    if state.momentum is None and not (ours and layer.averages):
         raise ValueError(
-            "keras.layers.BatchNormalization has no average over all batches; SyncBatchNormalization has. "
+            "an average over all batches needs their number, which only a SyncBatchNormalization made with momentum=None has. "
             f"Received: momentum=None for layer {layer.name!r}"
         )
     channels = layer.moving_mean.shape[0]

@@ -31,7 +31,7 @@ auto find_operator(const char* name) {
 struct Options {
   OptionalTensor running_mean, running_var;
   OptionalTensor batches;  // before this one
-  bool average;            // whether the running statistics are that over all batches; else by the weights
+  bool average;            // whether their average has no bias at its start; else by the weights
   double old_weight, new_weight;
   bool unbiased;
   double eps;
@@ -212,11 +212,11 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
                        std::optional<double> old_weight, std::optional<double> new_weight, bool unbiased, double eps,
                        bool relu, std::optional<int64_t> process_set, const std::string& name) {
   check_no_transform(name);
-  const bool average = !old_weight.has_value() && !new_weight.has_value();
-  TORCH_CHECK_VALUE(!average || batches.has_value(), "expected weights, or batches to average over");
-  const Options options{
-      running_mean, running_var, batches,     average, old_weight.value_or(0), new_weight.value_or(0), unbiased,
-      eps,          relu,        process_set, name};
+  const bool average = !new_weight.has_value();
+  TORCH_CHECK_VALUE(old_weight.has_value() && (!average || batches.has_value()),
+                    "expected two weights, or that of the old statistics and the number of batches");
+  const Options options{running_mean, running_var, batches, average,     *old_weight, new_weight.value_or(0),
+                        unbiased,     eps,         relu,    process_set, name};
   return SyncBatchNorm::apply(x, weight, bias, residual, options);
 }
 

@@ -100,12 +100,13 @@ inline hvd_syncbn_vector vector(const hvd_syncbn_shape& shape, const OptionalTen
   return {tensor->data_ptr(), dtype_code(tensor->scalar_type())};
 }
 
-// The weights of the old running statistics and of the batch's: as given, or those of the average over this batch and
-// the `batches` before it.
+// The weights of the old running statistics and of the batch's: as given, or where there were `batches` before this one
+// those of an average without a bias at its start.
 inline std::pair<double, double> weights(const OptionalTensor& batches, double old_weight, double new_weight) {
-  if (!batches.has_value() || !batches->defined()) return {old_weight, new_weight};
-  const double share = 1 / (batches->item<double>() + 1);
-  return {1 - share, share};
+  if (batches.has_value() && batches->defined()) {
+    hvd_syncbn_average_weights(old_weight, batches->item<int64_t>(), &old_weight, &new_weight);
+  }
+  return {old_weight, new_weight};
 }
 
 inline const void* data(const OptionalTensor& tensor) {

@@ -63,6 +63,25 @@ HVD_SYNCBN_HD double running(double old_weight, double old, double new_weight, d
   return old_weight * old + new_weight * batch;
 }
 
+// base^n, n >= 0, always in this order; pow() may differ between machines.
+HVD_SYNCBN_HD double power(double base, int64_t n) {
+  double result = 1;
+  for (; n > 0; n >>= 1) {
+    if (n & 1) result *= base;
+    base *= base;
+  }
+  return result;
+}
+
+// The batch's weight in an average that starts without a bias, after `batches` others: 1 / s, where s = old_weight * s
+// + 1 with every batch. For old_weight 1 that is the average over all batches. Rounded to float32 first, as weights
+// are.
+HVD_SYNCBN_HD double share_of_new(double old_weight, int64_t batches) {
+  const double keep = static_cast<float>(old_weight);
+  if (keep == 1) return 1 / (static_cast<double>(batches) + 1);
+  return (1 - keep) / (1 - power(keep, batches + 1));
+}
+
 HVD_SYNCBN_HD double unbiased(double var, double n) { return var * n / (n - 1); }
 
 // What forward_apply needs of a channel, in the compute type T of the elements: y = (x - pivot) * (scale + scale_lo) +

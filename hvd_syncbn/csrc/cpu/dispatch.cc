@@ -168,6 +168,12 @@ void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const 
                         stats, coefficients);
 }
 
+void hvd_syncbn_average_weights(double old_weight, int64_t batches, double* weight_of_old, double* weight_of_new) {
+  const IeeeArithmetic ieee;
+  *weight_of_new = share_of_new(old_weight, batches);
+  *weight_of_old = 1 - *weight_of_new;
+}
+
 void hvd_syncbn_forward_apply(const hvd_syncbn_shape* shape, const void* x, const void* residual, int32_t relu,
                               const void* coefficients, int64_t begin, int64_t end, void* y) {
   const IeeeArithmetic ieee;
@@ -193,6 +199,22 @@ void hvd_syncbn_backward_apply(const hvd_syncbn_shape* shape, const void* x, con
   current()
       .load(std::memory_order_relaxed)
       ->backward_apply(*shape, x, dy, y, mask, coefficients, begin, end, dx, dresidual);
+}
+
+void hvd_syncbn_add_packet(int64_t channels, const int64_t* packet, int64_t* total) {
+  add_packet(channels, packet, total);
+}
+
+int32_t hvd_syncbn_add_batch(int64_t channels, const int64_t* packet, int64_t* total) {
+  const IeeeArithmetic ieee;
+  return add_batch(channels, packet, total);
+}
+
+int32_t hvd_syncbn_population(int64_t channels, const int64_t* total, int32_t estimator, int32_t unbiased, double eps,
+                              hvd_syncbn_vector mean, hvd_syncbn_vector variance, hvd_syncbn_vector gamma,
+                              hvd_syncbn_vector beta) {
+  const IeeeArithmetic ieee;
+  return population(channels, total, estimator, unbiased, eps, mean, variance, gamma, beta);
 }
 
 void hvd_syncbn_prefer_huge_pages(void* data, int64_t bytes) {

@@ -46,6 +46,13 @@ inline int tile_width(const hvd_syncbn_shape& shape) {
                        const hvd_syncbn_vector& gamma, void* coefficients);                                           \
   }
 
+// Outside the instruction-set paths: a few times a data set, not a step (population.cc).
+void add_packet(int64_t c, const int64_t* packet, int64_t* total);
+int32_t add_batch(int64_t c, const int64_t* packet, int64_t* total);
+int32_t population(int64_t c, const int64_t* total, int32_t estimator, int32_t unbiased, double eps,
+                   const hvd_syncbn_vector& mean, const hvd_syncbn_vector& variance, const hvd_syncbn_vector& gamma,
+                   const hvd_syncbn_vector& beta);
+
 HVD_SYNCBN_DECLARE_KERNELS(baseline)
 HVD_SYNCBN_DECLARE_KERNELS(avx2)
 HVD_SYNCBN_DECLARE_KERNELS(avx512)

@@ -26,6 +26,14 @@
 //              hvd_syncbn_check_packet(packet)
 //              hvd_syncbn_backward_finish(packet, stats -> coefficients)
 //              hvd_syncbn_backward_apply(units, x, dy -> dx)
+//
+// Statistics of a data set, of one layer:
+//
+//   memset(total, 0)
+//   of every batch:  hvd_syncbn_add_packet(packet -> total)                          "pooled": this rank's packets
+//                    [ allreduce(packet, Sum) ]  hvd_syncbn_add_batch(packet -> total)   "batches": reduced packets
+//   [ allreduce(total, Sum) ]                                                        "pooled"
+//   hvd_syncbn_population(total -> stored mean and variance)
 #ifndef HVD_SYNCBN_CORE_H_
 #define HVD_SYNCBN_CORE_H_
 
@@ -118,6 +126,12 @@ HVD_SYNCBN_API void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, dou
                                               double old_weight, double new_weight, int32_t unbiased, double* stats,
                                               void* coefficients);
 
+// The weights for hvd_syncbn_forward_finish of an average without a bias at its start (Caffe's): s = old_weight * s + 1
+// with every batch, the batch's weight is 1 / s and that of the old statistics 1 - 1 / s. old_weight 1 averages over
+// all batches alike. batches: how many there were before this one.
+HVD_SYNCBN_API void hvd_syncbn_average_weights(double old_weight, int64_t batches, double* weight_of_old,
+                                               double* weight_of_new);
+
 // y = relu?(normalised x + residual?). residual: NULL or shaped as x. relu: 0 or 1.
 HVD_SYNCBN_API void hvd_syncbn_forward_apply(const hvd_syncbn_shape* shape, const void* x, const void* residual,
                                              int32_t relu, const void* coefficients, int64_t begin, int64_t end,
@@ -137,6 +151,30 @@ HVD_SYNCBN_API void hvd_syncbn_backward_finish(const hvd_syncbn_shape* shape, co
 HVD_SYNCBN_API void hvd_syncbn_backward_apply(const hvd_syncbn_shape* shape, const void* x, const void* dy,
                                               const void* y, const uint8_t* mask, const void* coefficients,
                                               int64_t begin, int64_t end, void* dx, void* dresidual);
+
+// What `total` of a data set holds.
+enum {
+  HVD_SYNCBN_POOLED = 0,   // the sums of all its values: hvd_syncbn_add_packet
+  HVD_SYNCBN_BATCHES = 1,  // the sums of its global batches' means and unbiased variances: hvd_syncbn_add_batch
+};
+
+// Adds a closed packet to `total`, which is laid out as a packet: count, nonfinite counters and exact sums, whose
+// carries are propagated, so that any number of packets can follow and 2^22 ranks' totals can be summed. The other
+// words of the header are left alone.
+HVD_SYNCBN_API void hvd_syncbn_add_packet(int64_t channels, const int64_t* packet, int64_t* total);
+
+// Adds the mean and the unbiased variance of a reduced packet's batch to `total`, each as an exact sum, and counts the
+// batch. HVD_SYNCBN_EMPTY, HVD_SYNCBN_ONE_VALUE: the batch has no (unbiased) variance, `total` stays.
+HVD_SYNCBN_API int32_t hvd_syncbn_add_batch(int64_t channels, const int64_t* packet, int64_t* total);
+
+// Population statistics from the `total` of all ranks: `unbiased` picks var*n/(n-1) or var where it is
+// HVD_SYNCBN_POOLED; HVD_SYNCBN_BATCHES is always unbiased. gamma and beta, where their data is not NULL, become
+// sqrt(variance + eps) and mean, of the vectors just written: what makes the layer the identity.
+// HVD_SYNCBN_EMPTY, HVD_SYNCBN_ONE_VALUE: nothing is written.
+HVD_SYNCBN_API int32_t hvd_syncbn_population(int64_t channels, const int64_t* total, int32_t estimator,
+                                             int32_t unbiased, double eps, hvd_syncbn_vector mean,
+                                             hvd_syncbn_vector variance, hvd_syncbn_vector gamma,
+                                             hvd_syncbn_vector beta);
 
 // Asks the system for huge pages under a fresh output of 4 MiB or more: faulting it in page by page can take longer
 // than the arithmetic. A hint; where it is refused, nothing is lost but time.

@@ -1,0 +1,371 @@
+"""Statistics of a data set: what both frameworks' ``recalibrate`` share (docs/protocol.md, 9, and docs/recalibration.md).
+
+The adapters bring a ``Network`` (how to run it, what its layers take) and ``Ranks`` (how to reach the others). Numbers come
+from the core. Whatever goes wrong on one rank ends the work on all of them: no rank waits for one that has given up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvd_syncbn import native
+from hvd_syncbn.progress import track
+
+T = TypeVar("T")
+Words = NDArray[np.int64]
+Vector = tuple[NDArray[Any], str]  # as the core takes it: 16-bit floats as their bits, and the dtype
+Take = Callable[[int, Words], Words | None]
+
+ESTIMATORS = ("pooled", "batches")
+MOVED = 0.1  # standard deviations from which on the layers behind one should be measured again
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A batch norm whose stored statistics are replaced."""
+
+    name: str
+    channels: int
+    eps: float
+    unbiased: bool
+
+
+class Ranks(Protocol):
+    """The ranks that share the data."""
+
+    rank: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+
+    def sum(self, words: Words, name: str) -> Words:
+        """The sum over all ranks."""
+
+
+class Network(Protocol):
+    """A model whose layers are watched."""
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """The watched layers; an index is a place in here."""
+
+    def run(self, batch: Any, take: Take) -> None:
+        """Runs the model on a batch. Every use of a layer gives ``take`` the layer's index and its input's closed packet; what
+        comes back is the packet to normalise by, or None: by the stored statistics."""
+
+    def read(self, index: int) -> list[Vector]:
+        """Copies of a layer's mean and variance, and of gamma and beta where they are to be initialised."""
+
+    def write(self, index: int, vectors: Sequence[Vector]) -> None:
+        """Puts them back."""
+
+
+def check_arguments(batches: Any, estimator: str, forward: Any, init_affine: bool, layer_by_layer: bool, arrays: Any) -> None:
+    """Raises what is wrong with the arguments of ``recalibrate``; ``arrays`` are the framework's types of tensor."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"expected an estimator of {ESTIMATORS}. Received: {estimator!r}")
+    if forward is not None and not callable(forward):
+        raise TypeError(f"expected forward to be a function of the model and a batch. Received: {type(forward).__name__}")
+    if isinstance(batches, (np.ndarray, str, bytes, Mapping, *arrays)) or not (
+        hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    ):
+        raise TypeError(
+            "expected batches to be an iterable of batches: a list of tensors, a DataLoader, a tf.data.Dataset; for one batch "
+            f"[batch]. Received: {type(batches).__name__}"
+        )
+    if layer_by_layer and (estimator != "pooled" or init_affine):
+        raise ValueError(
+            'layer_by_layer goes with estimator="pooled" and without init_affine: the others need one pass. '
+            f"Received: estimator={estimator!r}, init_affine={init_affine}"
+        )
+    if layer_by_layer and isinstance(batches, Iterator):
+        raise ValueError(
+            "layer_by_layer reads the batches once for every layer: give a list, a DataLoader or a tf.data.Dataset. "
+            f"Received: {type(batches).__name__}, which can be read once"
+        )
+
+
+class _Stopped(Exception):
+    """Another rank has failed."""
+
+
+def together(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """What ``work`` returns on every rank.
+
+    Raises:
+        Exception: this rank's own; RuntimeError where another rank's work has failed.
+    """
+    error, value = None, None
+    try:
+        value = work()
+    except Exception as failure:
+        error = failure
+    # What has only stopped because another rank did is not what the others want to hear of.
+    mine = None if error is None or isinstance(error, _Stopped) else f"{type(error).__name__}: {error}"
+    everyone = ranks.gather((value, mine))
+    if mine is not None and error is not None:
+        raise error
+    for rank, (_, text) in enumerate(everyone):
+        if text is not None:
+            raise RuntimeError(f"recalibrate failed on rank {rank}, and no rank's model was changed. Received there: {text}")
+    return [value for value, _ in everyone]
+
+
+def recalibrate(
+    ranks: Ranks,
+    prepare: Callable[[], Network],
+    batches: Iterable[Any],
+    estimator: str,
+    init_affine: bool,
+    layer_by_layer: bool,
+    progress: bool,
+) -> None:
+    """Replaces the statistics of a network's layers, or raises and leaves everything as it was.
+
+    Args:
+        ranks: those that share the data.
+        prepare: checks this rank's arguments and returns its network.
+        batches: this rank's.
+        estimator: one of ``ESTIMATORS``.
+        init_affine: whether gamma and beta are initialised, too.
+        layer_by_layer: whether to repeat the pass until the statistics are those of the layers' inputs in the network that
+            has them.
+        progress: whether the first rank shows a bar.
+    """
+    made: list[Network] = []
+
+    def agreed() -> Any:
+        made.append(prepare())
+        return made[0].layers, estimator, init_affine, layer_by_layer
+
+    everyone = together(ranks, agreed)
+    for other, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            raise ValueError(
+                "the ranks disagree: layers, estimator, init_affine and layer_by_layer have to be the same on every rank. "
+                f"Received: {_difference(everyone[0], theirs)} (rank 0 and rank {other})"
+            )
+    network = made[0]
+    before = [network.read(i) for i in range(len(network.layers))]
+    shown = progress and ranks.rank == 0
+    passes = len(network.layers) if layer_by_layer else 1
+    try:
+        for number in range(passes):
+            description = f"recalibrate, pass {number + 1} of at most {passes}" if layer_by_layer else "recalibrate"
+            totals, order = _measure(network, batches, ranks, estimator, track_as(description, shown))
+            old = [network.read(i) for i in range(len(network.layers))]
+            new = _finish(network, totals, estimator, old)
+            for i, vectors in enumerate(new):
+                network.write(i, vectors)
+            if all(_bytes(a) == _bytes(b) for a, b in zip(old, new, strict=True)):
+                break
+    except BaseException:
+        for i, vectors in enumerate(before):
+            network.write(i, vectors)
+        raise
+    _report(network, totals, order, before, new, estimator == "pooled" and not init_affine and not layer_by_layer)
+
+
+def track_as(description: str, shown: bool) -> Callable[[Iterable[T]], Generator[T]]:
+    """``track`` for batches, whose number may be known."""
+
+    def bar(batches: Iterable[T]) -> Generator[T]:
+        total = None
+        with contextlib.suppress(TypeError):  # an IterableDataset's DataLoader, a tf.data.Dataset of unknown length
+            total = len(batches) if isinstance(batches, Sized) else None
+        return track(batches, description, shown, total)
+
+    return bar
+
+
+def _difference(mine: Any, theirs: Any) -> str:
+    layers, other = mine[0], theirs[0]
+    if len(layers) != len(other):
+        return f"{len(layers)} and {len(other)} layers"
+    for a, b in zip((*layers, mine[1:]), (*other, theirs[1:]), strict=True):
+        if a != b:
+            return f"{a} and {b}"
+    return "equal arguments"  # not reached
+
+
+class _Steps:
+    """Batches of all ranks in step, one sum over the ranks for every use of a layer, also by ranks that have no batch any more.
+
+    A message is ``[active, index, index**2, failed, packet...]``, as long as for the largest layer: so that a rank without a
+    batch takes part without knowing which layer comes next, and all see at once where a rank has failed or uses another layer.
+    """
+
+    def __init__(self, layers: Sequence[Layer], ranks: Ranks) -> None:
+        self.layers = layers
+        self.ranks = ranks
+        self.sizes = [native.packet_size(layer.channels) for layer in layers]
+        self.over = False  # all ranks know that no more messages come
+
+    def message(self, index: int | None = None, packet: Words | None = None, failed: bool = False) -> tuple[int, Words] | None:
+        """The layer and its reduced packet; None where no rank has a batch any more."""
+        words = np.zeros(4 + max(self.sizes), np.int64)
+        words[3] = failed
+        if index is not None and packet is not None:
+            words[:3] = 1, index, index * index
+            words[4 : 4 + len(packet)] = packet
+        words = self.ranks.sum(words, "recalibrate.batch")
+        active, sum_of_indices, squares, failures = words[:4].tolist()
+        if failures:
+            self.over = True
+            raise _Stopped
+        if not active:
+            self.over = True
+            return None
+        common = sum_of_indices // active
+        if (sum_of_indices, squares) != (active * common, active * common * common):
+            self.over = True
+            mine = "no layer" if index is None else repr(self.layers[index].name)
+            raise ValueError(
+                'with estimator="batches" every rank has to use the same layers in the same order. '
+                f"Received: on this rank {mine}, on others another one"
+            )
+        return common, words[4 : 4 + self.sizes[common]]
+
+    def leave(self, failed: bool, add: Callable[[int, Words], None]) -> None:
+        """Takes part until every rank is through, or lets them know that this one has failed."""
+        if failed and not self.over:
+            with contextlib.suppress(_Stopped):
+                self.message(failed=True)
+        while not self.over:
+            step = self.message()
+            if step is not None:
+                add(*step)
+
+
+def _measure(
+    network: Network,
+    batches: Iterable[Any],
+    ranks: Ranks,
+    estimator: str,
+    bar: Callable[[Iterable[Any]], Generator[Any]],
+) -> tuple[list[Words], list[int]]:
+    """One pass: the layers' totals over all ranks, and their order of use."""
+    layers = network.layers
+    totals = [np.zeros(native.packet_size(layer.channels), np.int64) for layer in layers]
+    steps = _Steps(layers, ranks)
+    used: dict[int, None] = {}  # an ordered set
+
+    def add_batch(index: int, reduced: Words) -> None:
+        if native.add_batch(np.ascontiguousarray(reduced), totals[index]) == native.ONE_VALUE:
+            steps.over = True  # on every rank: all have this packet
+            raise ValueError(_one_value(layers[index], "a global batch"))
+
+    def take(index: int, packet: Words) -> Words | None:
+        used[index] = None
+        if estimator == "pooled":
+            native.add_packet(packet, totals[index])
+            return None
+        step = steps.message(index, packet)
+        assert step is not None  # this rank is active
+        add_batch(index, step[1])
+        return step[1]
+
+    def work() -> tuple[int, list[int]]:
+        number = 0
+        try:
+            with contextlib.closing(bar(batches)) as tracked:
+                for batch in tracked:
+                    network.run(batch, take)
+                    number += 1
+        except Exception:
+            if estimator == "batches":
+                steps.leave(True, add_batch)
+            raise
+        if estimator == "batches":
+            steps.leave(False, add_batch)
+        return number, list(used)
+
+    everyone = together(ranks, work)
+    if not any(number for number, _ in everyone):
+        raise ValueError("no rank has a batch: there is nothing to take statistics of. Received: batches without a batch")
+    if estimator == "pooled":
+        totals = [ranks.sum(total, f"recalibrate.{layer.name}") for layer, total in zip(layers, totals, strict=True)]
+    return totals, max((order for _, order in everyone), key=len)
+
+
+def _one_value(layer: Layer, where: str) -> str:
+    return f"expected more than 1 value per channel in {where}. Received: 1 over all ranks in layer {layer.name!r}"
+
+
+def _finish(network: Network, totals: list[Words], estimator: str, old: list[list[Vector]]) -> list[list[Vector]]:
+    """The layers' new vectors; a layer without a value keeps what it has."""
+    new = []
+    code = ESTIMATORS.index(estimator)
+    for layer, total, vectors in zip(network.layers, totals, old, strict=True):
+        changed = [(array.copy(), dtype) for array, dtype in vectors]
+        if native.population(total, code, layer.unbiased, layer.eps, *changed) == native.ONE_VALUE:
+            raise ValueError(_one_value(layer, "the data of all ranks"))
+        new.append(changed)
+    if not any(total[1] for total in totals):
+        raise ValueError(
+            "no batch reached a batch norm layer with a value in it: does `forward` run this model? "
+            f"Received: layers {[layer.name for layer in network.layers]}"
+        )
+    return new
+
+
+def _bytes(vectors: Sequence[Vector]) -> list[bytes]:
+    return [array.tobytes() for array, _ in vectors]
+
+
+def _report(
+    network: Network,
+    totals: list[Words],
+    order: list[int],
+    before: list[list[Vector]],
+    after: list[list[Vector]],
+    one_pass: bool,
+) -> None:
+    """Warns of what a caller would not expect."""
+    unused = [layer.name for layer, total in zip(network.layers, totals, strict=True) if not total[1]]
+    if unused:
+        _warn(f"no batch reached these layers, which keep their statistics: {unused}")
+    bad = {
+        layer.name: int(np.count_nonzero(total[native.HEADER : native.HEADER + layer.channels]))
+        for layer, total in zip(network.layers, totals, strict=True)
+    }
+    if any(bad.values()):
+        _warn(
+            f"NaN, infinite or huge inputs: statistics are NaN in { ({k: v for k, v in bad.items() if v}) } channels by layer"
+        )
+    # What comes last has nothing behind it.
+    moved = {network.layers[i].name: _distance(before[i], after[i]) for i in order[:-1] if one_pass}
+    worst = max(moved, key=lambda name: moved[name], default="")
+    if moved and moved[worst] > MOVED:
+        _warn(
+            f"the statistics of layer {worst!r} moved by {moved[worst]:.2g} standard deviations, and the layers behind it were "
+            "measured with the old ones: pass layer_by_layer=True (a pass for every layer; exact) or "
+            'estimator="batches" (one pass; as in training)'
+        )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=5)  # the caller of the framework's recalibrate
+
+
+def _distance(before: Sequence[Vector], after: Sequence[Vector]) -> float:
+    """Mean over the channels of the Wasserstein distance between the two normal distributions, in standard deviations."""
+    (old_mean, old_std), (mean, std) = ((_floats(v[0]), np.sqrt(np.maximum(_floats(v[1]), 0))) for v in (before, after))
+    with np.errstate(all="ignore"):
+        distance = np.hypot(mean - old_mean, std - old_std) / std
+    known = distance[np.isfinite(mean) & (std > 0)]
+    return float(np.nan_to_num(known, nan=np.inf).mean()) if known.size else 0.0
+
+
+def _floats(vector: Vector) -> NDArray[np.float64]:
+    array, dtype = vector
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return (array.view(np.float16) if dtype == "float16" else array).astype(np.float64)
