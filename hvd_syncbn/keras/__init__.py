@@ -12,6 +12,7 @@ import keras as _keras
 
 from hvd_syncbn import horovod as _horovod
 from hvd_syncbn.keras import callbacks
+from hvd_syncbn.tf_impl.groups import groups
 from hvd_syncbn.tf_impl.keras.callbacks import (
     BestModelCheckpoint,
     BroadcastGlobalVariablesCallback,
@@ -113,6 +114,7 @@ __all__ = [
     "fold_batchnorm",
     "freeze_batchnorm",
     "get_state",
+    "groups",
     "load_model",
     "reducescatter",
     "revert_sync_batchnorm",
