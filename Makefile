@@ -1,5 +1,5 @@
-# make setup | demo | test | test-cluster | bench | gpu | lint | clean: each sets up first what it needs. Nothing else has to be
-# installed by hand; see tools/system_deps.sh for what is taken from the system.
+# make setup | demo | test | test-cluster | bench | soak | gpu | lint | clean: each sets up first what it needs.
+# Nothing else has to be installed by hand; see tools/system_deps.sh for what is taken from the system.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ NATIVE := $(shell find hvd_syncbn torch_impl tf_impl -name "*.cc" -o -name "*.h"
 PATCHES := hvd_syncbn/horovod_build/patches
 CMAKE := $(shell find CMakeLists.txt hvd_syncbn torch_impl tf_impl -name "CMakeLists.txt" -o -name "*.cmake")
 
-.PHONY: setup demo test test-cluster bench gpu lint clean
+.PHONY: setup demo test test-cluster bench soak gpu lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -27,6 +27,10 @@ test-cluster: setup
 
 bench: setup
 	$(BIN)/hvd-syncbn bench
+
+# 20,000 steps on 2 ranks in each framework: memory, threads, file handles, bytes. Takes its time; not in CI.
+soak: setup
+	$(BIN)/python -m benchmarks.soak
 
 # On a machine with a GPU, CUDA and a Python that has PyTorch; sets nothing up (see benchmarks/gpu).
 gpu:

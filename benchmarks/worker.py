@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import accuracy, layer, overhead, settings, synchronized
+from benchmarks import accuracy, layer, overhead, settings, soak, synchronized
 from benchmarks.measure import Framework, Record
 
 MEASURE: dict[str, Callable[..., Record]] = {
@@ -22,6 +22,7 @@ MEASURE: dict[str, Callable[..., Record]] = {
     "accuracy": accuracy.measure,
     "overhead": overhead.measure,
     "memory": overhead.measure_memory,
+    "soak": soak.measure,
 }
 
 

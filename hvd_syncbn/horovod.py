@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import socket
+import warnings
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 # By the name of the Horovod module, what people call the framework.
 FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
@@ -91,14 +94,86 @@ def size(hvd: Any, process_set: Any) -> int:
     """Ranks that share a batch: those of ``process_set``, or all where it is None.
 
     Raises:
-        ValueError: the process set is not registered with Horovod, or this rank is not in it.
+        ValueError: the process set is not registered with Horovod, or no more, or this rank is not in it.
     """
     # The global set's own methods speak for whichever framework's Horovod was imported last.
-    if process_set_id(process_set) == 0:
+    number = process_set_id(process_set)
+    if number == 0:
         return int(hvd.size())
     if process_set.included() is False:
         raise ValueError(f"rank {hvd.rank()} is not in the process set that it should share with. Received: {process_set}")
-    return int(process_set.size())
+    # An elastic job that was reset has given up its sets, and may have given the number to another one since.
+    try:
+        ranks, own = int(process_set.size()), int(process_set.rank())
+    except ValueError as error:
+        raise ValueError(_gone(process_set, str(error))) from error
+    if process_set.ranks is not None and (ranks != len(process_set.ranks) or process_set.ranks[own] != hvd.rank()):
+        raise ValueError(_gone(process_set, f"process set {number} has {ranks} ranks"))
+    return ranks
+
+
+def _gone(process_set: Any, detail: str) -> str:
+    return (
+        "the process set is not Horovod's any more: it was removed, or the elastic job was reset. Make it again, with groups() "
+        "or hvd.add_process_set(), and convert the model with it, in a callback of state.register_reset_callbacks(). "
+        f"Received: {process_set} ({detail})"
+    )
+
+
+class Groups(NamedTuple):
+    """What ``groups`` returns."""
+
+    mine: Any
+    """``horovod.ProcessSet`` of this rank's group: for ``process_set=``."""
+    all: list[Any]
+    """Those of all groups, the same list on every rank."""
+
+
+def groups(hvd: Any, size: int | None) -> Groups:
+    """The process sets behind the frameworks' ``groups``, which say what it does."""
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        size_error = f"expected a group size of 1 or more, or None for the ranks of a host. Received: {size!r}"
+    else:
+        size_error = None
+    # Every rank hears of every rank's argument, a wrong one, too: all go on, or none.
+    host = os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()
+    asked = hvd.allgather_object((repr(size), size_error, host), name="hvd_syncbn.groups")
+    sizes = [text for text, *_ in asked]
+    errors = [error for _, error, _ in asked if error]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"expected one group size on all ranks. Received: {', '.join(sizes)} on ranks 0 to {len(sizes) - 1}")
+    if errors:
+        raise ValueError(errors[0])
+    ranks = len(asked)
+    if size is None:
+        hosts = [host for *_, host in asked]
+        wanted = [[rank for rank in range(ranks) if hosts[rank] == host] for host in dict.fromkeys(hosts)]
+    else:
+        count = max(1, ranks // size)
+        if ranks < size:
+            warnings.warn(f"the job has {ranks} ranks, fewer than a group of {size}: all of them share a batch", stacklevel=3)
+        edges = [ranks * i // count for i in range(count + 1)]
+        wanted = [list(range(*edges[i : i + 2])) for i in range(count)]
+    there = {tuple(known): number for number, known in hvd.mpi_ops._basics._get_process_set_ids_and_ranks().items()}
+    found = [_process_set(hvd, group, there.get(tuple(group))) for group in wanted]
+    return Groups(next(s for s, group in zip(found, wanted, strict=True) if hvd.rank() in group), found)
+
+
+def _process_set(hvd: Any, ranks: list[int], number: int | None) -> Any:
+    """A set that Horovod has under this number, or a new one."""
+    if len(ranks) == hvd.size():
+        return hvd.global_process_set
+    process_set = hvd.ProcessSet(ranks)
+    if number is not None:
+        process_set.process_set_id = number
+        return process_set
+    try:
+        return hvd.add_process_set(process_set)
+    except ValueError as error:
+        raise ValueError(
+            "Horovod lets process sets come while a job runs if it was told so: call `hvd.init(process_sets='dynamic')`, or "
+            f"set HOROVOD_DYNAMIC_PROCESS_SETS=1 for all ranks. Received: {process_set} ({error})"
+        ) from error
 
 
 def mismatch(error: BaseException) -> str | None:

@@ -2,7 +2,8 @@
 
 from hvd_syncbn.tf_impl import ops
 from hvd_syncbn.tf_impl.functional import sync_batch_norm
+from hvd_syncbn.tf_impl.groups import groups
 
-__all__ = ["sync_batch_norm"]
+__all__ = ["groups", "sync_batch_norm"]
 
 ops.library()  # a missing or stale build shows here, not in the first training step

@@ -4,6 +4,7 @@ from hvd_syncbn.torch_impl.convert import convert_sync_batchnorm, revert_sync_ba
 from hvd_syncbn.torch_impl.fold import Scale, fold_batchnorm
 from hvd_syncbn.torch_impl.freeze import freeze_batchnorm, unfreeze_batchnorm
 from hvd_syncbn.torch_impl.functional import sync_batch_norm
+from hvd_syncbn.torch_impl.groups import groups
 from hvd_syncbn.torch_impl.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from hvd_syncbn.torch_impl.ops import check_device_errors
 from hvd_syncbn.torch_impl.recalibrate import recalibrate
@@ -20,6 +21,7 @@ __all__ = [
     "fold_batchnorm",
     "freeze_batchnorm",
     "get_state",
+    "groups",
     "recalibrate",
     "revert_sync_batchnorm",
     "set_state",

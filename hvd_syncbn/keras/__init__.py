@@ -12,6 +12,7 @@ import keras as _keras
 
 from hvd_syncbn import horovod as _horovod
 from hvd_syncbn.keras import callbacks
+from hvd_syncbn.tf_impl.groups import groups
 from hvd_syncbn.tf_impl.keras.callbacks import (
     BestModelCheckpoint,
     BroadcastGlobalVariablesCallback,
@@ -114,6 +115,7 @@ __all__ = [
     "fold_batchnorm",
     "freeze_batchnorm",
     "get_state",
+    "groups",
     "load_model",
     "recalibrate",
     "reducescatter",

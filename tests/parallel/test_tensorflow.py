@@ -38,6 +38,11 @@ def test_keras(check: str) -> None:
     run("tensorflow_keras", 2).values(check)
 
 
+@pytest.mark.parametrize("check", job.checks("tensorflow_groups"))
+def test_groups(check: str) -> None:
+    run("tensorflow_groups", 4).values(check)
+
+
 def test_one_collective_per_layer_and_direction(tmp_path: Path) -> None:
     path = tmp_path / "timeline.json"
     timeline = run("tensorflow_timeline", 2, HOROVOD_TIMELINE=str(path))

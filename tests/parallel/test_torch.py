@@ -35,6 +35,11 @@ def test_one_digest_for_all() -> None:
     assert len(set(digests.values())) == 1, digests
 
 
+@pytest.mark.parametrize("check", checks("torch_groups"))
+def test_groups(check: str) -> None:
+    run("torch_groups", 4, HOROVOD_DYNAMIC_PROCESS_SETS="1").values(check)
+
+
 @pytest.mark.parametrize(("ranks", "dying", "direction"), [(2, 1, "forward"), (3, 0, "backward")])
 def test_a_rank_dies(ranks: int, dying: int, direction: str) -> None:
     """The survivors get HorovodInternalError, which hvd.elastic restores from; each says how long it took."""

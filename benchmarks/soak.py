@@ -1,0 +1,272 @@
+"""Many steps of layers in one job, to see that nothing grows and nothing breaks: `make soak`.
+
+Every step draws the size of the batch, the spatial size, the layout, how the samples are dealt out to the ranks (some get none)
+and whether all ranks share the batch or each is alone in a process set, for one of three layers that stay for the whole job.
+It is held, byte by byte, against the same layer alone on the whole batch; a sha256 over those bytes is the same on both ranks
+and in both frameworks. Memory, threads and file handles are looked at after every chunk of steps. Both frameworks run at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks import jobs
+from benchmarks.measure import EPS, FRAMEWORKS, Framework, Record
+from benchmarks.settings import RECOMMENDED
+
+RANKS = 2
+CHANNELS = (3, 16, 19)
+MOST_SAMPLES = 9
+MOST_POSITIONS = 7  # in either direction
+MOMENTUM = 0.1
+WHO = ("shared", "whole", "own", "twin")
+"""Layers: of all ranks, and the reference, which has the whole batch; of this rank alone, and the same in the other layout."""
+
+
+Array = NDArray[np.float32]
+
+
+class Step(NamedTuple):
+    """What a step draws; the same on every rank and in every framework."""
+
+    layer: int
+    x: Array  # [n, c, h, w], the whole batch
+    dy: Array
+    last: bool  # channels last
+    edges: list[int]  # of the ranks' samples
+    alone: bool  # each rank in a process set of its own
+
+
+def draw(number: int) -> Step:
+    """The step of this number."""
+    rng = np.random.default_rng(number)
+    layer = int(rng.integers(len(CHANNELS)))
+    samples = int(rng.integers(1, MOST_SAMPLES + 1))
+    height, width = rng.integers(2, MOST_POSITIONS + 1, 2)  # more than one value per channel, always
+    shape = samples, CHANNELS[layer], int(height), int(width)
+    x, dy = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    cut = int(rng.choice(np.array([0, samples, rng.integers(samples + 1)])))  # a third each: the first rank has none, all, some
+    return Step(layer, x * np.float32(4) + np.float32(100), dy, bool(rng.integers(2)), [0, cut, samples], rng.random() < 0.1)
+
+
+class TorchLayers:
+    """Three layers of each kind."""
+
+    def __init__(self) -> None:
+        from hvd_syncbn.torch import SyncBatchNorm, groups
+
+        alone = groups(1).mine
+        self.layers = {}
+        for who in WHO:
+            for i, channels in enumerate(CHANNELS):
+                process_set = None if who == "shared" else alone
+                layer = SyncBatchNorm(channels, EPS, MOMENTUM, activation="relu", process_set=process_set)
+                layer.collective_name = f"soak.{i}"
+                self.layers[who, i] = layer
+
+    def step(self, who: str, i: int, x: Array, dy: Array, last: bool) -> list[Array]:
+        """Output, input gradient and running statistics."""
+        import torch
+
+        tensors = [torch.from_numpy(values) for values in (x, dy)]
+        if last:
+            tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
+        tensors[0].requires_grad_()
+        layer = self.layers[who, i]
+        layer.zero_grad()
+        y = layer(tensors[0])
+        y.backward(tensors[1])
+        gradient = tensors[0].grad
+        assert gradient is not None
+        return [y.detach().numpy(), gradient.numpy(), layer.running_mean.numpy(), layer.running_var.numpy()]
+
+
+class TensorFlowLayers:
+    """The same, as functions with state."""
+
+    def __init__(self) -> None:
+        from hvd_syncbn.tensorflow import groups
+
+        self.alone = groups(1).mine
+        self.state = {
+            (who, i): [np.zeros(channels, np.float32), np.ones(channels, np.float32)]
+            for who in WHO
+            for i, channels in enumerate(CHANNELS)
+        }
+
+    def step(self, who: str, i: int, x: Array, dy: Array, last: bool) -> list[Array]:
+        """Output, input gradient and running statistics."""
+        import tensorflow as tf
+
+        from hvd_syncbn.tensorflow import sync_batch_norm
+
+        def turned(values: Any) -> Any:
+            return np.moveaxis(np.asarray(values), 1, -1) if last else values
+
+        inputs = tf.constant(turned(x))
+        ones, zeros = np.ones(x.shape[1], np.float32), np.zeros(x.shape[1], np.float32)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            y, *statistics = sync_batch_norm(
+                inputs,
+                ones,
+                zeros,
+                *self.state[who, i],
+                training=True,
+                momentum=1 - MOMENTUM,
+                epsilon=EPS,
+                axis=-1 if last else 1,
+                activation="relu",
+                unbiased_variance=True,
+                process_set=None if who == "shared" else self.alone,
+                name=f"soak.{i}",
+            )
+        gradient = tape.gradient(y, inputs, output_gradients=tf.constant(turned(dy)))
+        self.state[who, i] = [values.numpy() for values in statistics]
+        y, gradient = (np.moveaxis(t.numpy(), -1, 1) if last else t.numpy() for t in (y, gradient))
+        return [y, gradient, *self.state[who, i]]
+
+
+@cache
+def _job(framework: str) -> tuple[Any, Any]:
+    """The layers and the digest, which last as long as the job."""
+    return (TorchLayers() if framework == "torch" else TensorFlowLayers()), hashlib.sha256()
+
+
+def measure(framework: Framework, name: str, first: int, steps: int) -> Record:
+    """A chunk of steps, and what the process holds after it."""
+    layers, digest = _job(name)
+    different = 0
+    kinds = {"alone": 0, "empty": 0}
+    for number in range(first, first + steps):
+        layer, x, dy, last, edges, alone = draw(number)
+        mine = slice(*edges[framework.rank : framework.rank + 2])
+        if alone:
+            # Against the other layout: what this rank has is all there is.
+            got, want = (layers.step(who, layer, x[mine], dy[mine], how) for who, how in (("own", last), ("twin", not last)))
+        else:
+            got = layers.step("shared", layer, x[mine], dy[mine], last)
+            whole = layers.step("whole", layer, x, dy, last)
+            want = [whole[0][mine], whole[1][mine], *whole[2:]]
+            for values in whole:
+                digest.update(np.ascontiguousarray(values).tobytes())
+        different += any(a.tobytes() != b.tobytes() for a, b in zip(got, want, strict=True))
+        kinds["alone"] += alone
+        kinds["empty"] += 0 in (edges[1], edges[2] - edges[1])
+    process = psutil.Process()
+    return {
+        "first": first,
+        "steps": steps,
+        "different": different,
+        **kinds,
+        "sha256": digest.hexdigest(),
+        "MiB": process.memory_info().rss / 2**20,
+        "threads": process.num_threads(),
+        "files": process.num_fds(),
+        "errors": {},
+    }
+
+
+def plot(outcomes: list[jobs.Outcome], path: Path) -> None:
+    """Memory, threads and file handles of every rank against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for axis, what in zip(axes, ("MiB", "threads", "files"), strict=True):
+        for outcome in outcomes:
+            for rank in range(RANKS):
+                records = [ranks[rank] for ranks in outcome.records]
+                steps = [record["first"] + record["steps"] for record in records]
+                label = f"{FRAMEWORKS[outcome.job.framework]}, rank {rank}"
+                axis.plot(steps, [record[what] for record in records], label=label)
+        axis.set(title={"MiB": "resident memory, MiB", "files": "file handles"}.get(what, what), xlabel="steps")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def table(outcomes: list[jobs.Outcome]) -> Table:
+    """What a person reads; memory from after the first tenth, when everything has been used once, to the end."""
+    result = Table(title="Soak", title_justify="left")
+    for column in ("framework", "rank", "steps", "empty", "alone", "differ", "MiB", "threads", "files", "sha256"):
+        result.add_column(column, justify="left" if column in ("framework", "sha256") else "right")
+    for outcome in outcomes:
+        for rank in range(RANKS):
+            records = [ranks[rank] for ranks in outcome.records]
+            settled = records[len(records) // 10 :]
+            sums = [str(sum(record[key] for record in records)) for key in ("steps", "empty", "alone", "different")]
+            spans = [f"{settled[0][key]:.0f} -> {settled[-1][key]:.0f}" for key in ("MiB", "threads", "files")]
+            name = FRAMEWORKS[outcome.job.framework]
+            result.add_row(name, str(rank), *sums, *spans, records[-1]["sha256"][:12])
+    return result
+
+
+def main() -> int:
+    """Runs it in both frameworks; the exit status is 0 if all steps ran, no byte differed, and all digests are one."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--chunk", type=int, default=200)
+    parser.add_argument("--limit", type=float, default=3 * 3600, help="seconds for each framework")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    console = Console() if Console().is_terminal else Console(width=120)
+    console.print(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, load {os.getloadavg()[0]:.1f}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    starts = range(0, args.steps, args.chunk)
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor() as pool:
+
+        def run(framework: str) -> jobs.Outcome:
+            cases = [
+                {"kind": "soak", "name": framework, "first": first, "steps": min(args.chunk, args.steps - first)}
+                for first in starts
+            ]
+            label = FRAMEWORKS[framework]
+            bar = progress.add_task(label, total=len(cases))
+            # On a busy machine a rank may be kept from its turn for longer than Gloo's 30 s.
+            environment = RECOMMENDED | {"HOROVOD_GLOO_TIMEOUT_SECONDS": "300"}
+            job = jobs.Job(f"soak, {label}", framework, cases, RANKS, environment=environment, limit=args.limit)
+            return jobs.run(job, lambda done: progress.advance(bar, done))
+
+        outcomes = list(pool.map(run, FRAMEWORKS))
+    args.out.mkdir(exist_ok=True, parents=True)
+    rows = [
+        {"job": outcome.job.title, "seconds": outcome.seconds, "error": outcome.error, "records": outcome.records}
+        for outcome in outcomes
+    ]
+    (args.out / "soak.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for outcome in outcomes:
+        console.print(f"{outcome.job.title}: {outcome.seconds:.0f} s, {outcome.error or 'no error'}")
+    if any(not outcome.records for outcome in outcomes):
+        return 1
+    console.print(table(outcomes))
+    plot(outcomes, args.out / "soak.png")
+    every = [record for outcome in outcomes for ranks in outcome.records for record in ranks]
+    last = {record["sha256"] for outcome in outcomes for record in outcome.records[-1]}
+    good = all(outcome.error is None for outcome in outcomes) and not any(r["different"] for r in every) and len(last) == 1
+    console.print("EQUAL: every step, every byte" if good else "[red]NOT EQUAL, or not finished[/red]")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
