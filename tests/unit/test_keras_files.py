@@ -162,6 +162,11 @@ def test_models_come_back(kind: str, saved: str, extension: str, tmp_path: Path,
         source.save(path)
     # Keras can load neither the losses nor, without help, the class of the model from an .h5 file.
     options = {"custom_objects": {"Net": Net}, "compile": extension != ".h5"}
+    if extension == ".h5" and kind == "subclassed":  # Keras loads none: the model has not made its variables
+        for load in (keras.models.load_model, load_model):
+            with pytest.raises(ValueError, match="Layer count mismatch"):
+                load(path, **options)
+        return
     by_keras = keras.models.load_model(path, **options)
     assert_equal(by_keras, source)
     assert extension == ".h5" or not is_distributed(by_keras.optimizer)
