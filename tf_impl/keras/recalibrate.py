@@ -13,7 +13,7 @@ import numpy as np
 from hvd_syncbn import horovod, population, protocol
 from hvd_syncbn.population import Take, Vector, Words
 from hvd_syncbn.tf_impl.keras import ranks
-from hvd_syncbn.tf_impl.keras.convert import _batch_norms
+from hvd_syncbn.tf_impl.keras.convert import batch_norms
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
@@ -128,7 +128,7 @@ class _Network:
         self.norms: list[Any] = []
         self.layers: list[population.Layer] = []
         frozen = []
-        for path, norm in _batch_norms(model):
+        for path, norm in batch_norms(model):
             if not norm.trainable or getattr(norm, "frozen", False):
                 frozen.append(path)
                 continue
