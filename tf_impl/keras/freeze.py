@@ -39,8 +39,8 @@ def freeze_batchnorm(model: keras.layers.Layer, affine: bool = False) -> keras.l
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.BatchNormalization()])
     >>> model = freeze_batchnorm(model)
     >>> model.trainable = True
-    >>> [variable.path for variable in model.trainable_variables]
-    ['dense/kernel', 'dense/bias']
+    >>> [variable.name for variable in model.trainable_variables]
+    ['kernel', 'bias']
     >>> len(unfreeze_batchnorm(model).trainable_variables)
     4
     """
