@@ -20,6 +20,7 @@ from hvd_syncbn.population import Take, Vector, Words
 from hvd_syncbn.torch_impl import ops
 from hvd_syncbn.torch_impl.freeze import is_frozen
 from hvd_syncbn.torch_impl.functional import check_input
+from hvd_syncbn.torch_impl.module import BatchNorm
 
 M = TypeVar("M", bound=nn.Module)
 Forward = Callable[[Any, Any], Any]
@@ -156,23 +157,44 @@ class _Network:
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
         self.device = devices.pop() if len(devices) == 1 else None
         self.stored: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self.residuals: dict[int, Tensor] = {}
 
     def run(self, batch: Any, take: Take) -> None:
         if self.forward is _call:
             batch = _input(batch, self.device)
-        with _eagerly(), _Watch(self, take):
+        self.residuals.clear()
+        with _eagerly(), self._residuals_kept(), _Watch(self, take):
             self.forward(self.model, batch)
+
+    @contextlib.contextmanager
+    def _residuals_kept(self) -> Iterator[None]:
+        """Takes the residuals of our layers out of their calls: the kernel adds one, which rounds less often than a step of its
+        own, as evaluation has it."""
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = dict(kwargs)
+            residual = args[1] if len(args) > 1 else given.pop("residual", None)
+            if residual is not None:
+                self.residuals[id(module)] = residual
+            return args[:1], given
+
+        hooks = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in self.modules if isinstance(m, BatchNorm)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def normalize(self, index: int, take: Take, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """What a watched layer makes of its input, by the kernels of training, whose bits do not depend on the layout."""
         layer = self.layers[index]
-        check_input(x, layer.channels, None, None)
+        residual = check_input(x, layer.channels, self.residuals.pop(id(self.modules[index]), None), None)
         packet = ops.forward_moments(x, layer.eps)
         reduced = take(index, packet.cpu().numpy())
         if self.init_affine:
-            return x.clone()  # what comes next may work in place
+            return x.clone() if residual is None else x + residual  # what comes next may work in place
         by = self._stored(index, x) if reduced is None else torch.from_numpy(reduced).to(x.device)
-        y, _ = ops.forward_apply(x, by, weight, bias, None, None, None, None, 0.0, 0.0, True, layer.eps, False, layer.name)
+        y, _ = ops.forward_apply(x, by, weight, bias, residual, None, None, None, 0.0, 0.0, True, layer.eps, False, layer.name)
         normalized: Tensor = y
         return normalized
 
