@@ -203,7 +203,11 @@ def test_residual_and_activation(training: bool) -> None:
     x, residual = normal(6, 4, 3), normal(6, 4, 3, seed=1)
     y = SyncBatchNormalization()(x, training=training)
     fused = SyncBatchNormalization(activation="relu")(x, training=training, residual=residual)
-    assert same_bits(fused, np.maximum(y + residual, np.float32(0)))
+    apart = np.maximum(y + residual, np.float32(0))
+    if training:  # a residual that is fused is rounded less often: by half a unit in the last place of each step's result
+        np.testing.assert_allclose(fused, apart, rtol=2.0**-23, atol=2.0**-20)
+    else:
+        assert same_bits(fused, apart)
     inputs = [keras.Input((4, 3)), keras.Input((4, 3))]
     model = keras.Model(inputs, SyncBatchNormalization(activation="relu")(inputs[0], residual=inputs[1]))
     assert same_bits(model([x, residual], training=training), fused)
