@@ -149,14 +149,16 @@ def forward_packet(x: Any, epsilon: float, axis: int, mask: Any = None) -> Any:
         return ops.library().hvd_syncbn_forward_moments(x, _optional(mask), _unknown(), **common)
 
 
-def normalize_by(packet: Any, x: Any, gamma: Any, beta: Any, epsilon: float, axis: int, layer: str) -> Any:
-    """`x` normalized by the statistics of a reduced packet."""
-    x, data_format, to_last = _oriented(tf.convert_to_tensor(x), _checked_axis(x, axis))
+def normalize_by(packet: Any, x: Any, gamma: Any, beta: Any, residual: Any, epsilon: float, axis: int, layer: str) -> Any:
+    """`x` normalized by the statistics of a reduced packet, plus the residual."""
+    axis = _checked_axis(x, axis)
+    residual = None if residual is None else _oriented(tf.cast(residual, x.dtype), axis)[0]
+    x, data_format, to_last = _oriented(tf.convert_to_tensor(x), axis)
     channels = x.shape[1 if data_format == "channels_first" else -1]
     unused = tf.zeros([channels], next((tensor.dtype for tensor in (gamma, beta) if tensor is not None), tf.float32))
     with _clear_errors(layer):
         y, *_ = ops.library().hvd_syncbn_forward_apply(
-            x, packet, unused, unused, _optional(gamma), _optional(beta), [], [], [],
+            x, packet, unused, unused, _optional(gamma), _optional(beta), _optional(residual), [], [],
             relu=False, old_weight=1.0, new_weight=0.0, unbiased_variance=False, layer=layer, process_set_id=0,
             data_format=data_format, epsilon_bits=_float64_bits(epsilon),
         )  # fmt: skip

@@ -165,9 +165,7 @@ class _Network:
         norm = self.norms[index]
 
         def call(inputs: Any, training: bool | None = None, mask: Any = None, residual: Any = None) -> Any:
-            outputs = self._normalize(index, take, inputs, mask)
-            if residual is not None:
-                outputs = outputs + residual
+            outputs = self._normalize(index, take, inputs, mask, residual)
             return keras.ops.relu(outputs) if getattr(norm, "activation", None) == "relu" else outputs
 
         # The instance's own, past Keras's __setattr__, which would take it for a state to track.
@@ -177,8 +175,11 @@ class _Network:
         finally:
             object.__delattr__(norm, "call")
 
-    def _normalize(self, index: int, take: Take, x: Any, mask: Any) -> Any:
-        """What a watched layer makes of its input, by the kernels of training, whose bits do not depend on the layout."""
+    def _normalize(self, index: int, take: Take, x: Any, mask: Any, residual: Any) -> Any:
+        """What a watched layer makes of its input, by the kernels of training, whose bits do not depend on the layout.
+
+        With the residual, as there: a step of its own would round once more.
+        """
         norm, layer = self.norms[index], self.layers[index]
         if not tf.executing_eagerly():
             raise RuntimeError(
@@ -188,9 +189,9 @@ class _Network:
         packet = functional.forward_packet(x, layer.eps, norm.axis, mask)
         reduced = take(index, packet.numpy())
         if self.init_affine:
-            return x
+            return x if residual is None else x + residual
         by = self._stored(index, x.dtype.name) if reduced is None else tf.constant(reduced)
-        return functional.normalize_by(by, x, norm.gamma, norm.beta, layer.eps, norm.axis, layer.name)
+        return functional.normalize_by(by, x, norm.gamma, norm.beta, residual, layer.eps, norm.axis, layer.name)
 
     def _stored(self, index: int, dtype: str) -> Any:
         if (index, dtype) not in self.stored:
