@@ -42,7 +42,7 @@ def digests(framework: str, path: Path, hosts: Hosts | None = None, slots: str =
         text=True,
     )
     try:
-        output = "\n".join(process.communicate(timeout=240))
+        output, _ = process.communicate(timeout=240)
     finally:
         end(process)
     assert path.exists(), output[-8000:]
