@@ -115,6 +115,9 @@ def main() -> None:
             log.flush()
             if "error" in entry:
                 os._exit(1)
+    if hvd.is_initialized():
+        # The first rank to end ends Horovod for all, and a group of ranks may still be at the last check.
+        hvd.allgather_object(None, name="checks are done")
     hvd.shutdown()
 
 
