@@ -1,7 +1,8 @@
 """Many steps of layers in one job, to see that nothing grows and nothing breaks: `make soak`.
 
 Every step draws the size of the batch, the spatial size, the layout, how the samples are dealt out to the ranks (some get none)
-and whether all ranks share the batch or each is alone in a process set, for one of three layers that stay for the whole job.
+and who shares the batch: all ranks, those of a process set of both, or each alone in one of its own; for one of three layers
+that stay for the whole job. In TensorFlow every second call is made in a graph, which was traced once, for all shapes.
 It is held, byte by byte, against the same layer alone on the whole batch; a sha256 over those bytes is the same on both ranks
 and in both frameworks. Memory, threads and file handles are looked at after every chunk of steps. Both frameworks run at once.
 """
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -29,14 +31,16 @@ from rich.table import Table
 from benchmarks import jobs
 from benchmarks.measure import EPS, FRAMEWORKS, Framework, Record
 from benchmarks.settings import RECOMMENDED
+from hvd_syncbn.horovod import Groups
 
 RANKS = 2
 CHANNELS = (3, 16, 19)
 MOST_SAMPLES = 9
 MOST_POSITIONS = 7  # in either direction
 MOMENTUM = 0.1
-WHO = ("shared", "whole", "own", "twin")
-"""Layers: of all ranks, and the reference, which has the whole batch; of this rank alone, and the same in the other layout."""
+WHO = ("shared", "shared whole", "pair", "pair whole", "own", "twin")
+"""Layers: of all ranks, and its reference, which has the whole batch; of a set of both, and its reference; of this rank alone,
+and the same in the other layout."""
 
 
 Array = NDArray[np.float32]
@@ -50,7 +54,7 @@ class Step(NamedTuple):
     dy: Array
     last: bool  # channels last
     edges: list[int]  # of the ranks' samples
-    alone: bool  # each rank in a process set of its own
+    among: str  # "shared", "pair", or "own": each rank in a process set of its own
 
 
 def draw(number: int) -> Step:
@@ -62,7 +66,13 @@ def draw(number: int) -> Step:
     shape = samples, CHANNELS[layer], int(height), int(width)
     x, dy = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
     cut = int(rng.choice(np.array([0, samples, rng.integers(samples + 1)])))  # a third each: the first rank has none, all, some
-    return Step(layer, x * np.float32(4) + np.float32(100), dy, bool(rng.integers(2)), [0, cut, samples], rng.random() < 0.1)
+    among = str(rng.choice(["shared", "pair", "own"], p=[0.8, 0.1, 0.1]))
+    return Step(layer, x * np.float32(4) + np.float32(100), dy, bool(rng.integers(2)), [0, cut, samples], among)
+
+
+def sets(groups: Callable[[int], Groups]) -> dict[str, Any]:
+    """The process sets of layers; on two ranks Horovod knows that of both as its global one."""
+    return {who: groups(1).mine for who in WHO} | {"shared": None, "pair": groups(RANKS).mine}
 
 
 class TorchLayers:
@@ -71,11 +81,9 @@ class TorchLayers:
     def __init__(self) -> None:
         from hvd_syncbn.torch import SyncBatchNorm, groups
 
-        alone = groups(1).mine
         self.layers = {}
-        for who in WHO:
+        for who, process_set in sets(groups).items():
             for i, channels in enumerate(CHANNELS):
-                process_set = None if who == "shared" else alone
                 layer = SyncBatchNorm(channels, EPS, MOMENTUM, activation="relu", process_set=process_set)
                 layer.collective_name = f"soak.{i}"
                 self.layers[who, i] = layer
@@ -103,44 +111,58 @@ class TensorFlowLayers:
     def __init__(self) -> None:
         from hvd_syncbn.tensorflow import groups
 
-        self.alone = groups(1).mine
+        self.sets = sets(groups)
         self.state = {
             (who, i): [np.zeros(channels, np.float32), np.ones(channels, np.float32)]
             for who in WHO
             for i, channels in enumerate(CHANNELS)
         }
+        self.calls = 0
+        self.functions: dict[tuple[str, int, bool], Any] = {}
 
     def step(self, who: str, i: int, x: Array, dy: Array, last: bool) -> list[Array]:
         """Output, input gradient and running statistics."""
+        values = [np.moveaxis(t, 1, -1) if last else t for t in (x, dy)]
+        if (who, i, last) not in self.functions:
+            self.functions[who, i, last] = self._function(who, i, last)
+        function = self.functions[who, i, last]
+        self.calls += 1
+        results = (function if self.calls % 2 else function.python_function)(*values, *self.state[who, i])
+        y, gradient, *self.state[who, i] = (t.numpy() for t in results)
+        return [*(np.moveaxis(t, -1, 1) if last else t for t in (y, gradient)), *self.state[who, i]]
+
+    def _function(self, who: str, i: int, last: bool) -> Any:
+        """A step of this layer as a graph, for all shapes."""
         import tensorflow as tf
 
         from hvd_syncbn.tensorflow import sync_batch_norm
 
-        def turned(values: Any) -> Any:
-            return np.moveaxis(np.asarray(values), 1, -1) if last else values
+        channels = CHANNELS[i]
+        parameters = np.ones(channels, np.float32), np.zeros(channels, np.float32)
+        images = tf.TensorSpec([None, None, None, channels] if last else [None, channels, None, None])
+        vector = tf.TensorSpec([channels])
 
-        inputs = tf.constant(turned(x))
-        ones, zeros = np.ones(x.shape[1], np.float32), np.zeros(x.shape[1], np.float32)
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            y, *statistics = sync_batch_norm(
-                inputs,
-                ones,
-                zeros,
-                *self.state[who, i],
-                training=True,
-                momentum=1 - MOMENTUM,
-                epsilon=EPS,
-                axis=-1 if last else 1,
-                activation="relu",
-                unbiased_variance=True,
-                process_set=None if who == "shared" else self.alone,
-                name=f"soak.{i}",
-            )
-        gradient = tape.gradient(y, inputs, output_gradients=tf.constant(turned(dy)))
-        self.state[who, i] = [values.numpy() for values in statistics]
-        y, gradient = (np.moveaxis(t.numpy(), -1, 1) if last else t.numpy() for t in (y, gradient))
-        return [y, gradient, *self.state[who, i]]
+        def step(x: Any, dy: Any, mean: Any, variance: Any) -> list[Any]:
+            x = tf.convert_to_tensor(x)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y, *statistics = sync_batch_norm(
+                    x,
+                    *parameters,
+                    mean,
+                    variance,
+                    training=True,
+                    momentum=1 - MOMENTUM,
+                    epsilon=EPS,
+                    axis=-1 if last else 1,
+                    activation="relu",
+                    unbiased_variance=True,
+                    process_set=self.sets[who],
+                    name=f"soak.{i}",
+                )
+            return [y, tape.gradient(y, x, output_gradients=tf.convert_to_tensor(dy)), *statistics]
+
+        return tf.function(step, input_signature=[images, images, vector, vector], autograph=False)
 
 
 @cache
@@ -153,21 +175,22 @@ def measure(framework: Framework, name: str, first: int, steps: int) -> Record:
     """A chunk of steps, and what the process holds after it."""
     layers, digest = _job(name)
     different = 0
-    kinds = {"alone": 0, "empty": 0}
+    kinds = {"own": 0, "pair": 0, "empty": 0}
     for number in range(first, first + steps):
-        layer, x, dy, last, edges, alone = draw(number)
+        layer, x, dy, last, edges, among = draw(number)
         mine = slice(*edges[framework.rank : framework.rank + 2])
-        if alone:
+        if among == "own":
             # Against the other layout: what this rank has is all there is.
             got, want = (layers.step(who, layer, x[mine], dy[mine], how) for who, how in (("own", last), ("twin", not last)))
         else:
-            got = layers.step("shared", layer, x[mine], dy[mine], last)
-            whole = layers.step("whole", layer, x, dy, last)
+            got = layers.step(among, layer, x[mine], dy[mine], last)
+            whole = layers.step(f"{among} whole", layer, x, dy, last)
             want = [whole[0][mine], whole[1][mine], *whole[2:]]
             for values in whole:
                 digest.update(np.ascontiguousarray(values).tobytes())
         different += any(a.tobytes() != b.tobytes() for a, b in zip(got, want, strict=True))
-        kinds["alone"] += alone
+        if among in kinds:
+            kinds[among] += 1
         kinds["empty"] += 0 in (edges[1], edges[2] - edges[1])
     process = psutil.Process()
     return {
@@ -209,13 +232,13 @@ def plot(outcomes: list[jobs.Outcome], path: Path) -> None:
 def table(outcomes: list[jobs.Outcome]) -> Table:
     """What a person reads; memory from after the first tenth, when everything has been used once, to the end."""
     result = Table(title="Soak", title_justify="left")
-    for column in ("framework", "rank", "steps", "empty", "alone", "differ", "MiB", "threads", "files", "sha256"):
+    for column in ("framework", "rank", "steps", "empty", "pair", "alone", "differ", "MiB", "threads", "files", "sha256"):
         result.add_column(column, justify="left" if column in ("framework", "sha256") else "right")
     for outcome in outcomes:
         for rank in range(RANKS):
             records = [ranks[rank] for ranks in outcome.records]
             settled = records[len(records) // 10 :]
-            sums = [str(sum(record[key] for record in records)) for key in ("steps", "empty", "alone", "different")]
+            sums = [str(sum(record[key] for record in records)) for key in ("steps", "empty", "pair", "own", "different")]
             spans = [f"{settled[0][key]:.0f} -> {settled[-1][key]:.0f}" for key in ("MiB", "threads", "files")]
             name = FRAMEWORKS[outcome.job.framework]
             result.add_row(name, str(rank), *sums, *spans, records[-1]["sha256"][:12])
