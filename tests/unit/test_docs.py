@@ -35,6 +35,15 @@ def test_pages(page: str) -> None:
     assert result.attempted and not result.failed
 
 
+def test_tables_are_tables() -> None:
+    """A line break lost between two rows makes text of them."""
+    pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+    assert len(pages) > 10
+    for page in pages:
+        for line in page.read_text().splitlines():
+            assert not re.search(r"\|\s+\|-", line), f"{page.name}: {line[:80]}"
+
+
 def test_sources_name_tests_that_exist() -> None:
     text = (ROOT / "docs" / "sources.md").read_text()
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
