@@ -1,4 +1,4 @@
-# make setup | demo | test | test-cluster | bench | soak | gpu | lint | clean: each sets up first what it needs.
+# make setup | demo | test | test-cluster | bench | soak | docs | gpu | lint | clean: each sets up first what it needs.
 # Nothing else has to be installed by hand; see tools/system_deps.sh for what is taken from the system.
 
 VENV := .venv
@@ -8,7 +8,7 @@ NATIVE := $(shell find hvd_syncbn torch_impl tf_impl -name "*.cc" -o -name "*.h"
 PATCHES := hvd_syncbn/horovod_build/patches
 CMAKE := $(shell find CMakeLists.txt hvd_syncbn torch_impl tf_impl -name "CMakeLists.txt" -o -name "*.cmake")
 
-.PHONY: setup demo test test-cluster bench soak gpu lint clean
+.PHONY: setup demo test test-cluster bench soak docs gpu lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -32,6 +32,11 @@ bench: setup
 soak: setup
 	$(BIN)/python -m benchmarks.soak
 
+# The documentation, as pages in site/; needs the tools, not the build. A broken link is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python tools/messages.py
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build -q
+
 # On a machine with a GPU, CUDA and a Python that has PyTorch; sets nothing up (see benchmarks/gpu).
 gpu:
 	python3 -m benchmarks.gpu --out out/gpu
@@ -44,13 +49,17 @@ lint: $(VENV)/.requirements
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cc)
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build site
 
 $(VENV)/.requirements: requirements.txt benchmarks/requirements.txt tools/system_deps.sh
 	@tools/system_deps.sh $(VENV)
 	@echo "Installing the requirements into $(VENV) (about 1.5 GB with both frameworks; takes minutes, once)"
 	@tools/with_clock.sh $(PIP) install -qq --disable-pip-version-check -r requirements.txt
 	@$(PIP) install -qq --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	@touch $@
+
+$(VENV)/.docs: docs/requirements.txt $(VENV)/.requirements
+	@$(PIP) install -qq --disable-pip-version-check -r docs/requirements.txt
 	@touch $@
 
 # The folder, too: its time tells that a patch was taken away.

@@ -1,7 +1,8 @@
 """How far outputs are from the exact ones, on a batch that the ranks share unevenly and whose mean is large.
 
 4 samples on one rank, 8 on the other (they differ a little, as batches do), with a standard deviation of about 1 around a large
-mean. Exact is computed from the same float32 values in extended precision.
+mean. Gamma is in 0.5 to 1.5 and beta normal, as in a network that was trained. Exact is computed from the same float32 values in
+extended precision.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from benchmarks.jobs import Outcome
 from benchmarks.measure import Framework, Record
 
 MEANS = (0.0, 1e2, 1e4, 1e6)
-SHAPE = (12, 16, 8, 8)
+SHAPE = (12, 32, 16, 16)
 FIRST_RANK = 4  # samples
 
 Array = NDArray[np.float32]
@@ -36,11 +37,18 @@ def batch(mean: float) -> Array:
     return (mean + x / x.std()).astype(np.float32)
 
 
-def exact(x: Array) -> NDArray[np.longdouble]:
+def affine() -> tuple[Array, Array]:
+    """Gamma and beta."""
+    generator = np.random.default_rng(1)
+    return generator.uniform(0.5, 1.5, SHAPE[1]).astype(np.float32), generator.standard_normal(SHAPE[1]).astype(np.float32)
+
+
+def exact(x: Array, gamma: Array, beta: Array) -> NDArray[np.longdouble]:
     """The outputs of a layer that does not round."""
     wide = x.astype(np.longdouble)
     centred = wide - wide.mean((0, 2, 3), keepdims=True)
-    return centred / np.sqrt(np.square(centred).mean((0, 2, 3), keepdims=True) + np.longdouble(m.EPS))
+    normal = centred / np.sqrt(np.square(centred).mean((0, 2, 3), keepdims=True) + np.longdouble(m.EPS))
+    return normal * gamma[:, None, None] + beta[:, None, None]
 
 
 def ulps(error: NDArray[Any], expected: NDArray[Any]) -> float:
@@ -53,14 +61,15 @@ def measure(framework: Framework, mean: float) -> Record:
     """Errors on this rank's samples: largest absolute, and in ulps; and sha256 of what ours gives here and alone."""
     x = batch(mean)
     mine = slice(0, FIRST_RANK) if framework.rank == 0 else slice(FIRST_RANK, None)
-    expected = exact(x)
+    gamma, beta = affine()
+    expected = exact(x, gamma, beta)
     errors: dict[str, str] = {}
     found: dict[str, dict[str, Any]] = {}
     for name in framework.synchronized:
         everything = name in m.WHOLE_BATCH
         samples = slice(None) if everything else mine
         try:
-            y = framework.normalize(name, x[samples])[mine if everything else slice(None)]
+            y = framework.normalize(name, x[samples], gamma, beta)[mine if everything else slice(None)]
         except Exception as error:
             errors[name] = m.one_line(error)
             continue
@@ -95,7 +104,7 @@ def rows(outcomes: list[Outcome]) -> list[Record]:
 def table(rows: list[Record]) -> Table:
     """Contestants down, means across."""
     result = Table(
-        title="Largest output error, float32, 4 samples on one rank and 8 on the other, standard deviation 1",
+        title="Largest output error, float32, 4 samples on one rank and 8 on the other, standard deviation 1, affine",
         title_justify="left",
         caption="'ours alone' and the frameworks' own layers have the whole batch in one process",
     )

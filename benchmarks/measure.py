@@ -50,8 +50,10 @@ class Framework(Protocol):
     def network(self, name: str, images: int, size: int) -> Step:
         """Forward and backward of a ResNet-50 whose batch norms are a contestant's layers."""
 
-    def normalize(self, name: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A new layer's output in training, channels first."""
+    def normalize(
+        self, name: str, x: NDArray[np.float32], gamma: NDArray[np.float32], beta: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """The output in training of a new layer with these parameters, channels first."""
 
 
 class FrameworkThatTrains(Framework, Protocol):

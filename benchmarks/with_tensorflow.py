@@ -151,13 +151,17 @@ class TensorFlow:
             model = self._resnet50(name, size)
         return self._whole(name, model, x, tf.random.stateless_normal(model(x).shape, (0, 0)))
 
-    def normalize(self, name: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    def normalize(
+        self, name: str, x: NDArray[np.float32], gamma: NDArray[np.float32], beta: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         layer = self.layer(name)
         inputs = tf.constant(np.moveaxis(x, 1, -1))
+        layer.build(inputs.shape)
+        layer.gamma.assign(gamma)
+        layer.beta.assign(beta)
         if name == "synchronized":
             assert self._strategy is not None
             strategy = self._strategy
-            layer.build(inputs.shape)
             y = strategy.run(tf.function(lambda: layer(inputs, training=True), autograph=False))
         else:
             y = tf.function(lambda: layer(inputs, training=True), autograph=False)()

@@ -154,9 +154,14 @@ class Torch:
         dy = torch.randn_like(model(x))
         return _step(model, x, dy)
 
-    def normalize(self, name: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    def normalize(
+        self, name: str, x: NDArray[np.float32], gamma: NDArray[np.float32], beta: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        layer: Any = self.layer(name, x.shape[1])
         with torch.no_grad():
-            y: NDArray[np.float32] = self.layer(name, x.shape[1])(torch.from_numpy(x)).numpy()
+            layer.weight.copy_(torch.from_numpy(gamma))
+            layer.bias.copy_(torch.from_numpy(beta))
+            y: NDArray[np.float32] = layer(torch.from_numpy(x)).numpy()
         return y
 
     def training(self, name: str, images: int, size: int) -> Step:

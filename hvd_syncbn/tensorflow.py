@@ -1,4 +1,4 @@
-"""Synchronized batch normalization for TensorFlow. See :func:`sync_batch_norm`."""
+"""Synchronized batch normalization for TensorFlow. See ``sync_batch_norm``."""
 
 from hvd_syncbn.tf_impl import ops
 from hvd_syncbn.tf_impl.functional import sync_batch_norm

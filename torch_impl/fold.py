@@ -42,14 +42,14 @@ class Scale(nn.Module):
     ``fold_batchnorm`` leaves it where a batch norm has no layer to become a part of.
 
     Args:
-        num_features: number of channels :math:`C`.
+        num_features: number of channels ``C``.
         bias: whether there is an offset.
         activation: None, or ``"relu"``.
         device: of the parameters.
         dtype: of the parameters.
 
     Shape:
-        - input: :math:`(N, C, *)`
+        - input: ``(N, C, *)``
         - residual: as input, added before the activation
         - output: as input
     """

@@ -109,7 +109,7 @@ class SyncBatchNorm(BatchNorm):
     cannot be differentiated twice.
 
     Args:
-        num_features: number of channels :math:`C`.
+        num_features: number of channels ``C``.
         eps: added to the variance.
         momentum: weight of the batch in the running statistics; None for the average over all batches.
         affine: whether there are a weight and a bias to learn.
@@ -123,7 +123,7 @@ class SyncBatchNorm(BatchNorm):
             batches, which is in the ``state_dict`` of every batch norm.
 
     Shape:
-        - input: :math:`(N, C, *)`, float32, float64, float16 or bfloat16; `N` may differ between ranks and be 0
+        - input: ``(N, C, *)``, float32, float64, float16 or bfloat16; `N` may differ between ranks and be 0
         - residual: as input, added before the activation
         - output: as input
 

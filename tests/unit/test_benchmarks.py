@@ -75,7 +75,8 @@ class TestExactSumsShare:
 
 class TestAccuracy:
     def test_exact_has_mean_zero_and_variance_one(self) -> None:
-        y = accuracy.exact(accuracy.batch(1e4))
+        one = np.ones(accuracy.SHAPE[1], np.float32)
+        y = accuracy.exact(accuracy.batch(1e4), one, 0 * one)
         assert np.abs(y.mean((0, 2, 3))).max() < 1e-12
         assert np.abs(y.var((0, 2, 3)) - 1).max() < 1e-4  # eps, and 1e4 in float32
 
@@ -87,8 +88,9 @@ class TestAccuracy:
     def test_ours_is_within_its_promise(self, mean: float) -> None:
         x = accuracy.batch(mean)
         shape = native.shape(x.shape[0], x.shape[1], math.prod(x.shape[2:]), "float32")
-        y, _ = native.forward(shape, x, native.forward_packet(shape, x, m.EPS), m.EPS)
-        expected = accuracy.exact(x)
+        gamma, beta = accuracy.affine()
+        y, _ = native.forward(shape, x, native.forward_packet(shape, x, m.EPS), m.EPS, gamma, beta)
+        expected = accuracy.exact(x, gamma, beta)
         assert accuracy.ulps(np.abs(y.reshape(x.shape) - expected), expected) <= (1.0 if mean <= 1e2 else 1.2)
 
 

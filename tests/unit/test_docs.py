@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import importlib.util
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,41 @@ def test_tables_are_tables() -> None:
             assert not re.search(r"\|\s+\|-", line), f"{page.name}: {line[:80]}"
 
 
+def test_every_message_has_its_line() -> None:
+    """In docs/troubleshooting.md: `python tools/messages.py` writes the index anew."""
+    messages = load("messages", "tools")
+    assert messages.index().count("\n| ") > 150
+    assert messages.PAGE.read_text().endswith(f"{messages.START}\n{messages.INTRODUCTION}{messages.index()}")
+
+
+@pytest.mark.parametrize("face", ["torch", "keras", "tensorflow"])
+def test_every_public_name_is_in_the_reference(face: str) -> None:
+    module = importlib.import_module(f"hvd_syncbn.{face}")
+    listed = re.findall(r"^::: (\S+)\.(\w+)$", (ROOT / "docs" / "api" / f"{face}.md").read_text(), re.MULTILINE)
+    for room, name in listed:
+        assert (ROOT / f"{room.replace('.', '/')}.py").exists(), room
+        assert getattr(module.elastic if room.endswith("elastic") else module, name).__doc__
+    ours = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and (getattr(value, "__module__", None) or "").startswith("hvd_syncbn.")
+    }
+    assert ours and ours <= {name for _, name in listed}
+
+
+def test_snippets_import_what_there_is() -> None:
+    """Python in the pages parses, and what it imports from here exists."""
+    blocks = 0
+    for page in [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]:
+        for block in re.findall(r"^( *)```python\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
+            blocks += 1
+            for step in ast.walk(ast.parse(textwrap.dedent(block[1]))):
+                if isinstance(step, ast.ImportFrom) and (step.module or "").startswith("hvd_syncbn"):
+                    module = importlib.import_module(str(step.module))
+                    assert all(hasattr(module, name.name) for name in step.names), f"{page.name}: {ast.unparse(step)}"
+    assert blocks > 20
+
+
 def test_sources_name_tests_that_exist() -> None:
     text = (ROOT / "docs" / "sources.md").read_text()
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
@@ -52,9 +89,9 @@ def test_sources_name_tests_that_exist() -> None:
         assert re.search(rf"^(def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE), f"{path}::{name}"
 
 
-def load(name: str) -> Any:
-    """A program of examples/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", ROOT / "examples" / f"{name}.py")
+def load(name: str, folder: str = "examples") -> Any:
+    """A program as a module."""
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
