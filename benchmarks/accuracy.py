@@ -1,8 +1,8 @@
 """How far outputs are from the exact ones, on a batch that the ranks share unevenly and whose mean is large.
 
 4 samples on one rank, 8 on the other (they differ a little, as batches do), with a standard deviation of about 1 around a large
-mean. Gamma is in 0.5 to 1.5 and beta normal, as in a network that was trained. Exact is computed from the same float32 values in
-extended precision.
+mean. Gamma is in 0.5 to 1.5 and beta normal, as in a network that was trained. Exact is computed from the same float32 values
+in extended precision.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The index of messages in docs/troubleshooting.md: `python tools/messages.py` writes it anew; a test compares.
 
-Read from the source: what is raised and warned in hvd_syncbn/, torch_impl/ and tf_impl/, by the part of the project that says it.
+Read from the source: what is raised and warned in hvd_syncbn/, torch_impl/ and tf_impl/, by the part of the project that
+says it.
 """
 
 from __future__ import annotations

@@ -2,11 +2,6 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "hvd-syncbn"  # the same file on every run
-
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -28,6 +23,8 @@ def errors(images: int) -> tuple[float, float]:
 def main() -> None:
     """Writes noise.svg beside this file."""
     found = np.array([errors(images) for images in IMAGES])
+    plt.switch_backend("svg")
+    plt.rcParams["svg.hashsalt"] = "hvd-syncbn"  # the same file on every run
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     axes.plot(IMAGES, found[:, 0], "o-", color="#00796b", label="mean")
     axes.plot(IMAGES, found[:, 1], "s-", color="#ef6c00", label="standard deviation")
