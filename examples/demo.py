@@ -89,16 +89,14 @@ def curves(framework: str, runs: dict[str, Run]) -> None:
     """The table of losses and accuracies, and how far (b) and (c) end from (a)."""
     table = Table(title=f"{FRAMEWORKS[framework]}: training loss / test accuracy after each epoch", title_justify="left")
     table.add_column("")
+    for way in runs:
+        table.add_column(f"({way}) {WAYS[way][0]}", justify="right")
     for epoch in range(EPOCHS):
-        table.add_column(f"epoch {epoch + 1}", justify="right")
-    table.add_column("loss from (a)", justify="right")
-    table.add_column("weights from (a)", justify="right")
-    for way, run in runs.items():
-        cells = [f"{loss:.4f} / {acc:.3f}" for loss, acc in zip(run.losses, run.accuracies, strict=True)]
-        loss = np.abs(run.losses - runs["a"].losses).max()
-        weights = np.abs(run.weights - runs["a"].weights).max()
-        distances = [] if way == "a" else [f"{loss:.2g}", f"{weights:.2g}"]
-        table.add_row(f"({way}) {WAYS[way][0]}", *cells, *distances)
+        cells = [f"{run.losses[epoch]:.4f} / {run.accuracies[epoch]:.3f}" for run in runs.values()]
+        table.add_row(f"epoch {epoch + 1}", *cells)
+    for what in ("losses", "weights"):
+        distances = [np.abs(getattr(run, what) - getattr(runs["a"], what)).max() for run in runs.values()]
+        table.add_row(f"{what} from (a)", "", *(f"{distance:.2g}" for distance in distances[1:]))
     console.print(table)
 
 
@@ -122,11 +120,10 @@ def first_step(runs: dict[str, Run]) -> None:
         console.print("Every part of the step is equal in every bit.")
     else:
         console.print(
-            f"The first part that is not equal is [bold]{first}[/bold].\n"
-            "The layers before it gave equal bits for equal input, so the cause is the framework's own arithmetic there\n"
-            "(a matrix product or convolution of 2 rows adds in another order than one of 4), and after it Horovod's\n"
-            "averaging of float gradients. Rounding differences of 1e-7 then grow over the steps, as in any training;\n"
-            "that is the whole distance between (a) and (c)."
+            f"The first part that is not equal is [bold]{first}[/bold]. The layers before it gave equal bits for equal input, so the "
+            "cause is the framework's own arithmetic there (a matrix product or convolution of 2 rows adds in another order than one "
+            "of 4), and after it Horovod's averaging of float gradients. Rounding differences of 1e-7 then grow over the steps, as in "
+            "any training; that is the whole distance between (a) and (c)."
         )
 
 
