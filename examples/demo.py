@@ -120,10 +120,10 @@ def first_step(runs: dict[str, Run]) -> None:
         console.print("Every part of the step is equal in every bit.")
     else:
         console.print(
-            f"The first part that is not equal is [bold]{first}[/bold]. The layers before it gave equal bits for equal input, so "
-            "the cause is the framework's own arithmetic there (a matrix product or convolution of 2 rows adds in another order "
-            "than one of 4), and after it Horovod's averaging of float gradients. Rounding differences of 1e-7 then grow over "
-            "the steps, as in any training; that is the whole distance between (a) and (c)."
+            f"The first part that is not equal is [bold]{first}[/bold]. The layers before it gave equal bits for equal input, "
+            "so the cause is the framework's own arithmetic there (a matrix product or convolution of 2 rows adds in another "
+            "order than one of 4), and after it Horovod's averaging of float gradients. Rounding differences of 1e-7 then grow "
+            "over the steps, as in any training; that is the whole distance between (a) and (c)."
         )
 
 
