@@ -113,15 +113,17 @@ def check_far_mean_and_uneven_batches() -> None:
     np.testing.assert_allclose(y, expected[mine], atol=2e-6)
 
 
-def check_nan_of_one_rank() -> None:
-    data = step((4, 5, 3))._replace(residual=None)
-    clean = train(data, name="clean")
-    if hvd.rank() == 0:
-        data.x[1, 1, 2] = np.nan
-    y, mean, variance, dx, *_ = train(data, name="nan")
-    for i, got in ((0, y), (1, mean), (2, variance), (3, dx)):
-        assert np.isnan(np.asarray(got)[..., 2]).all()
-        assert_same_bits([np.asarray(got)[..., :2]], [np.asarray(clean[i])[..., :2]])
+def check_nonfinite() -> None:
+    """What one rank has is NaN in that channel everywhere, and leaves no trace in the others."""
+    for value in (np.nan, np.inf):
+        data = step((4, 5, 3))._replace(residual=None)
+        clean = train(data, name="clean")
+        if hvd.rank() == 0:
+            data.x[1, 1, 2] = value
+        y, mean, variance, dx, *_ = train(data, name="nonfinite")
+        for i, got in ((0, y), (1, mean), (2, variance), (3, dx)):
+            assert np.isnan(np.asarray(got)[..., 2]).all()
+            assert_same_bits([np.asarray(got)[..., :2]], [np.asarray(clean[i])[..., :2]])
 
 
 def check_all_empty() -> None:

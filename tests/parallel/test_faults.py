@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,24 +15,34 @@ import pytest
 from benchmarks.jobs import end
 from tests.parallel.job import ROOT, checks, run
 
+FRAMEWORKS = ("torch", "tensorflow")
+
 
 @pytest.mark.parametrize("check", checks("torch_faults"))
-def test_the_job_goes_on(check: str) -> None:
-    job = run("torch_faults", 2, HOROVOD_TIMELINE="/dev/full", HOROVOD_STALL_CHECK_TIME_SECONDS="1")
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_job_goes_on(framework: str, check: str) -> None:
+    job = run(f"{framework}_faults", 2, HOROVOD_TIMELINE="/dev/full", HOROVOD_STALL_CHECK_TIME_SECONDS="1")
     values = job.values(check)
     if check == "check_no_space_for_the_timeline":
         assert "Error writing to the Horovod Timeline" in job.output
     if check == "check_a_slow_rank":
         assert all(value["seconds"] >= 4 for value in values)
-        assert "1: [allreduce.hvd_syncbn.2.forward]" in job.output
+        layer = {"torch": "2", "tensorflow": "second"}[framework]
+        assert re.search(rf"^(\[0\]<stderr>:)?1: \[\S*hvd_syncbn[._]{layer}\S*forward\S*\]$", job.output, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("fault", "seconds"), [("exception", 30), ("SIGTERM", 30)])
-def test_the_job_ends(tmp_path: Path, fault: str, seconds: float) -> None:
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_job_ends(tmp_path: Path, framework: str, fault: str, seconds: float) -> None:
     """On all ranks, with an error that says why, and nothing is left of it."""
     horovodrun = str(Path(sys.executable).parent / "horovodrun")
-    command = [horovodrun, "--gloo", "-np", "2", "-H", "localhost:2", sys.executable, "-m", "tests.parallel.faulty"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOROVOD_GLOO_TIMEOUT_SECONDS": "600"}
+    command = [horovodrun, "--gloo", "-np", "2", "-H", "localhost:2", sys.executable, "-m", "tests.parallel.faulty", framework]
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": "600",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
     with (tmp_path / "output").open("w+") as output:
         process = subprocess.Popen(
             [*command, fault, str(tmp_path)], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
@@ -40,7 +51,7 @@ def test_the_job_ends(tmp_path: Path, fault: str, seconds: float) -> None:
             files = [tmp_path / f"rank{rank}" for rank in (0, 1)]
             deadline = time.monotonic() + 90
             while not all(file.exists() and file.read_text() for file in files):
-                assert time.monotonic() < deadline and process.poll() is None
+                assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "output").read_text()
                 time.sleep(0.05)
             pids = [int(file.read_text().split()[0]) for file in files]
             if fault == "SIGTERM":
