@@ -115,7 +115,7 @@ def size(hvd: Any, process_set: Any) -> int:
 def _gone(process_set: Any, detail: str) -> str:
     return (
         "the process set is not Horovod's any more: it was removed, or the elastic job was reset. Make it again, with groups() "
-        "or hvd.add_process_set(), and convert the model with it, in a callback of state.register_reset_callbacks(). "
+        "or hvd.add_process_set(), and convert the model with it, at the start of the function that hvd.elastic.run decorates. "
         f"Received: {process_set} ({detail})"
     )
 
@@ -170,6 +170,10 @@ def _process_set(hvd: Any, ranks: list[int], number: int | None) -> Any:
     try:
         return hvd.add_process_set(process_set)
     except ValueError as error:
+        if "shutting down" in str(error):  # another rank died meanwhile; in this form hvd.elastic.run goes on after it
+            from horovod.common.exceptions import HorovodInternalError
+
+            raise HorovodInternalError(str(error)) from error
         raise ValueError(
             "Horovod lets process sets come while a job runs if it was told so: call `hvd.init(process_sets='dynamic')`, or "
             f"set HOROVOD_DYNAMIC_PROCESS_SETS=1 for all ranks. Received: {process_set} ({error})"

@@ -12,8 +12,12 @@ def groups(size: int | None = None) -> horovod.Groups:
 
     All ranks have to call it, with the same size, after ``hvd.init(process_sets="dynamic")`` (or with
     HOROVOD_DYNAMIC_PROCESS_SETS=1). Neighbours share a group, so those of a host stay together. Sets that Horovod has already,
-    as from an earlier call, are taken again. After the reset of an elastic job all sets are gone: call it again, in a callback
-    of ``state.register_reset_callbacks``, and convert the model with the new set.
+    as from an earlier call, are taken again. After the reset of an elastic job all sets are gone: call it again at the
+    start of the function that ``hvd.elastic.run`` decorates, where all ranks come after every reset, and convert the model with
+    the new set. (In a callback of ``state.register_reset_callbacks`` Horovod does not forgive the loss of one more rank.)
+
+    The first rank to end shuts Horovod down for all, also for a group that is still at work: end the job together, with
+    ``hvd.allgather_object(None)`` as the last thing that every rank does.
 
     Args:
         size: ranks that a group has at least: groups differ by one rank at most where the job's ranks are no multiple of it.
