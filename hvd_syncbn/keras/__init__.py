@@ -34,7 +34,7 @@ from hvd_syncbn.tf_impl.keras.functions import (
     reducescatter,
 )
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
-from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer
+from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from hvd_syncbn.tf_impl.keras.recalibrate import recalibrate
 from hvd_syncbn.tf_impl.keras.saving import load_model
 from hvd_syncbn.tf_impl.keras.state import get_state, set_state
@@ -104,6 +104,7 @@ __all__ = [
     "LearningRateWarmupCallback",
     "MetricAverageCallback",
     "PartialDistributedGradientTape",
+    "PartialDistributedOptimizer",
     "Scale",
     "SyncBatchNormalization",
     "allgather",

@@ -6,6 +6,7 @@ The scripts of examples/migration run as they are and, with the import of Horovo
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,25 @@ def check_values() -> None:
     assert hvd.global_process_set.size() == size and hvd.local_size() == size and hvd.is_initialized()
 
 
+def check_horovods_own() -> None:
+    """What is passed on: it is Horovod's, and it works."""
+    own = horovod.tensorflow
+    basics = ("init", "shutdown", "add_process_set", "remove_process_set", "Compression", "ProcessSet", "Adasum", "Sum")
+    for name in (*basics, "mpi_built", "nccl_built", "cuda_built", "rocm_built", "ccl_built", "ddl_built"):
+        assert getattr(hvd, name) is getattr(own, name)
+    assert (hvd.cross_rank(), hvd.cross_size(), hvd.local_rank()) == (0, 1, hvd.rank())
+    assert hvd.gloo_built() and hvd.gloo_enabled() and not hvd.mpi_enabled()
+    with pytest.raises(ValueError, match="MPI is not enabled"):
+        hvd.mpi_threads_supported()
+    with pytest.raises(ValueError, match="Received: op="):
+        hvd.DistributedOptimizer(keras.optimizers.SGD(), op=hvd.Adasum)
+    with shared_folder() as folder:
+        hvd.start_timeline(str(folder / f"{hvd.rank()}.json"))
+        hvd.allgather_object(None)  # the ranks agree when it starts
+        hvd.stop_timeline()
+        assert hvd.rank() or (folder / "0.json").exists()
+
+
 def check_gradient_tape() -> None:
     """With Keras's variables in any structure: as one process with all the data, eager and in a graph, as loops use it."""
     x, y = make_data()
@@ -427,8 +447,143 @@ def check_elastic_scripts() -> None:
     assert script("elastic_tape", before=False)() == 12 // hvd.size()
 
 
+def check_partial_optimizer() -> None:
+    """A local layer's gradients are each rank's own, over the number of ranks or not; the others' are averaged."""
+    x, y = make_data()
+    mine = x[:, hvd.rank()], y[:, hvd.rank()]
+    rank, size = hvd.rank(), hvd.size()
+
+    def applied(optimizer: Any, variables: list[Any], steps: int = 1) -> list[float]:
+        for _ in range(steps):
+            optimizer.apply([tf.fill(v.shape, float(rank + 1)) for v in variables], variables)
+        return [float(v.numpy().ravel()[0]) for v in variables]
+
+    mean = (size + 1) / 2
+    for scaled in (True, False):
+        for passes in (1, 2):
+            for loss_scale in (False, True):
+                layer, other = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros"), keras.Variable(0.0)
+                layer.build((None, 1))
+                optimizer: Any = keras.optimizers.SGD(1.0)
+                if loss_scale:
+                    optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=1.0)
+                options = {"scale_local_gradients": scaled, "backward_passes_per_step": passes}
+                optimizer = hvd.PartialDistributedOptimizer(optimizer, local_layers=[layer], **options)
+                own = (rank + 1) / (size if scaled else 1)
+                assert applied(optimizer, [layer.kernel, other], passes) == [-own, -mean]
+    registered = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0))
+    variables = [keras.Variable(0.0), tf.Variable(0.0), keras.Variable(0.0)]
+    registered.register_local_var(variables[0])
+    keras_variable = keras.Variable(0.0)
+    registered.register_local_var(keras_variable.value)
+    variables[1] = keras_variable
+    assert applied(registered, variables) == [-(rank + 1) / size] * 2 + [-mean]
+
+    # In fit(): the shared layer is that of all ranks, the local one this rank's.
+    model = make_model()
+    model.compile(hvd.PartialDistributedOptimizer(keras.optimizers.Adam(0.01), local_layers=model.layers[-1]), MSE)
+    fit(model, *mine, BATCH, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)])
+    assert not all_equal(model.layers[-1].kernel.numpy().tobytes())
+    with pytest.raises(ValueError, match=r"cannot be copied.*Received: local variables .*kernel.*bias"):
+        keras.models.clone_model(model)
+    with shared_folder() as folder:
+        model.save(folder / f"{rank}.keras")
+        assert type(keras.models.load_model(folder / f"{rank}.keras").optimizer) is keras.optimizers.Adam
+
+    # A step that one rank has to skip, for its local gradient alone, is skipped by all.
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=4.0)
+    optimizer = hvd.PartialDistributedOptimizer(optimizer, local_layers=[])
+    here, everywhere = keras.Variable(0.0), keras.Variable(0.0)
+    optimizer.register_local_var(here)
+    optimizer.apply([tf.constant(np.inf if rank == 0 else 1.0), tf.constant(1.0)], [here, everywhere])
+    assert (float(here.numpy()), float(everywhere.numpy()), float(optimizer.dynamic_scale.numpy())) == (0.0, 0.0, 2.0)
+
+    clipping = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0, global_clipnorm=1.0))
+    clipping.register_local_var(here)
+    with pytest.raises(ValueError, match=r"global_clipnorm.*Received: "):
+        clipping.apply([tf.constant(1.0)], [here])
+    for bad, message in ((["dense"], "Received: 'dense'"), (keras.layers.Dense(1), "and built. Received: <Dense")):
+        with pytest.raises(ValueError, match=message):
+            hvd.PartialDistributedOptimizer(keras.optimizers.SGD(), local_layers=bad)
+    with pytest.raises(ValueError, match="Received: 'bias'"):
+        registered.register_local_var("bias")
+
+
+def check_load_model() -> None:
+    """Saved by one rank in the middle of training, loaded by all: the bytes of a training that was not interrupted."""
+    x, y = make_data()
+    mine = x[:, hvd.rank()], y[:, hvd.rank()]
+    through, first = (
+        hvd.convert_sync_batchnorm(
+            keras.Sequential([keras.Input((FEATURES,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)])
+        )
+        for _ in range(2)
+    )
+    first.set_weights(through.get_weights())
+    hvd.broadcast_variables([*through.variables, *first.variables][: len(through.variables)], 0)
+    first.set_weights(through.get_weights())
+    for model, epochs in ((through, 4), (first, 2)):
+        model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.01)), "mse")
+        fit(model, *mine, BATCH, epochs)
+    with shared_folder() as folder:
+        if hvd.rank() == 0:
+            first.save(folder / "model.keras")
+        hvd.allgather_object(None)
+        second = hvd.load_model(folder / "model.keras", compression=hvd.Compression.none)
+    assert isinstance(second.layers[0], hvd.SyncBatchNormalization)
+    fit(second, *mine, BATCH, 4, initial_epoch=2)
+    assert digest(second) == digest(through)
+    assert all_equal(digest(second))
+
+
+def check_elastic_backward_passes() -> None:
+    """Gradients that wait for more batches are given up when ranks come together: by a rank that had some, too."""
+    rng = np.random.default_rng(hvd.rank())
+    x, y = rng.normal(size=(8, FEATURES)), rng.normal(size=(8, 1))
+    model, expected = make_model(seed=hvd.rank()), make_model(seed=0)
+    for one in (model, expected):
+        one.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), backward_passes_per_step=2), MSE)
+    state = hvd.elastic.KerasState(model, batch=0)
+    if hvd.rank() == 0:
+        model.train_on_batch(x, y)  # one of two: nothing is sent
+    state.sync()
+    for one in (model, expected):
+        for step in range(4):
+            one.train_on_batch(x[step : step + 4], y[step : step + 4])
+    assert int(model.optimizer.iterations) == 2
+    assert digest(model) == digest(expected)
+    assert all_equal(digest(model))
+    # Killed in between, and back to the commit.
+    state.save()
+    before = digest(model)
+    model.train_on_batch(x, y)
+    state.restore()
+    assert digest(model) == before
+    for one in (model, expected):
+        for step in range(2):
+            one.train_on_batch(x[step : step + 4], y[step : step + 4])
+    assert digest(model) == digest(expected)
+    assert all_equal(digest(model))
+
+
+def check_elastic_state_names_local_norms() -> None:
+    model = keras.Sequential([keras.Input((FEATURES,)), keras.layers.BatchNormalization(name="norm")])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hvd.elastic.KerasState(model).sync()
+    said = [str(w.message) for w in caught if "several ranks" in str(w.message)]
+    assert len(said) == (hvd.rank() == 0), said
+    assert all(one.endswith("Received: plain layers ['norm']") for one in said), said
+
+
 def check_optimizer_arguments() -> None:
     sgd = keras.optimizers.SGD
+    variable = keras.Variable(0.0)
+    unused = {"device_dense": "/cpu:0", "device_sparse": "", "num_groups": 2, "groups": [[variable]]}
+    divided = hvd.DistributedOptimizer(sgd(1.0), gradient_predivide_factor=4.0, **unused)
+    divided.apply([tf.constant(float(hvd.rank()))], [variable])
+    assert float(variable.numpy()) == -(hvd.size() - 1) / 2  # powers of two: exact
     hvd.DistributedOptimizer(sgd(), op=hvd.Average, average_aggregated_gradients=False)
     with pytest.raises(ValueError, match="Received: op="):
         hvd.DistributedOptimizer(sgd(), op=hvd.Sum)

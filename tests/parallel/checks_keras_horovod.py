@@ -508,6 +508,8 @@ def check_copies_average() -> None:
         original.__class__.from_config(original.get_config()),
         keras.models.clone_model(model).optimizer,
         copy.deepcopy(keras.optimizers.LossScaleOptimizer(original, initial_scale=1.0)),
+        copy.deepcopy(model).optimizer,
+        pickle.loads(pickle.dumps(model)).optimizer,
     ):
         variables = duplicate._trainable_variables or [keras.Variable(tf.zeros(1))]  # the clone's are those of the model
         before = [v.numpy() for v in variables]
@@ -560,6 +562,31 @@ def check_warnings_when_training_starts() -> None:
         warnings.simplefilter("always")
         fit(dense, x[:, hvd.rank()], y[:, hvd.rank()], BATCH, epochs=1, callbacks=[BroadcastVariablesCallback()])
     assert any("does not average" in str(w.message) for w in caught)
+    # Plain norms only: one rank names them, once, whatever hears it.
+    for trains in (
+        lambda model, said: said(model),
+        lambda model, said: said(model, callbacks=[BroadcastVariablesCallback()]),
+        lambda model, said: said(model, callbacks=[MetricAverageCallback()]),
+    ):
+        with shared_folder() as folder:
+            path = folder / f"model{hvd.rank()}.keras"
+            lost = convert_sync_batchnorm(keras.Sequential([keras.Input((FEATURES,)), Own(name="own")]))
+            lost.compile(DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse")
+            lost.save(path)
+            lost = keras.models.load_model(path)
+        DistributedOptimizer(lost.optimizer)
+        first, again = trains(lost, said), trains(lost, said)
+        assert again == []
+        assert len(first) == (hvd.rank() == 0), first
+        assert all("local batch normalizations only" in one and "['own.norm']" in one for one in first), first
+    lost = keras.models.clone_model(lost)
+    lost.optimizer = None
+    lost.compile(keras.optimizers.LossScaleOptimizer(DistributedOptimizer(keras.optimizers.SGD(0.01))), "mse")
+    assert len(said(lost)) == (hvd.rank() == 0)
+    frozen = keras.models.clone_model(lost)
+    frozen.layers[0].trainable = False
+    frozen.compile(DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse")
+    assert said(frozen) == []
     # A loop of one's own averages as it likes.
     loop = convert_sync_batchnorm(keras.Sequential([keras.Input((FEATURES,)), keras.layers.BatchNormalization()]))
     loop.compile("sgd", "mse")

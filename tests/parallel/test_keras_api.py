@@ -9,4 +9,4 @@ from tests.parallel.job import checks, run
 
 @pytest.mark.parametrize("check", checks("keras_api"))
 def test_keras_api(check: str) -> None:
-    run("keras_api", 2, timeout=500).values(check)
+    run("keras_api", 2, timeout=500, HOROVOD_TIMELINE="DYNAMIC").values(check)

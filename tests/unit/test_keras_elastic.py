@@ -89,13 +89,16 @@ def test_models_that_are_not_ready() -> None:
         elastic.KerasState(model)
 
 
-def test_restore() -> None:
+@pytest.mark.parametrize("inner", ["sgd", "adagrad"])  # Adagrad calls its state `_accumulators`
+def test_restore(inner: str) -> None:
     """Weights, seeds, the optimizer with its LossScaleOptimizer, and what else the state keeps."""
     import hvd_syncbn.keras as hvd
 
     hvd.init()
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
-    optimizer = keras.mixed_precision.LossScaleOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), dynamic_growth_steps=2)
+    optimizer = keras.mixed_precision.LossScaleOptimizer(
+        keras.optimizers.SGD(0.1, momentum=0.9) if inner == "sgd" else keras.optimizers.Adagrad(0.1), dynamic_growth_steps=2
+    )
     model.compile(hvd.DistributedOptimizer(optimizer), "mse", metrics=["mae"])
 
     def values() -> list[Any]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from hvd_syncbn import horovod
 from hvd_syncbn.tf_impl.keras import ranks, start
-from hvd_syncbn.tf_impl.keras.functions import backing, broadcast_variables
+from hvd_syncbn.tf_impl.keras.functions import broadcast_variables
+from hvd_syncbn.tf_impl.keras.optimizer import backing
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -91,8 +91,7 @@ class BroadcastVariablesCallback(keras.callbacks.Callback):
         local = {id(backing(variable)) for variable in self._local_variables}
         variables = [variable for variable in variables if id(variable.value) not in local]
         broadcast_variables(variables, self.root_rank, self.process_set)
-        if horovod.size(ranks.require(), self.process_set) > 1:
-            start.look(self.model)
+        start.look_if_several(self.model, self.process_set)
 
 
 class BroadcastGlobalVariablesCallback(BroadcastVariablesCallback):
@@ -139,6 +138,10 @@ class MetricAverageCallback(keras.callbacks.Callback):
         self.device = device
         self.weighted = weighted
         self._samples: list[float | None] = [None, None]  # of training, of validation
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Look at what trains."""
+        start.look_if_several(self.model, self.process_set)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Forget the samples of the epoch before."""
@@ -415,6 +418,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if self.filepath is None:
             raise ValueError("BestModelCheckpoint needs to know where to save: pass `filepath`. Received: filepath=None")
         self.filepath = str(self.filepath)
+        start.look_if_several(self.model)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Save, on one rank, where `save_freq` is a number."""

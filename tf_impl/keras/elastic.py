@@ -17,7 +17,7 @@ import tensorflow as tf
 from horovod.common.elastic import ObjectState, run_fn
 from horovod.common.exceptions import HorovodInternalError
 
-from hvd_syncbn.tf_impl.keras import ranks
+from hvd_syncbn.tf_impl.keras import ranks, start
 from hvd_syncbn.tf_impl.keras.functions import broadcast_variables
 
 
@@ -124,6 +124,7 @@ class KerasState(ObjectState):
         self._save_variables()
         with _internal_errors():
             super().sync()
+        start.look_if_several(self.model)
 
     def _variables(self) -> list[Any]:
         return [*self.model.variables, *self.optimizer.variables]
@@ -134,8 +135,7 @@ class KerasState(ObjectState):
     def _forget_gradients(self) -> None:
         optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         for one in {id(o): o for o in (self.optimizer, optimizer)}.values():
-            averager = getattr(one, "_averager", None)
-            for accumulator in getattr(averager, "accumulators", None) or getattr(one, "_accumulators", []):
+            for accumulator in one._averager.accumulators if hasattr(one, "_averager") else ():
                 accumulator.assign(tf.zeros_like(accumulator))
 
 

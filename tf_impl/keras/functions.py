@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from hvd_syncbn.tf_impl.keras import ranks
-from hvd_syncbn.tf_impl.keras.optimizer import _Averager
+from hvd_syncbn.tf_impl.keras.optimizer import _Averager, backing, local_variables
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -112,38 +112,13 @@ def reducescatter(value: Any, name: str | None = None, op: Any = None, **options
     return hvd.reducescatter(tf.convert_to_tensor(value), name=name, op=hvd.Average if op is None else op, **options)
 
 
-class _Reducer(_Averager):
-    """An averager that knows sums, too, and is called as its tape says."""
-
-    def __init__(self, name: str, process_set: Any, compression: Any, sparse_as_dense: bool, op: Any, predivide: float) -> None:
-        super().__init__(name, process_set=process_set, compression=compression, sparse_as_dense=sparse_as_dense)
-        self.prefix = name
-        self.op = op
-        self.predivide = predivide
-
-    def _average_dense(self, group: list[tf.Tensor], n: int) -> list[tf.Tensor]:
-        scale = {"prescale_factor": 1.0 / self.predivide, "postscale_factor": self.predivide}
-        options = self._options(f"gradients.{n}") | scale
-        reduced: list[tf.Tensor] = ranks.require().grouped_allreduce(group, op=self.op, compression=self.compression, **options)
-        return reduced
-
-    def _average_sparse(self, group: list[tf.IndexedSlices], n: int) -> list[tf.IndexedSlices]:
-        reduced = super()._average_sparse(group, n)
-        hvd = ranks.require()
-        if self.op == hvd.Average:
-            return reduced
-        size = hvd.size_op(self.process_set.process_set_id)
-        return [tf.IndexedSlices(g.values * tf.cast(size, g.values.dtype), g.indices, g.dense_shape) for g in reduced]
-
-
 class _DistributedGradientTape:
     """A `tf.GradientTape` whose `gradient()` is that of all ranks; the rest is the tape's own."""
 
-    def __init__(self, tape: tf.GradientTape, scale_local_gradients: bool, **reducer: Any) -> None:
+    def __init__(self, tape: tf.GradientTape, op: Any, **options: Any) -> None:
         self._tape = tape
-        self._reducer = reducer
-        self._scale_local_gradients = scale_local_gradients
-        self._local_sources: set[int] = set()
+        self._averager = _Averager(**options)
+        self._averager.op = op
 
     def __enter__(self) -> _DistributedGradientTape:
         self._tape.__enter__()
@@ -161,7 +136,7 @@ class _DistributedGradientTape:
 
     def register_local_source(self, source: Any) -> None:
         """Leave the gradient of a variable to each rank."""
-        self._local_sources.add(id(backing(source)))
+        self._averager.register_local([source])
 
     def gradient(self, target: Any, sources: Any, output_gradients: Any = None, **options: Any) -> Any:
         """Return the gradients as `tf.GradientTape.gradient` does, averaged over the ranks.
@@ -176,15 +151,9 @@ class _DistributedGradientTape:
         options.pop("use_generic_names", None)
         sources = keras.tree.map_structure(backing, sources)
         gradients = self._tape.gradient(target, sources, output_gradients, **options)
-        flat, places = keras.tree.flatten(sources), _flatten_gradients(gradients)
-        local = [id(source) in self._local_sources for source in flat]
-        reducer = _Reducer(_unused_name(), **self._reducer)
-        shared = iter(reducer.average([g for g, here in zip(places, local, strict=True) if not here]))
-        size = 1.0
-        if any(local) and self._scale_local_gradients:
-            # The sum over the ranks of a loss that is a mean over each rank's samples, as for the others.
-            size = ranks.require().size_op(reducer.process_set.process_set_id)
-        result = [_divide(g, size) if here else next(shared) for g, here in zip(places, local, strict=True)]
+        averager = self._averager
+        averager.prefix = _unused_name()
+        result = averager.average(_flatten_gradients(gradients), averager.places(keras.tree.flatten(sources)))
         return keras.tree.pack_sequence_as(sources, result) if keras.tree.is_nested(sources) else result[0]
 
     def get_local_and_global_gradients(
@@ -192,26 +161,13 @@ class _DistributedGradientTape:
     ) -> tuple[list[Any], list[Any]]:
         """Return pairs of source and gradient: those left to each rank, and those of all ranks."""
         pairs = list(zip(sources, self.gradient(target, list(sources), output_gradients, **options), strict=True))
-        local = [id(backing(source)) in self._local_sources for source, _ in pairs]
-        chosen = [[pair for pair, here in zip(pairs, local, strict=True) if here == which] for which in (True, False)]
+        local = self._averager.places(sources)
+        chosen = [[pair for i, pair in enumerate(pairs) if (i in local) == which] for which in (True, False)]
         return chosen[0], chosen[1]
-
-
-def backing(source: Any) -> Any:
-    """The `tf.Variable` behind a Keras variable; anything else as it is."""
-    return source.value if isinstance(source, keras.Variable) else source
 
 
 def _flatten_gradients(gradients: Any) -> list[Any]:
     return list(tf.nest.flatten(gradients, expand_composites=False))
-
-
-def _divide(gradient: Any, size: Any) -> Any:
-    if gradient is None or isinstance(size, float):
-        return gradient
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(_divide(gradient.values, size), gradient.indices, gradient.dense_shape)
-    return gradient / tf.cast(size, gradient.dtype)
 
 
 def _unused_name() -> str:
@@ -281,12 +237,12 @@ def DistributedGradientTape(
         )
     return _DistributedGradientTape(
         gradtape,
-        scale_local_gradients,
+        op,
         process_set=process_set,
         compression=compression,
         sparse_as_dense=sparse_as_dense,
-        op=op,
-        predivide=gradient_predivide_factor,
+        gradient_predivide_factor=gradient_predivide_factor,
+        scale_local_gradients=scale_local_gradients,
     )
 
 
@@ -300,13 +256,10 @@ def PartialDistributedGradientTape(gradtape: tf.GradientTape, *args: Any, local_
         kwargs: As of `DistributedGradientTape`.
 
     Raises:
-        ValueError: If `local_layers` holds anything but layers.
+        ValueError: If `local_layers` holds anything but layers, or one that is not built.
     """
+    variables = local_variables(local_layers)
     tape = DistributedGradientTape(gradtape, *args, **kwargs)
-    layers = [local_layers] if isinstance(local_layers, keras.layers.Layer) else list(local_layers or ())
-    for layer in layers:
-        if not isinstance(layer, keras.layers.Layer):
-            raise ValueError(f"`local_layers` have to be Keras layers. Received: {layer!r}")
-        for variable in layer.trainable_variables:
-            tape.register_local_source(variable)
+    for variable in variables:
+        tape.register_local_source(variable)
     return tape

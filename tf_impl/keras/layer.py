@@ -78,6 +78,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
             layer.freeze(affine=config["frozen"] == "statistics")
         return layer
 
+    def save_own_variables(self, store: Any) -> None:
+        """Save the weights as Keras's layer does, and beside them, where there is room, what `load_model` has to know."""
+        super().save_own_variables(store)
+        attributes = getattr(getattr(store, "_h5_entry_group", None), "attrs", None)
+        if attributes is not None:
+            attributes[RECORD] = json.dumps(self._record())
+
+    def _record(self) -> dict[str, Any]:
+        return {"frozen": self.frozen}
+
     def _affine_variables(self) -> list[Any]:
         return [v for v in (self.gamma, self.beta) if v is not None]
 
@@ -228,14 +238,8 @@ class SyncBatchNormalization(BatchNormalization):
         layer.collective_name = config.get("collective_name", layer.name)
         return layer
 
-    def save_own_variables(self, store: Any) -> None:
-        """Save the weights as Keras's layer does, and beside them, where there is room, what `load_model` has to know."""
-        super().save_own_variables(store)
-        attributes = getattr(getattr(store, "_h5_entry_group", None), "attrs", None)
-        if attributes is not None:
-            attributes[RECORD] = json.dumps(
-                self._own_config() | {"collective_name": self.collective_name, "frozen": self.frozen}
-            )
+    def _record(self) -> dict[str, Any]:
+        return super()._record() | self._own_config() | {"collective_name": self.collective_name}
 
     def __repr__(self) -> str:
         """Return Keras's words, with the name that tells it from Keras's layer."""
@@ -260,7 +264,7 @@ class SyncBatchNormalization(BatchNormalization):
 SyncBatchNormalization.__name__ = keras.layers.BatchNormalization.__name__
 
 RECORD = "hvd_syncbn"
-"""The HDF5 attribute beside a layer's weights that says it was synchronized, and how: our part of its config, as JSON."""
+"""The HDF5 attribute beside a layer's weights that says it was ours (synchronized, frozen), and how, as JSON."""
 
 
 _REFUSED = {

@@ -1,21 +1,21 @@
 """Keras 3 under Horovod: an optimizer that averages gradients.
 
 * A distributed optimizer is the user's own object, of a class derived from its own: `isinstance`, state and all else stay.
-* Its copies are distributed, too, each with its own accumulators: `from_config`, `copy.deepcopy`, pickle, `clone_model`, and
-  inside a LossScaleOptimizer. Only a file knows nothing of Horovod: it holds the wrapped class and loads anywhere.
-  `load_model` wraps what is loaded (built, with its state) again.
+* Its copies are distributed, too, each with its own accumulators: `from_config`, `copy.deepcopy`, pickle, `clone_model`, those
+  of a whole model, and inside a LossScaleOptimizer. Only a file knows nothing of Horovod: it holds the wrapped class and loads
+  anywhere. `load_model` wraps what is loaded (built, with its state) again.
 * `Optimizer.apply` is the only hook: gradients are averaged before anything else sees them, hence clipping, weight
   decay, EMA and the decision of a LossScaleOptimizer come out alike on every rank.
 * Collectives have names of their own, never those of Keras, which count the objects of a process and so may differ
   between ranks. Optimizers are counted when they first exchange something: in that the ranks agree already.
 
-Custom training loops need none of this: `apply_gradients` of a distributed optimizer averages there, too, or take
-`hvd.DistributedGradientTape`. That asks its sources for `.ref()`, which only the backing `tf.Variable`s have:
+Custom training loops need none of this: `apply_gradients` of a distributed optimizer averages there, too, or take a plain one
+with our `DistributedGradientTape`. (Horovod's own wants the `tf.Variable` behind each variable of Keras, `v.value`.)
 
 ```python
-with hvd.DistributedGradientTape(tf.GradientTape()) as tape:
+with DistributedGradientTape(tf.GradientTape()) as tape:
     loss = loss_fn(y, model(x, training=True))
-gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+gradients = tape.gradient(loss, model.trainable_variables)
 optimizer.apply_gradients(zip(gradients, model.trainable_variables))
 ```
 """
@@ -27,11 +27,12 @@ import io
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
 from keras.src.backend.common import global_state
+from keras.src.saving.keras_saveable import KerasSaveable
 
 from hvd_syncbn import horovod
 from hvd_syncbn.tf_impl.keras import ranks
@@ -56,6 +57,9 @@ class _Averager:
     of its ranks.
     """
 
+    op: Any = None
+    """What gradients become; None for their average."""
+
     def __init__(
         self,
         name: str = NAME,
@@ -63,16 +67,27 @@ class _Averager:
         backward_passes_per_step: int = 1,
         compression: Any = None,
         sparse_as_dense: bool = False,
+        gradient_predivide_factor: float = 1.0,
+        scale_local_gradients: bool = True,
     ) -> None:
         self.name = name
         self.given_process_set = process_set
         self.passes = backward_passes_per_step
         self.given_compression = compression
         self.sparse_as_dense = sparse_as_dense
+        self.predivide = gradient_predivide_factor
+        self.scale_local_gradients = scale_local_gradients
+        self.local_variables: dict[int, Any] = {}  # by id, so that one that is here stays what it is
         self.accumulators: list[tf.Variable] = []
 
     def get_config(self) -> dict[str, Any]:
         """The settings, as a config can hold them."""
+        if self.local_variables:
+            raise ValueError(
+                "an optimizer that leaves variables to each rank cannot be copied: a copy would not know which of its model's "
+                "these are. Copy the plain optimizer, and make it a PartialDistributedOptimizer. "
+                f"Received: local variables {[v.name for v in self.local_variables.values()]}"
+            )
         compression: Any = self.given_compression
         if compression is not None and not isinstance(compression, str):
             compressions = {value: key for key, value in vars(ranks.require().Compression).items() if isinstance(value, type)}
@@ -85,12 +100,17 @@ class _Averager:
             "backward_passes_per_step": self.passes,
             "compression": compression,
             "sparse_as_dense": self.sparse_as_dense,
+            "gradient_predivide_factor": self.predivide,
+            "scale_local_gradients": self.scale_local_gradients,
         }
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy has the settings, by value, and nothing else."""
-        process_set = horovod.ranks_of(self.given_process_set)
-        return _Averager, (self.name, process_set, self.passes, self.given_compression, self.sparse_as_dense)
+    def register_local(self, variables: Iterable[Any]) -> None:
+        """Leave the gradients of variables to each rank."""
+        self.local_variables |= {id(variable): variable for variable in map(backing, variables)}
+
+    def places(self, variables: Sequence[Any]) -> set[int]:
+        """Where in a list of variables those are that are left to each rank."""
+        return {i for i, variable in enumerate(variables) if id(backing(variable)) in self.local_variables}
 
     @functools.cached_property
     def process_set(self) -> ProcessSet:
@@ -136,14 +156,20 @@ class _Averager:
         hvd = ranks.require()
         return hvd.allreduce(tf.cast(condition, tf.float32), op=hvd.Min, **self._options("finite")) > 0
 
-    def average(self, gradients: Sequence[Gradient]) -> list[Gradient]:
-        """Return the average over the ranks of each gradient; where there is none, there is none on any rank."""
+    def average(self, gradients: Sequence[Gradient], local: Collection[int] = ()) -> list[Gradient]:
+        """Return the average over the ranks of each gradient; where there is none, there is none on any rank.
+
+        Those at the places `local` are this rank's own, divided by the number of ranks: as if the others had sent zeros.
+        """
         averaged = list(gradients)
         if self.is_alone():
             return averaged
         groups: dict[tuple[Any, ...], list[int]] = {}  # Horovod wants one dtype in a group
         for i, gradient in enumerate(averaged):
             if gradient is None:
+                continue
+            if i in local:
+                averaged[i] = self._divided_by_size(gradient) if self.scale_local_gradients else gradient
                 continue
             if self.sparse_as_dense:
                 averaged[i] = gradient = tf.convert_to_tensor(gradient)
@@ -158,8 +184,10 @@ class _Averager:
         return averaged
 
     def _average_dense(self, group: list[tf.Tensor], n: int) -> list[tf.Tensor]:
-        hvd, options = ranks.require(), self._options(f"gradients.{n}")
-        averaged: list[tf.Tensor] = hvd.grouped_allreduce(group, op=hvd.Average, compression=self.compression, **options)
+        hvd = ranks.require()
+        scale = {"prescale_factor": 1.0 / self.predivide, "postscale_factor": self.predivide}
+        options = {"op": self.op or hvd.Average, "compression": self.compression} | self._options(f"gradients.{n}") | scale
+        averaged: list[tf.Tensor] = hvd.grouped_allreduce(group, **options)
         return averaged
 
     def _average_sparse(self, group: list[tf.IndexedSlices], n: int) -> list[tf.IndexedSlices]:
@@ -167,15 +195,21 @@ class _Averager:
         hvd = ranks.require()
         values = hvd.grouped_allgather([g.values for g in group], **self._options(f"values.{n}"))
         indices = hvd.grouped_allgather([g.indices for g in group], **self._options(f"indices.{n}"))
-        size = hvd.size_op(self.process_set.process_set_id)
-        return [
-            tf.IndexedSlices(v / tf.cast(size, v.dtype), i, g.dense_shape)
-            for v, i, g in zip(values, indices, group, strict=True)
-        ]
+        gathered = [tf.IndexedSlices(v, i, g.dense_shape) for v, i, g in zip(values, indices, group, strict=True)]
+        return gathered if self.op == hvd.Sum else [self._divided_by_size(slices) for slices in gathered]
+
+    def _divided_by_size(self, gradient: Any) -> Any:
+        if isinstance(gradient, tf.IndexedSlices):
+            return tf.IndexedSlices(self._divided_by_size(gradient.values), gradient.indices, gradient.dense_shape)
+        return gradient / tf.cast(ranks.require().size_op(self.process_set.process_set_id), gradient.dtype)
 
 
+@keras.saving.register_keras_serializable("hvd_syncbn", "DistributedOptimizer")
 class _Distributed(keras.optimizers.Optimizer):
-    """What a distributed optimizer does differently; comes before the wrapped class."""
+    """What a distributed optimizer does differently; comes before the wrapped class.
+
+    Registered for pickles, which call all by this name: another process may not have made the subclass yet.
+    """
 
     _wrapped: type[keras.optimizers.Optimizer]
     _averager: _Averager
@@ -193,21 +227,34 @@ class _Distributed(keras.optimizers.Optimizer):
     def get_config(self) -> dict[str, Any]:
         """Return the wrapped optimizer's config and, other than for a file, how it averages."""
         config: dict[str, Any] = super().get_config()
-        return config if _writing_a_file() else config | {"distributed": self._averager.get_config()}
+        return config if _writing_a_file() else config | {"distributed": self._averager.get_config()} | _name_of(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **kwargs: Any) -> _Distributed:
         """Return a distributed optimizer, with accumulators of its own."""
         config = dict(config)
+        if "wrapped" in config:
+            named: _Distributed = _named_class(config.pop("wrapped")).from_config(config, **kwargs)
+            return named
         averager = _Averager(**config.pop("distributed", {}))
         optimizer: _Distributed = super().from_config(config, **kwargs)
         object.__setattr__(optimizer, "_averager", averager)
         return optimizer
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle what Keras does, and how it averages."""
-        _, arguments = super().__reduce__()
-        return _copy, (*arguments, self._averager)
+        """Copy and pickle as Keras does."""
+        return _unpickle, super().__reduce__()[1]
+
+    def register_local_var(self, var: Any) -> None:
+        """Leave the gradient of a variable, of Keras or TensorFlow, to each rank. See `PartialDistributedOptimizer`."""
+        if not hasattr(var, "assign"):
+            raise ValueError(f"a local variable has to be a Keras or TensorFlow variable. Received: {var!r}")
+        self._averager.register_local([var])
+
+    def check_finite(self, grads: Sequence[Gradient]) -> tf.Tensor:
+        """Return, in a LossScaleOptimizer, whether the gradients are finite: on every rank, if some are each rank's own."""
+        finite = super().check_finite(grads)
+        return self._averager.all_ranks(finite) if self._averager.local_variables else finite
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
         """Average the gradients, then do as the wrapped optimizer does."""
@@ -217,10 +264,21 @@ class _Distributed(keras.optimizers.Optimizer):
                 "an optimizer inside a LossScaleOptimizer was made distributed: ranks would not agree which steps to skip. Use "
                 f"`DistributedOptimizer(loss_scale_optimizer)`. Received: {caller!r}"
             )
-        if self._averager.passes > 1:
+        averager = self._averager
+        _look(averager.process_set)
+        if averager.passes > 1:
             self._accumulate(list(grads), trainable_variables)
         else:
-            super().apply(self._averager.average(grads), trainable_variables)
+            super().apply(averager.average(grads, self._local_places(trainable_variables)), trainable_variables)
+
+    def _local_places(self, trainable_variables: Sequence[Any] | None) -> set[int]:
+        if self._averager.local_variables and getattr(getattr(self, "inner_optimizer", self), "global_clipnorm", None):
+            raise ValueError(
+                "`global_clipnorm` needs the gradients of all variables to be the same on every rank: where some are each "
+                "rank's own, ranks would scale the others differently. Take `clipnorm` or `clipvalue`. "
+                f"Received: {self!r} with local variables"
+            )
+        return self._averager.places(self._trainable_variables if trainable_variables is None else trainable_variables)
 
     def _accumulate(self, grads: list[Gradient], trainable_variables: Sequence[Any] | None) -> None:
         if trainable_variables is not None and not self.built:  # creates variables, impossible in a branch
@@ -236,11 +294,12 @@ class _Distributed(keras.optimizers.Optimizer):
             mean.assign_add(gradient)
         count.assign_add(1)
         apply = super().apply
+        places = self._local_places(trainable_variables)
 
         def update() -> None:
             local = dict(zip(present, means, strict=True))
             gradients = [local[i].read_value() if i in local else None for i in range(len(grads))]
-            apply(averager.average(gradients), trainable_variables)
+            apply(averager.average(gradients, places), trainable_variables)
             for variable in averager.accumulators:
                 variable.assign(tf.zeros_like(variable))
 
@@ -261,9 +320,8 @@ class _Agreeing(keras.optimizers.LossScaleOptimizer):
         return self.inner_optimizer._averager.all_ranks(super().check_finite(grads))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle what Keras does, and how the optimizer inside averages."""
-        _, arguments = super().__reduce__()
-        return _copy_around, (*arguments, self.inner_optimizer._averager)
+        """Copy and pickle as Keras does."""
+        return _unpickle, super().__reduce__()[1]
 
 
 def _agree(outer: Any, inner: _Distributed) -> None:
@@ -278,7 +336,9 @@ def _subclass(mixin: Any, wrapped: Any) -> type:
     """The class of a mixin before a wrapped class, which Keras knows by a name of ours, and in a file as the wrapped one."""
 
     def seen(self: Any) -> type:
-        return wrapped if mixin is _Agreeing or _writing_a_file() else type(self)
+        if mixin is _Agreeing or _writing_a_file():
+            return wrapped
+        return _Distributed if _pickling() else type(self)
 
     members = {"__module__": __name__, "_wrapped": wrapped, "__class__": property(seen)}
     cls = type(wrapped.__name__, (mixin, wrapped), members)
@@ -287,10 +347,52 @@ def _subclass(mixin: Any, wrapped: Any) -> type:
     return registered
 
 
+def _named_class(name: str) -> Any:
+    """The subclass for a wrapped class by the name that Keras has for it."""
+    wrapped: Any = keras.saving.get_registered_object(name) or getattr(keras.optimizers, name, None)
+    if wrapped is None:
+        raise ValueError(
+            "the class of a distributed optimizer is not known here: import it, decorated with "
+            f"`@keras.saving.register_keras_serializable()`. Received: {name!r}"
+        )
+    return _subclass(_Distributed, wrapped)
+
+
+def _name_of(optimizer: _Distributed) -> dict[str, Any]:
+    return {"wrapped": keras.saving.get_registered_name(optimizer._wrapped)} if _pickling() else {}
+
+
+def _unpickle(file: io.BytesIO) -> Any:
+    """Keras's; a function of this module, so that who unpickles an optimizer has it."""
+    return keras.optimizers.Optimizer._unpickle_model(file)
+
+
 def _writing_a_file() -> bool:
     """Whether Keras is about to put a config into a `.keras` or a legacy `.h5` file; it does not tell in any public way."""
     get = global_state.get_global_attribute
-    return get("shared_objects/id_to_config_map") is not None or bool(get("use_legacy_config"))
+    written = get("shared_objects/id_to_config_map") is not None or bool(get("use_legacy_config"))
+    return written and not _pickling()
+
+
+def _pickling() -> bool:
+    """Whether that is for `copy.deepcopy` or pickle, of an optimizer or of the model around it."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not KerasSaveable.__reduce__.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _look(process_set: ProcessSet) -> None:
+    """Have the model looked at whose training step this is called in."""
+    from hvd_syncbn.tf_impl.keras import start
+
+    if horovod.size(ranks.require(), process_set) == 1:
+        return
+    frame: Any = sys._getframe(2)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), keras.Model):
+        frame = frame.f_back
+    if frame is not None:
+        start.look_if_several(frame.f_locals["self"], process_set)
 
 
 def _distribute(optimizer: Any, averager: _Averager) -> Any:
@@ -300,14 +402,9 @@ def _distribute(optimizer: Any, averager: _Averager) -> Any:
     return optimizer
 
 
-def _copy(file: io.BytesIO, averager: _Averager) -> Any:
-    return _distribute(keras.optimizers.Optimizer._unpickle_model(file), averager)
-
-
-def _copy_around(file: io.BytesIO, averager: _Averager) -> Any:
-    outer = keras.optimizers.Optimizer._unpickle_model(file)
-    _agree(outer, _distribute(outer.inner_optimizer, averager))
-    return outer
+def backing(source: Any) -> Any:
+    """The `tf.Variable` behind a Keras variable; anything else as it is."""
+    return source.value if isinstance(source, keras.Variable) else source
 
 
 def is_distributed(optimizer: object) -> bool:
@@ -325,13 +422,19 @@ def DistributedOptimizer(
     sparse_as_dense: bool = False,
     op: Any = None,
     average_aggregated_gradients: bool = True,
+    gradient_predivide_factor: float = 1.0,
+    scale_local_gradients: bool = True,
+    device_dense: str = "",
+    device_sparse: str = "",
+    num_groups: int = 0,
+    groups: Any = None,
 ) -> keras.optimizers.Optimizer:
     """Make a Keras 3 optimizer average its gradients over all ranks.
 
     The optimizer itself is changed and returned, so that one loaded with a model keeps its state. Wrap before the
-    model is trained. Copies of it are distributed as well: by `from_config`, `copy.deepcopy`, pickle and `clone_model`. A saved
-    model holds the plain optimizer and loads where there is no Horovod; to continue, use `load_model`, or wrap
-    `model.optimizer` again. A model copied by `copy.deepcopy` or pickle goes through such a file, too.
+    model is trained. Copies of it are distributed as well: by `from_config`, `copy.deepcopy`, pickle and `clone_model`, of it
+    or of its model. A saved model holds the plain optimizer and loads where there is no Horovod; to continue, use `load_model`,
+    or wrap `model.optimizer` again.
 
     Under float16, `DistributedOptimizer(LossScaleOptimizer(...))` is faster than the other way round, which is what
     `compile()` makes of it by itself: outside, a LossScaleOptimizer costs one more (small) collective per step.
@@ -349,6 +452,13 @@ def DistributedOptimizer(
             all ranks; faster where most rows are touched.
         op: `hvd.Average`, which is what this does; for scripts that say so.
         average_aggregated_gradients: `True`, likewise: the gradients of `backward_passes_per_step` batches are averaged.
+        gradient_predivide_factor: Dense gradients are divided by it before they are added up, and multiplied with it after.
+        scale_local_gradients: Whether gradients of variables that `register_local_var()` of the optimizer leaves to each rank
+            are divided by the number of ranks.
+        device_dense: What Horovod takes and this has no use for: gradients are exchanged where they are.
+        device_sparse: Likewise.
+        num_groups: What Horovod takes and this has no use for: all gradients of a dtype are one group.
+        groups: Likewise.
 
     Raises:
         TypeError: If `optimizer` is not a Keras 3 optimizer.
@@ -375,7 +485,15 @@ def DistributedOptimizer(
             f"`backward_passes_per_step` must be an integer >= 1. Received: backward_passes_per_step={backward_passes_per_step}"
         )
     _check_averaging(op, average_aggregated_gradients, backward_passes_per_step)
-    averager = _Averager(name or NAME, process_set, backward_passes_per_step, compression, sparse_as_dense)
+    averager = _Averager(
+        name or NAME,
+        process_set,
+        backward_passes_per_step,
+        compression,
+        sparse_as_dense,
+        gradient_predivide_factor,
+        scale_local_gradients,
+    )
     averager.is_alone()  # raises if Horovod is not ready or this rank has no business in the process set
     return _distribute(optimizer, averager)
 
@@ -389,3 +507,47 @@ def _check_averaging(op: Any, average_aggregated_gradients: bool, passes: int) -
             "the gradients of several batches are averaged: multiply the learning rate by `backward_passes_per_step` instead. "
             f"Received: average_aggregated_gradients=False, backward_passes_per_step={passes}"
         )
+
+
+def PartialDistributedOptimizer(
+    optimizer: keras.optimizers.Optimizer,
+    name: str | None = None,
+    *,
+    local_layers: keras.layers.Layer | Iterable[keras.layers.Layer] | None = None,
+    **options: Any,
+) -> keras.optimizers.Optimizer:
+    """Make an optimizer distributed but for the gradients of some layers, which each rank applies alone.
+
+    Those gradients are divided by the number of ranks (`scale_local_gradients=False`: they are not), so that they weigh as
+    they would in the average. `BroadcastVariablesCallback(local_variables=...)` leaves the variables to each rank, too. The
+    optimizer cannot be copied (a copy would not know the layers), and a file holds the plain one, as always.
+
+    Args:
+        optimizer: See `DistributedOptimizer`.
+        name: Likewise.
+        local_layers: A layer, or several, built, whose variables are each rank's own.
+        options: The other arguments of `DistributedOptimizer`.
+
+    Raises:
+        ValueError: If `local_layers` holds anything but layers, or one that has no variables yet; as `DistributedOptimizer`
+            does. When it is applied: if it has a `global_clipnorm`, by which ranks would go apart.
+
+    Example:
+
+    ```python
+    model.compile(PartialDistributedOptimizer(keras.optimizers.SGD(0.01), local_layers=model.layers[-1]), "mse")
+    ```
+    """
+    variables = local_variables(local_layers)
+    optimizer = DistributedOptimizer(optimizer, name, **options)
+    optimizer._averager.register_local(variables)
+    return optimizer
+
+
+def local_variables(layers: Any) -> list[Any]:
+    """The variables of a `local_layers` argument."""
+    layers = [layers] if isinstance(layers, keras.layers.Layer) else list(layers or ())
+    for layer in layers:
+        if not isinstance(layer, keras.layers.Layer) or not layer.built:
+            raise ValueError(f"`local_layers` have to be Keras layers, and built. Received: {layer!r}")
+    return [variable for layer in layers for variable in layer.trainable_variables]

@@ -1,7 +1,7 @@
 """``load_model``: Keras's, and then what Horovod's does: the model comes back ready to train on several ranks.
 
-A custom class makes its layers anew, as plain ones, when Keras loads or clones it. What was synchronized is written beside
-the weights (`SyncBatchNormalization.save_own_variables`) and read here, by layers that take the plain ones' places for the
+A custom class makes its layers anew, as plain ones, when Keras loads or clones it. What was synchronized or frozen is written
+beside the weights (`BatchNormalization.save_own_variables`) and read here, by layers that take the plain ones' places for the
 time of one more `load_weights`.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from hvd_syncbn.tf_impl.keras.convert import batch_norms, change_class, forget_traces, synchronize
-from hvd_syncbn.tf_impl.keras.layer import RECORD
+from hvd_syncbn.tf_impl.keras.layer import RECORD, BatchNormalization
 from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def load_model(
     """Load a model as `keras.models.load_model` does, synchronized where it was when it was saved, its optimizer distributed.
 
     Synchronized layers of a custom class, which `keras.models.load_model` gives back as plain ones, are synchronized again,
-    with the process sets (by their ranks) and collective names that they had. The optimizer of a compiled model is wrapped by
-    `DistributedOptimizer`, whatever it was when the model was saved, and keeps its state.
+    with the process sets (by their ranks) and collective names that they had, and frozen ones are frozen again. The optimizer
+    of a compiled model is wrapped by `DistributedOptimizer`, whatever it was when the model was saved, and keeps its state.
 
     Args:
         filepath: A `.keras` file, the folder of `save(..., zipped=False)`, or a legacy `.h5` file. The last has no record of
@@ -80,7 +80,7 @@ def load_model(
     if plain and str(filepath).endswith((".h5", ".hdf5")):
         _warn_of_no_record(filepath, plain)
     elif plain and model.built:
-        _synchronize_again(model, filepath, [norm for _, norm in plain])
+        _restore(model, filepath, [norm for _, norm in plain])
     if compile and getattr(model, "optimizer", None) is not None:
         DistributedOptimizer(
             model.optimizer,
@@ -105,7 +105,7 @@ class _Reader(keras.layers.BatchNormalization):
 _Reader.__name__ = keras.layers.BatchNormalization.__name__  # the name that Keras looks for in the file
 
 
-def _synchronize_again(model: keras.Model, filepath: str | os.PathLike[str], norms: list[Any]) -> None:
+def _restore(model: keras.Model, filepath: str | os.PathLike[str], norms: list[Any]) -> None:
     weights = Path(filepath, "model.weights.h5") if os.path.isdir(filepath) else filepath
     for norm in norms:
         change_class(norm, _Reader)
@@ -121,7 +121,10 @@ def _synchronize_again(model: keras.Model, filepath: str | os.PathLike[str], nor
         if record is not None:
             settings = json.loads(record)
             frozen = settings.pop("frozen")
-            synchronize(norm, **settings)
+            if settings:
+                synchronize(norm, **settings)
+            else:
+                change_class(norm, BatchNormalization)
             if frozen:
                 norm.freeze(affine=frozen == "statistics")
     forget_traces(model)

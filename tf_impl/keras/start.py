@@ -1,39 +1,54 @@
 """What is looked at when training starts: the mistakes of a job that nobody else would speak of.
 
-A synchronized layer looks when it is first called to train, from the model that was called, and
-`BroadcastVariablesCallback` when `fit()` begins.
+A synchronized layer looks when it is first called to train, from the model that was called; callbacks when `fit()` begins; a
+distributed optimizer when it is applied in a model's training step; and an elastic state when ranks come together.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import keras
 
+from hvd_syncbn import horovod
+from hvd_syncbn.tf_impl.keras import ranks
 from hvd_syncbn.tf_impl.keras.convert import batch_norms
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
 from hvd_syncbn.tf_impl.keras.optimizer import is_distributed
 
-_looked: WeakKeyDictionary[keras.layers.Layer, int | None] = WeakKeyDictionary()
+if TYPE_CHECKING:
+    from horovod.common.process_sets import ProcessSet
+
+_looked: WeakKeyDictionary[keras.layers.Layer, set[int | None]] = WeakKeyDictionary()
 
 
-def look(model: keras.layers.Layer) -> None:
+def look_if_several(model: keras.layers.Layer, process_set: ProcessSet | None = None) -> None:
+    """`look`, if several ranks train; the first of them speaks of a model that has plain norms only."""
+    hvd = ranks.require()
+    if horovod.size(hvd, process_set) > 1:
+        among: Any = process_set if horovod.process_set_id(process_set) else hvd
+        look(model, names_local=among.rank() == 0)
+
+
+def look(model: keras.layers.Layer, names_local: bool = False) -> None:
     """Warn, once for a model and its optimizer, of what trains on each rank alone.
 
     Args:
         model: What is about to be trained on several ranks.
+        names_local: Whether to warn of a model whose norms are all plain. That may be meant. But it is also all that can be
+            seen of a synchronized model that Keras has loaded or cloned: so one rank says it.
 
     Warns:
-        UserWarning: The model has synchronized layers and others that are not, or is trained by `fit()` or `train_on_batch()`
-            with an optimizer that does not average. Loops of one's own, and a `train_step` of one's own, may average by
-            themselves (`hvd.DistributedGradientTape`): nothing is said of those.
+        UserWarning: The model has layers that are not synchronized, or is trained by `fit()` or `train_on_batch()` with an
+            optimizer that does not average. Loops of one's own, and a `train_step` of one's own, may average by themselves
+            (`DistributedGradientTape`): nothing is said of their optimizers.
     """
     optimizer = _optimizer(model)
-    if model in _looked and _looked[model] == (optimizer and id(optimizer)):
+    seen = _looked.setdefault(model, set())
+    if (optimizer and id(optimizer)) in seen:
         return
-    _looked[model] = optimizer and id(optimizer)
     if optimizer is not None and not is_distributed(optimizer):
         warnings.warn(
             f"model {model.name!r} trains on several ranks with an optimizer that does not average: each rank applies its own "
@@ -41,6 +56,12 @@ def look(model: keras.layers.Layer) -> None:
             f"with `hvd_syncbn.keras.load_model`. Received: optimizer={optimizer!r}",
             stacklevel=2,
         )
+    if not seen:
+        _look_at_norms(model, names_local)
+    seen.add(optimizer and id(optimizer))
+
+
+def _look_at_norms(model: keras.layers.Layer, names_local: bool) -> None:
     norms = list(batch_norms(model))
     plain = [path for path, norm in norms if not isinstance(norm, SyncBatchNormalization) and _uses_the_batch(norm)]
     if plain and len(plain) < len(norms):
@@ -49,7 +70,16 @@ def look(model: keras.layers.Layer) -> None:
             "take the statistics of their rank. A custom class makes plain layers when Keras loads or clones it: use "
             "`hvd_syncbn.keras.load_model`, or `convert_sync_batchnorm(model)` again; or freeze them (`trainable = False`). "
             f"Received: plain layers {plain}",
-            stacklevel=2,
+            stacklevel=3,
+        )
+    elif plain and names_local:
+        warnings.warn(
+            f"model {model.name!r} trains on several ranks with local batch normalizations only, each with the statistics of "
+            "its rank. If it was synchronized before Keras loaded or cloned it, use `hvd_syncbn.keras.load_model` or "
+            "`convert_sync_batchnorm(model)`. If this is meant: "
+            "warnings.filterwarnings('ignore', '.*several ranks with local batch normalizations'). "
+            f"Received: plain layers {plain}",
+            stacklevel=3,
         )
 
 
