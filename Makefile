@@ -1,4 +1,4 @@
-# make setup | demo | test | test-cluster | bench | soak | docs | gpu | lint | clean: each sets up first what it needs.
+# make setup | demo | test | test-cluster | segmentation | bench | soak | docs | gpu | lint | clean: each sets up first what it needs.
 # Nothing else has to be installed by hand; see tools/system_deps.sh for what is taken from the system.
 
 VENV := .venv
@@ -8,7 +8,7 @@ NATIVE := $(shell find hvd_syncbn torch_impl tf_impl -name "*.cc" -o -name "*.h"
 PATCHES := hvd_syncbn/horovod_build/patches
 CMAKE := $(shell find CMakeLists.txt hvd_syncbn torch_impl tf_impl -name "CMakeLists.txt" -o -name "*.cmake")
 
-.PHONY: setup demo test test-cluster bench soak docs gpu lint clean
+.PHONY: setup demo test test-cluster segmentation bench soak docs gpu lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -24,6 +24,10 @@ test: setup
 test-cluster: setup
 	@tools/cluster_deps.sh
 	$(BIN)/python -m pytest tests/cluster -m "matrix or not matrix"
+
+# A real task at one image per rank: some 5 minutes, a table and out/segmentation.png.
+segmentation: setup
+	$(BIN)/python examples/segmentation/run.py
 
 bench: setup
 	$(BIN)/hvd-syncbn bench
