@@ -39,6 +39,13 @@ class Job:
             batches.setdefault(line["key"], []).extend(line["samples"])
         return [batches[key] for key in self.result["history"]]
 
+    def group_batches(self) -> list[list[int]]:
+        """The same, of rank 0's group at that time."""
+        assert self.result is not None, self.output[-8000:]
+        samples = {(line["key"], line["rank"]): line["samples"] for line in self.of("batch")}
+        groups = zip(self.result["history"], self.result["groups"], strict=True)
+        return [[sample for rank in ranks for sample in samples[key, rank]] for key, ranks in groups]
+
     def recoveries(self) -> list[dict[str, float]]:
         """For each death: worker -> seconds until it was back in the loop, of all that lived on (infinity: never)."""
         loops, deaths = self.of("loop"), self.of("dies")

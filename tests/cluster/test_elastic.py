@@ -1,11 +1,14 @@
-"""Elastic jobs in PyTorch: whatever dies, leaves or comes, all that live are back within 10 s, whatever Gloo's timeout.
+"""Elastic jobs: whatever dies, leaves or comes, all that live are back within 10 s, whatever Gloo's timeout.
 
 The statistics at the end are those of one process that was given the same global batches.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +26,24 @@ def limit() -> float:
     return 10 * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
 
 
-def assert_recovered(job: elastic.Job, deaths: int, survivors: int) -> list[float]:
+def torch_bytes(job: elastic.Job) -> list[str]:
+    """The statistics of one process, here."""
+    return replay(job.batches(), job.group_batches())
+
+
+def keras_bytes(job: elastic.Job) -> list[str]:
+    """The same in Keras: in a process of its own, as Horovod serves one framework in each."""
+    command = [sys.executable, "-m", "tests.cluster.elastic_keras"]
+    batches = json.dumps(job.batches())
+    done = subprocess.run(command, input=batches, cwd=elastic.ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[str] = json.loads(done.stdout)
+    return found
+
+
+def assert_recovered(
+    job: elastic.Job, deaths: int, survivors: int, alone: Callable[[elastic.Job], list[str]] = torch_bytes
+) -> list[float]:
     """Everybody was back in time and finished, with the bytes of one process; how long each took."""
     assert job.status == 0, job.output[-8000:]
     recoveries = job.recoveries()
@@ -35,8 +55,19 @@ def assert_recovered(job: elastic.Job, deaths: int, survivors: int) -> list[floa
     batches = job.batches()
     # Were all batches of one size, it would be one world all the time.
     assert len({len(batch) for batch in batches}) > 1
-    assert job.result is not None and job.result["statistics"] == replay(batches)
+    assert job.result is not None and job.result["statistics"] == alone(job)
     return seconds
+
+
+def wait_for_round(lines: Callable[[str], list[dict[str, Any]]], size: int, newest: int) -> int:
+    """Wait until so many workers are in a round of the loop that is newer than `newest`; its number."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        rounds = [line["round"] for line in lines("loop") if line["size"] == size and line["round"] > newest]
+        if rounds and rounds.count(max(rounds)) == size:
+            return int(max(rounds))
+        time.sleep(0.1)
+    raise AssertionError(f"no round of {size} workers: {lines('loop')}")
 
 
 def death(worker: str, step: int, where: str, how: str) -> dict[str, Any]:
@@ -47,7 +78,19 @@ def death(worker: str, step: int, where: str, how: str) -> dict[str, Any]:
 def test_twice_in_one_job(hosts: Hosts, tmp_path: Path) -> None:
     """The first to die is rank 0, and the second has a neighbour on its host, which goes on."""
     plan = [death("rank 0", 3, "forward", "kill"), death("rank 1", 6, "backward", "raise")]
-    assert_recovered(elastic.run(hosts, tmp_path, {"h1": 2, "h2": 2}, plan), deaths=2, survivors=2)
+    job = elastic.run(hosts, tmp_path, {"h1": 2, "h2": 2}, plan)
+    assert_recovered(job, deaths=2, survivors=2)
+    # Groups were made again: two of two ranks, then each alone.
+    assert job.result is not None and {len(ranks) for ranks in job.result["groups"]} == {2, 1}
+
+
+@pytest.mark.timeout(400)
+def test_keras(hosts: Hosts, tmp_path: Path) -> None:
+    """`model.fit`, with KerasState: killed in the middle of an epoch and of a compiled step, and an exception in a callback."""
+    plan = [death("rank 0", 3, "forward", "kill"), death("rank 1", 8, "between", "raise")]
+    module = "tests.cluster.elastic_keras"
+    job = elastic.run(hosts, tmp_path, {"h1": 1, "h2": 2}, plan, module=module, steps=15, timeout=300)
+    assert_recovered(job, deaths=2, survivors=1, alone=keras_bytes)
 
 
 @pytest.mark.timeout(300)
@@ -55,20 +98,11 @@ def test_hosts_come_and_go(hosts: Hosts, tmp_path: Path) -> None:
     """A host joins; another leaves, with its worker; then one dies."""
 
     def during(discover: Callable[[Mapping[str, int]], None], lines: Callable[[str], list[dict[str, Any]]]) -> None:
-        def wait(size: int, newest: int) -> int:
-            deadline = time.monotonic() + 120
-            while time.monotonic() < deadline:
-                rounds = [line["round"] for line in lines("loop") if line["size"] == size and line["round"] > newest]
-                if rounds:
-                    return max(rounds)
-                time.sleep(0.1)
-            raise AssertionError(f"no round of {size} workers: {lines('loop')}")
-
-        newest = wait(2, 0)
+        newest = wait_for_round(lines, 2, 0)
         discover({"h1": 1, "h2": 1, "h3": 1})
-        newest = wait(3, newest)
+        newest = wait_for_round(lines, 3, newest)
         discover({"h1": 1, "h3": 1})
-        wait(2, newest)
+        wait_for_round(lines, 2, newest)
         (tmp_path / "now").touch()
 
     plan = [death("h3:0", -1, "between", "kill")]

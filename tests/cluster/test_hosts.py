@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from benchmarks.jobs import end
+from hvd_syncbn import vectors
+from hvd_syncbn.cli import stacks
 from tests.cluster.hosts import ETC, Hosts, namespaces, pids
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +62,43 @@ def test_the_bytes_of_one_process(hosts: Hosts, tmp_path: Path, framework: str) 
     alone = digests(framework, tmp_path / "alone.json")
     assert alone["size"] == 1
     assert len({*found["digests"].values(), *alone["digests"].values()}) == 1, (found, alone)
+
+
+def run_command(hosts: Hosts, *arguments: str) -> dict[str, Any]:
+    """What `hvd-syncbn ... --json` says, started on the first host as a user does."""
+    command = hosts.command("h1", [sys.executable, "-m", "hvd_syncbn.cli", *arguments, "-np", "4", "-H", "h1:2,h2:2", "--json"])
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=280)
+    finally:
+        end(process)
+    assert process.returncode == 0, output + errors
+    found: dict[str, Any] = json.loads(output)
+    assert found["machines" if arguments[0] == "verify" else "hosts"], output
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_verify(hosts: Hosts) -> None:
+    found = run_command(hosts, "verify")
+    assert (found["ranks"], found["hosts"], found["failures"]) == (4, ["h1:2", "h2:2"], {})
+    assert [machine["host"] for machine in found["machines"]] == ["h1", "h1", "h2", "h2"]
+    assert {result["framework"] for result in found["results"]} == {"torch", "tensorflow"}
+    assert {result["sha256"] for result in found["results"]} == {vectors.digest(*stacks.reference_stack())}
+
+
+@pytest.mark.timeout(300)
+def test_doctor(hosts: Hosts) -> None:
+    found = run_command(hosts, "doctor")
+    assert len(found["packets"]) >= 3 and found["controller"] == "Gloo"
 
 
 PROGRAM = """

@@ -3,45 +3,99 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cluster import elastic
 from tests.cluster.hosts import Hosts
-from tests.cluster.test_elastic import assert_recovered, death
+from tests.cluster.test_elastic import assert_recovered, death, wait_for_round
 
 SLOTS = {2: {"h1": 1, "h2": 1}, 3: {"h1": 1, "h2": 2}, 4: {"h1": 2, "h2": 2}}
 PLACES = ("forward", "backward", "between")
 CASES = list(itertools.product(SLOTS, PLACES, ("kill", "raise")))
 HEADER = (
-    "| ranks | first death | second death | survivors back | slowest, s | bytes of one process |",
+    "| ranks | what happens in the job, one after the other | survivors back | seconds each | bytes of one process | load |",
     "|---|---|---|---|---|---|",
 )
 
 
+class Table:
+    """Rows, and how many faults were tried and survived; in the file after every row, for a run that is cut short."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.tried = self.survived = 0
+
+    def add(self, ranks: int, faults: list[str], back: list[str], seconds: list[float], good: bool) -> None:
+        self.tried += len(faults)
+        self.survived += len(faults) * good
+        cells = [str(ranks), "; ".join(faults), ", ".join(back), ", ".join(f"{second:.1f}" for second in seconds)]
+        self.rows.append(f"| {' | '.join((*cells, 'yes' if good else 'NO', f'{os.getloadavg()[0]:.0f}'))} |")
+        path = Path(__file__).parents[2] / "out/elastic.md"
+        path.parent.mkdir(exist_ok=True)
+        total = f"{self.survived} of {self.tried} faults survived."
+        path.write_text("\n".join((time.strftime("%Y-%m-%d"), "", *HEADER, *self.rows, "", total)) + "\n")
+
+
 @pytest.fixture(scope="module")
-def table() -> Iterator[list[str]]:
-    rows: list[str] = []
-    yield rows
-    path = Path(__file__).parents[2] / "out/elastic.md"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join((time.strftime("%Y-%m-%d"), "", *HEADER, *rows)) + "\n")
+def table() -> Iterator[Table]:
+    yield Table()
 
 
 @pytest.mark.matrix
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("ranks", "where", "how"), CASES)
-def test_recovers(hosts: Hosts, tmp_path: Path, table: list[str], ranks: int, where: str, how: str) -> None:
+def test_recovers(hosts: Hosts, tmp_path: Path, table: Table, ranks: int, where: str, how: str) -> None:
     number = CASES.index((ranks, where, how))
     plan = [death(f"rank {number % ranks}", 4, where, how)]
     if ranks > 2:  # somebody has to be left
         other = PLACES[(PLACES.index(where) + 1) % 3]
         plan.append(death(f"rank {number % (ranks - 1)}", 8, other, how))
     job = elastic.run(hosts, tmp_path, SLOTS[ranks], plan)
-    seconds = assert_recovered(job, deaths=len(plan), survivors=ranks - len(plan))
-    deaths = [f"rank {number % (ranks - i)}, {each['where']}, {each['how']}" for i, each in enumerate(plan)]
-    second = deaths[1] if len(deaths) > 1 else ""
-    table.append(f"| {ranks} | {deaths[0]} | {second} | {len(seconds)} of {len(seconds)} | {max(seconds):.1f} | yes |")
+    good = False
+    try:
+        assert_recovered(job, deaths=len(plan), survivors=ranks - len(plan))
+        good = True
+    finally:
+        recoveries = job.recoveries()
+        back = [f"{sum(s < float('inf') for s in each.values())} of {len(each)}" for each in recoveries]
+        faults = [f"{'SIGKILL' if how == 'kill' else 'exception'}, {each['where']}" for each in plan]
+        table.add(ranks, faults, back, [max(each.values(), default=0) for each in recoveries], good)
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks", SLOTS)
+def test_hosts_join_and_leave(hosts: Hosts, tmp_path: Path, table: Table, ranks: int) -> None:
+    """Up to this number of ranks, and down to one. A host's seconds are until all are in the loop, with those that start."""
+    start = {"h1": 1, "h2": 1}
+    if ranks == 2:
+        steps = [("a host leaves", {"h1": 1}), ("a host joins", {"h1": 1, "h3": 1})]
+    else:
+        steps = [("a host joins", {**start, "h3": ranks - 2}), ("a host leaves", {"h1": 1, "h3": ranks - 2})]
+    steps.append(("a host leaves", {"h1": 1}))
+    seconds: list[float] = []
+
+    def during(discover: Callable[[Mapping[str, int]], None], lines: Callable[[str], list[dict[str, Any]]]) -> None:
+        newest = wait_for_round(lines, len(start), 0)
+        for _, slots in steps:
+            changed = time.time()
+            discover(slots)
+            newest = wait_for_round(lines, sum(slots.values()), newest)
+            seconds.append(max(line["time"] for line in lines("loop") if line["round"] == newest) - changed)
+        (tmp_path / "now").touch()
+
+    job = elastic.run(hosts, tmp_path, start, steps=1000, during=during, STEP_SECONDS="0.1")
+    good = False
+    try:
+        assert_recovered(job, deaths=0, survivors=1)
+        good = True
+    finally:
+        sizes = [sum(slots.values()) for _, slots in steps]
+        faults = [f"{what}: {size}" for (what, _), size in zip(steps, sizes, strict=True)]
+        table.add(ranks, faults, [f"{size} of {size}" for size in sizes[: len(seconds)]], seconds, good)

@@ -1,4 +1,4 @@
-"""A rank dies in the middle of a step, in the direction that test_tensorflow.py puts in the environment. It leaves no outcome."""
+"""A rank dies in the middle of a step, in the direction that test_tensorflow.py puts in the environment."""
 
 from __future__ import annotations
 
