@@ -1,8 +1,8 @@
 """One worker of an elastic PyTorch job, in which workers die as `plan.json` in the job's folder says; see elastic.py.
 
 What it computes up to the second layer is exact, and depends on the global batch alone: both layers' running statistics, at the
-end, have to be those of one process that was given the same global batches (`replay`). A third layer synchronizes inside groups of
-ranks, which are made anew after every reset; rank 0's statistics have to be those of what its groups were given.
+end, have to be those of one process that was given the same global batches (`replay`). A third layer synchronizes inside groups
+of ranks, which are made anew after every reset; rank 0's statistics have to be those of what its groups were given.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Fault(nn.Module):
 
 
 class Network(nn.Module):
-    """Two synchronized layers, between which a worker can die; what is trained comes after them. And one for a group of ranks."""
+    """Two synchronized layers, between which a worker can die; what is trained comes after them. One more for a group."""
 
     def __init__(self, fault: nn.Module) -> None:
         super().__init__()
