@@ -1,14 +1,15 @@
-# make setup | demo | test | test-cluster | segmentation | bench | soak | docs | gpu | lint | clean: each sets up first what it needs.
+# make setup | demo | test | test-cluster | segmentation | bench | soak | launchers | docs | gpu | lint | clean: each sets up first what it needs.
 # Nothing else has to be installed by hand; see tools/system_deps.sh for what is taken from the system.
 
 VENV := .venv
+LAUNCHERS := .venv-launchers
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 NATIVE := $(shell find hvd_syncbn torch_impl tf_impl -name "*.cc" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 PATCHES := hvd_syncbn/horovod_build/patches
 CMAKE := $(shell find CMakeLists.txt hvd_syncbn torch_impl tf_impl -name "CMakeLists.txt" -o -name "*.cmake")
 
-.PHONY: setup demo test test-cluster segmentation bench soak docs gpu lint clean
+.PHONY: setup demo test test-cluster segmentation bench soak launchers docs gpu lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -36,6 +37,10 @@ bench: setup
 soak: setup
 	$(BIN)/python -m benchmarks.soak
 
+# Every launcher that can run here, in an environment of its own; needs Open MPI and Java. Not in CI.
+launchers: $(LAUNCHERS)/.installed
+	$(LAUNCHERS)/bin/python examples/launch/check.py
+
 # The documentation, as pages in site/; needs the tools, not the build. A broken link is an error.
 docs: $(VENV)/.docs
 	$(BIN)/python tools/messages.py
@@ -53,7 +58,7 @@ lint: $(VENV)/.requirements
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cc)
 
 clean:
-	rm -rf $(VENV) build site
+	rm -rf $(VENV) $(LAUNCHERS) build site
 
 $(VENV)/.requirements: requirements.txt benchmarks/requirements.txt tools/system_deps.sh
 	@tools/system_deps.sh $(VENV)
@@ -74,4 +79,18 @@ $(VENV)/.horovod: $(wildcard hvd_syncbn/horovod_build/*.py) $(PATCHES) $(wildcar
 $(VENV)/.installed: pyproject.toml $(CMAKE) $(NATIVE) $(VENV)/.requirements $(VENV)/.horovod
 	@echo "Building the native parts"
 	@tools/with_clock.sh $(PIP) install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+# Beside .venv, as Ray and PySpark bring much along. The native parts get a build folder of their own: CMake remembers whose Python.
+$(LAUNCHERS)/.installed: requirements.txt examples/launch/requirements.txt $(wildcard hvd_syncbn/horovod_build/*.py) $(PATCHES) \
+		$(wildcard $(PATCHES)/*) pyproject.toml $(CMAKE) $(NATIVE)
+	@command -v mpicxx && command -v java || { echo "Needs: apt-get install openmpi-bin libopenmpi-dev openjdk-17-jre-headless"; exit 1; }
+	@tools/system_deps.sh $(LAUNCHERS)
+	@echo "Installing the requirements, Ray and PySpark into $(LAUNCHERS) (takes minutes, once)"
+	@tools/with_clock.sh $(LAUNCHERS)/bin/python -m pip install -qq --disable-pip-version-check \
+		-r requirements.txt -r examples/launch/requirements.txt
+	@$(LAUNCHERS)/bin/python -m hvd_syncbn.horovod_build --with-mpi
+	@echo "Building the native parts"
+	@tools/with_clock.sh $(LAUNCHERS)/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps \
+		--config-settings=build-dir=build/launchers -e .
 	@touch $@
