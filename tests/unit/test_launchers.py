@@ -1,4 +1,4 @@
-"""The files of examples/launch for Slurm and Kubeflow, which are not run, and docs/launchers.md. `make launchers` runs all else."""
+"""docs/launchers.md, and the files of examples/launch that are not run. `make launchers` runs the others."""
 
 from __future__ import annotations
 
