@@ -201,6 +201,16 @@ def test_save_load_wrap_and_continue(make: Any, tmp_path: Path) -> None:
     assert_same(interrupted(DistributedOptimizer), interrupted(lambda optimizer: optimizer))
 
 
+def test_wrapped_after_training() -> None:
+    """The step that was traced with the plain optimizer is not used again."""
+    model = make_model(keras.optimizers.SGD(0.01))
+    fit(model, epochs=1)
+    steps = int(model.optimizer.iterations)
+    DistributedOptimizer(model.optimizer, backward_passes_per_step=2)
+    fit(model, epochs=2, callbacks=[BroadcastVariablesCallback()])
+    assert int(model.optimizer.iterations) == 2 * steps  # as many for twice the epochs: half as many steps each
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "tf.function"])
 def test_backward_passes_per_step(compiled: bool) -> None:
     """Two batches, one update with their mean gradient, also with a gradient missing and in a loop of one's own."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from hvd_syncbn.tf_impl.keras import ranks, start
 from hvd_syncbn.tf_impl.keras.functions import broadcast_variables
-from hvd_syncbn.tf_impl.keras.optimizer import backing
+from hvd_syncbn.tf_impl.keras.optimizer import backing, is_new
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -60,9 +60,11 @@ class BroadcastVariablesCallback(keras.callbacks.Callback):
         self._local_variables.append(var)
 
     def set_model(self, model: keras.Model) -> None:
-        """Turn off XLA: `fit()` calls this before it makes the training function."""
+        """Turn off XLA, and see to it that gradients are averaged: `fit()` calls this before it makes the training function."""
         super().set_model(model)
         model.jit_compile = False
+        if is_new(model.optimizer):  # and the step, if it was traced before, does not know that
+            model.train_function = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Broadcast, or leave it to the first step if the model waits for data to be built."""

@@ -59,6 +59,8 @@ class _Averager:
 
     op: Any = None
     """What gradients become; None for their average."""
+    applied = False
+    """Whether an optimizer was applied since it is distributed, in a step that ran or was traced."""
 
     def __init__(
         self,
@@ -265,6 +267,7 @@ class _Distributed(keras.optimizers.Optimizer):
                 f"`DistributedOptimizer(loss_scale_optimizer)`. Received: {caller!r}"
             )
         averager = self._averager
+        averager.applied = True
         _look(averager.process_set)
         if averager.passes > 1:
             self._accumulate(list(grads), trainable_variables)
@@ -412,6 +415,12 @@ def is_distributed(optimizer: object) -> bool:
     return isinstance(optimizer, _Distributed) or isinstance(getattr(optimizer, "inner_optimizer", None), _Distributed)
 
 
+def is_new(optimizer: Any) -> bool:
+    """Whether an optimizer has not been applied since it is distributed: steps that were traced before do not average."""
+    inner = optimizer if isinstance(optimizer, _Distributed) else getattr(optimizer, "inner_optimizer", None)
+    return isinstance(inner, _Distributed) and not inner._averager.applied
+
+
 def DistributedOptimizer(
     optimizer: keras.optimizers.Optimizer,
     name: str | None = None,
@@ -431,10 +440,10 @@ def DistributedOptimizer(
 ) -> keras.optimizers.Optimizer:
     """Make a Keras 3 optimizer average its gradients over all ranks.
 
-    The optimizer itself is changed and returned, so that one loaded with a model keeps its state. Wrap before the
-    model is trained. Copies of it are distributed as well: by `from_config`, `copy.deepcopy`, pickle and `clone_model`, of it
-    or of its model. A saved model holds the plain optimizer and loads where there is no Horovod; to continue, use `load_model`,
-    or wrap `model.optimizer` again.
+    The optimizer itself is changed and returned, so that one loaded with a model keeps its state. Wrap before the model is
+    trained, or train on with `BroadcastVariablesCallback`, which has the step traced anew. Its copies are distributed, too: by
+    `from_config`, `copy.deepcopy`, pickle and `clone_model`, of it or of its model. A saved model holds the plain optimizer and
+    loads where there is no Horovod; to continue, use `load_model`, or wrap `model.optimizer` again.
 
     Under float16, `DistributedOptimizer(LossScaleOptimizer(...))` is faster than the other way round, which is what
     `compile()` makes of it by itself: outside, a LossScaleOptimizer costs one more (small) collective per step.
