@@ -367,6 +367,12 @@ def test_where_hvd_syncbn_is_not_installed(tmp_path: Path) -> None:
     assert same_bits(np.load(arguments[3]), model(X))
 
 
+@pytest.mark.parametrize("wrong", [None, 3, [], keras.Sequential()])
+def test_load_model_takes_paths(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="`filepath` has to be a path. Received: "):
+        load_model(wrong)
+
+
 @pytest.mark.parametrize("convert", [convert_sync_batchnorm, revert_sync_batchnorm])
 def test_wrong_calls(convert: Any) -> None:
     model = keras.Sequential([Norm_()])

@@ -60,6 +60,7 @@ def load_model(
         The model.
 
     Raises:
+        TypeError: `filepath` is no path.
         ValueError: As `keras.models.load_model` does.
         RuntimeError: The model is compiled, and Horovod is missing or not initialized, or Keras does not run on TensorFlow.
 
@@ -74,6 +75,8 @@ def load_model(
     model.fit(x, y, initial_epoch=5, callbacks=[BroadcastVariablesCallback()])
     ```
     """
+    if not isinstance(filepath, str | os.PathLike):
+        raise TypeError(f"`filepath` has to be a path. Received: {filepath!r}")
     objects = {cls.__name__: cls for cls in custom_optimizers or []} | (custom_objects or {})
     model = keras.models.load_model(filepath, custom_objects=objects, compile=compile, safe_mode=safe_mode)
     plain = [(path, norm) for path, norm in batch_norms(model) if type(norm) is keras.layers.BatchNormalization]
