@@ -84,6 +84,7 @@ def test_twice_in_one_job(hosts: Hosts, tmp_path: Path) -> None:
     assert job.result is not None and {len(ranks) for ranks in job.result["groups"]} == {2, 1}
 
 
+@pytest.mark.matrix
 @pytest.mark.timeout(400)
 def test_keras(hosts: Hosts, tmp_path: Path) -> None:
     """`model.fit`, with KerasState: killed in the middle of an epoch and of a compiled step, and an exception in a callback."""

@@ -95,6 +95,7 @@ def test_verify(hosts: Hosts) -> None:
     assert {result["sha256"] for result in found["results"]} == {vectors.digest(*stacks.reference_stack())}
 
 
+@pytest.mark.matrix
 @pytest.mark.timeout(300)
 def test_doctor(hosts: Hosts) -> None:
     found = run_command(hosts, "doctor")
