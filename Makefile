@@ -26,7 +26,7 @@ test-cluster: setup
 	@tools/cluster_deps.sh
 	$(BIN)/python -m pytest tests/cluster -m "matrix or not matrix"
 
-# A real task at one image per rank: some 5 minutes, a table and out/segmentation.png.
+# A real task at one image per rank: 5 to 10 minutes, a table and out/segmentation.png.
 segmentation: setup
 	$(BIN)/python examples/segmentation/run.py
 

@@ -21,7 +21,7 @@ from rich.table import Table
 HERE = Path(__file__).parent
 OUT = HERE.parent.parent / "out"
 FRAMEWORKS = {"torch": "PyTorch", "keras": "Keras"}
-LAYERS = {"local": "norms of each rank", "sync": "hvd-syncbn"}
+LAYERS = {"local": "local", "sync": "synchronized"}
 RANKS = (2, 4)
 TIME_LIMIT = 600  # seconds per run
 
@@ -59,10 +59,10 @@ def train(framework: str, ranks: int, layer: str) -> dict[str, photos.Array]:
 
 def table(results: Results) -> Table:
     """Scores after the last step."""
-    found = Table(title="Test strips, after the last step", title_justify="left")
+    found = Table(title="Test strips after the last step: intersection over union, and pixels right", title_justify="left")
     for column in ("", "ranks", "norms"):
         found.add_column(column)
-    for column in (*(f"IoU {name}" for name in photos.CLASSES), "mean IoU", "pixels right"):
+    for column in (*photos.CLASSES, "mean", "pixels"):
         found.add_column(column, justify="right")
     for (framework, ranks, layer), result in results.items():
         scores = [*result["iou"][-1], result["iou"][-1].mean(), result["accuracy"][-1]]
