@@ -191,19 +191,22 @@ class Packet:
 
 def _packet(terms: Sequence[Sequence[Sequence[tuple[float, float]]]], eps: float, dtype: str, count: int) -> Packet:
     """A packet from ``terms[n][c]``, the terms of each row."""
-    channels = len(terms[0]) if terms else 0
-    mine = digest(eps, dtype, channels)
-    packet = Packet(1, count, (mine, mine**2), [0] * channels, [0] * channels, [0] * channels)
+    packet = replace(empty_packet(len(terms[0]) if terms else 0, eps, dtype), count=count)
     for sample in terms:
         for c, row in enumerate(sample):
             for start in range(0, len(row), PIECE):
-                for moment, value in zip((packet.a, packet.b), lane_sum(row[start : start + PIECE]), strict=True):
-                    fixed = to_fixed(value)
-                    if fixed is None:
-                        packet.nonfinite[c] += 1
-                    else:
-                        moment[c] += fixed
+                _add_values(packet, c, lane_sum(row[start : start + PIECE]))
     return packet
+
+
+def _add_values(packet: Packet, c: int, values: tuple[float, float]) -> None:
+    """Add a value to either moment of channel ``c``, in place; one that has no fixed-point form is counted."""
+    for moment, value in zip((packet.a, packet.b), values, strict=True):
+        fixed = to_fixed(value)
+        if fixed is None:
+            packet.nonfinite[c] += 1
+        else:
+            moment[c] += fixed
 
 
 def empty_packet(channels: int, eps: float, dtype: str) -> Packet:
@@ -405,12 +408,7 @@ def add_batch(total: Packet, batch: Packet) -> Packet:
         raise ValueError("expected more than 1 value per channel in a batch. Received: 1")
     result = total + replace(batch, count=1, nonfinite=[0] * len(batch.a), a=[0] * len(batch.a), b=[0] * len(batch.b))
     for c, stat in enumerate(finish_forward(batch, 0.0)):
-        for moment, value in ((result.a, stat.mean), (result.b, unbiased(stat.var, batch.count))):
-            fixed = to_fixed(value)
-            if fixed is None:
-                result.nonfinite[c] += 1
-            else:
-                moment[c] += fixed
+        _add_values(result, c, (stat.mean, unbiased(stat.var, batch.count)))
     return result
 
 

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,14 @@ def batches_shards(ranks: int, kind: str) -> list[list[list[int]]]:
             shards[-1][number] = shards[0][number] + shards[-1][number]
         del shards[0][2:]
     return shards
+
+
+WAYS: dict[str, tuple[dict[str, Any], Callable[[int, str], list[list[list[int]]]]]] = {
+    "pooled": ({}, pooled_shards),
+    "layer by layer": ({"layer_by_layer": True}, pooled_shards),
+    "batches": ({"estimator": "batches"}, batches_shards),
+}
+"""By name, the arguments of `recalibrate` and how the data is dealt out."""
 
 
 def _in_batches(samples: list[int], size: int) -> list[list[int]]:

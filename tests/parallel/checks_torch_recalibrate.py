@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import horovod.torch as hvd
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -44,18 +46,12 @@ def check_digests() -> dict[str, str]:
     found = {}
     for kind in recalibration.SPLITS:
         for layout in LAYOUTS:
-            for way in ("pooled", "layer by layer", "batches"):
-                deal = recalibration.batches_shards if way == "batches" else recalibration.pooled_shards
+            for way, (options, deal) in recalibration.WAYS.items():
                 mine = [in_layout(images[part], layout) for part in deal(hvd.size(), kind)[hvd.rank()]]
                 model = Stack()
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "the statistics of layer")
-                    recalibrate(
-                        model,
-                        mine,
-                        estimator="batches" if way == "batches" else "pooled",
-                        layer_by_layer=way == "layer by layer",
-                    )
+                    recalibrate(model, mine, **options)
                 statistics = [(layer.running_mean.numpy(), layer.running_var.numpy()) for layer in model.layers]
                 found[f"{way}, {kind}, {layout}"] = recalibration.digest(statistics)
     return found
@@ -105,12 +101,8 @@ def check_errors() -> None:
     # Nobody has a batch, and one value in all.
     for data, text in (([], "no rank has a batch"), ([x[:1, :, 0]] if here else [], "more than 1 value")):
         for estimator in ("pooled", "batches"):
-            try:
+            with pytest.raises(ValueError, match=re.escape(text)):
                 recalibrate(Stack(), data, estimator=estimator)
-            except ValueError as error:
-                assert text in str(error), error
-            else:
-                raise AssertionError(f"no error: {text}")
     recalibrate(Stack(), [x], estimator="batches")
 
 
@@ -131,12 +123,8 @@ def check_disagreements() -> None:
         ({"model": Stack(), "init_affine": odd}, "the ranks disagree"),
         ({"model": Stack(), "forward": order, "estimator": "batches"}, "the same layers in the same order"),
     ):
-        try:
+        with pytest.raises(ValueError, match=re.escape(text)):
             recalibrate(batches=[x], **options)
-        except ValueError as error:
-            assert text in str(error), error
-        else:
-            raise AssertionError(f"no error: {text}")
 
 
 def check_process_sets() -> None:
