@@ -39,6 +39,8 @@ SSH_CONFIG = """Host *
   UserKnownHostsFile /dev/null
   LogLevel ERROR
 """
+# A home without a .bashrc: bash reads it under sshd, too, and a test that kills a shell in the middle of it leaves what it left
+# there, as pyenv's lock, for which every later shell of the user waits a minute.
 SSHD_CONFIG = """ListenAddress {address}
 HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/key.pub
@@ -48,6 +50,7 @@ PermitRootLogin prohibit-password
 StrictModes no
 UsePAM no
 PidFile none
+SetEnv HOME={folder}
 MaxStartups 100
 """
 

@@ -102,6 +102,13 @@ def test_doctor(hosts: Hosts) -> None:
     assert len(found["packets"]) >= 3 and found["controller"] == "Gloo"
 
 
+def test_no_file_of_the_user_is_read(hosts: Hosts) -> None:
+    """A shell killed in the middle of the user's .bashrc must not leave traces there."""
+    command = hosts.command("h1", ["ssh", "h2", "ls -A ~; echo $HOME"])
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert hosts.prefix in output and ".bashrc" not in output and str(Path.home()) not in output.split()
+
+
 PROGRAM = """
 import subprocess, sys
 from tests.cluster.hosts import Hosts
