@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,14 @@ from benchmarks.jobs import end
 from tests.cluster.hosts import Hosts
 
 ROOT = Path(__file__).parents[2]
+MODULES = {"PyTorch": "tests.cluster.elastic_torch", "Keras": "tests.cluster.elastic_keras"}
 
 
 @dataclass
 class Job:
     """What a finished job left: its status, all that was printed, all workers' log lines by time, and rank 0's result."""
 
+    module: str
     status: int | None
     output: str
     log: list[dict[str, Any]]
@@ -45,6 +48,15 @@ class Job:
         samples = {(line["key"], line["rank"]): line["samples"] for line in self.of("batch")}
         groups = zip(self.result["history"], self.result["groups"], strict=True)
         return [[sample for rank in ranks for sample in samples[key, rank]] for key, ranks in groups]
+
+    def alone(self) -> list[str]:
+        """The statistics of one process that is given these batches: of the worker's module, in a process of its own."""
+        given = json.dumps({"batches": self.batches(), "grouped": self.group_batches()})
+        command = [sys.executable, "-m", self.module]
+        done = subprocess.run(command, input=given, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        found: list[str] = json.loads(done.stdout)
+        return found
 
     def recoveries(self) -> list[dict[str, float]]:
         """For each death: worker -> seconds until it was back in the loop, of all that lived on (infinity: never)."""
@@ -89,7 +101,7 @@ def run(
     slots: Mapping[str, int],
     plan: Sequence[Mapping[str, Any]] = (),
     *,
-    module: str = "tests.cluster.elastic_torch",
+    framework: str = "PyTorch",
     steps: int = 12,
     during: Callable[[Callable[[Mapping[str, int]], None], Callable[[str], list[dict[str, Any]]]], None] | None = None,
     timeout: float = 240,
@@ -104,7 +116,7 @@ def run(
         slots: host -> number of workers, at the beginning.
         plan: who dies when: `worker` ("h2:0", "rank 0"), `step` (or -1: when there is a file `now` in the folder), `where`
             ("forward", "backward", "between"), `how` ("kill", "raise").
-        module: the worker.
+        framework: one of MODULES.
         steps: of the whole job.
         during: called while the job runs, with a function that changes `slots` and one that tells the log lines of an event.
         timeout: seconds after which the job is ended.
@@ -134,7 +146,7 @@ def run(
     count = str(sum(slots.values()))
     command = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", count, "--min-np", "1", "--max-np", "4"]
     command += ["--host-discovery-script", str(script), "--network-interfaces", "eth0", *options]
-    command += [sys.executable, "-m", module, str(folder), str(steps)]
+    command += [sys.executable, "-m", MODULES[framework], str(folder), str(steps)]
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -159,4 +171,5 @@ def run(
             end(process)
         output.seek(0)
         path = folder / "result.json"
-        return Job(status, output.read(), lines(), json.loads(path.read_text()) if path.exists() else None)
+        result = json.loads(path.read_text()) if path.exists() else None
+        return Job(MODULES[framework], status, output.read(), lines(), result)

@@ -1,8 +1,9 @@
 """One worker of an elastic PyTorch job, in which workers die as `plan.json` in the job's folder says; see elastic.py.
 
 What it computes up to the second layer is exact, and depends on the global batch alone: both layers' running statistics, at the
-end, have to be those of one process that was given the same global batches (`replay`). A third layer synchronizes inside groups
-of ranks, which are made anew after every reset; rank 0's statistics have to be those of what its groups were given.
+end, have to be those of one process that was given the same global batches. A third layer synchronizes inside groups of ranks,
+which are made anew after every reset; rank 0's statistics have to be those of what its groups were given. Without arguments
+this is that one process, with both kinds of batches on its standard input.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ def replay(batches: Sequence[Sequence[int]], grouped: Sequence[Sequence[int]]) -
 
 
 def main() -> None:
-    """The worker."""
+    """The worker; without arguments, what it is compared with."""
+    if len(sys.argv) == 1:
+        print(json.dumps(replay(**json.load(sys.stdin))))
+        return
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     hvd.init(process_sets="dynamic")

@@ -1,10 +1,11 @@
-"""Every way to die, at every number of ranks: `make test-cluster` writes the table that docs/cluster.md shows."""
+"""Every way to die, at every number of ranks, in both frameworks: `make test-cluster` writes the table of docs/cluster.md."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ SLOTS = {2: {"h1": 1, "h2": 1}, 3: {"h1": 1, "h2": 2}, 4: {"h1": 2, "h2": 2}}
 PLACES = ("forward", "backward", "between")
 CASES = list(itertools.product(SLOTS, PLACES, ("kill", "raise")))
 HEADER = (
-    "| ranks | what happens in the job, one after the other | survivors back | seconds each | bytes of one process | load |",
-    "|---|---|---|---|---|---|",
+    "| framework | ranks | what happens in the job, one after the other | survivors back | seconds each | bytes of one process "
+    "| load |",
+    "|---|---|---|---|---|---|---|",
 )
 
 
@@ -29,16 +31,16 @@ class Table:
 
     def __init__(self) -> None:
         self.rows: list[str] = []
-        self.tried = self.survived = 0
+        self.tried, self.survived = Counter[str](), Counter[str]()
 
-    def add(self, ranks: int, faults: list[str], back: list[str], seconds: list[float], good: bool) -> None:
-        self.tried += len(faults)
-        self.survived += len(faults) * good
-        cells = [str(ranks), "; ".join(faults), ", ".join(back), ", ".join(f"{second:.1f}" for second in seconds)]
+    def add(self, framework: str, ranks: int, faults: list[str], back: list[str], seconds: list[float], good: bool) -> None:
+        self.tried[framework] += len(faults)
+        self.survived[framework] += len(faults) * good
+        cells = [framework, str(ranks), "; ".join(faults), ", ".join(back), ", ".join(f"{second:.1f}" for second in seconds)]
         self.rows.append(f"| {' | '.join((*cells, 'yes' if good else 'NO', f'{os.getloadavg()[0]:.0f}'))} |")
         path = Path(__file__).parents[2] / "out/elastic.md"
         path.parent.mkdir(exist_ok=True)
-        total = f"{self.survived} of {self.tried} faults survived."
+        total = "; ".join(f"{name}: {self.survived[name]} of {tried} faults survived" for name, tried in self.tried.items())
         path.write_text("\n".join((time.strftime("%Y-%m-%d"), "", *HEADER, *self.rows, "", total)) + "\n")
 
 
@@ -48,15 +50,16 @@ def table() -> Iterator[Table]:
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("ranks", "where", "how"), CASES)
-def test_recovers(hosts: Hosts, tmp_path: Path, table: Table, ranks: int, where: str, how: str) -> None:
+@pytest.mark.parametrize("framework", elastic.MODULES)
+def test_recovers(hosts: Hosts, tmp_path: Path, table: Table, framework: str, ranks: int, where: str, how: str) -> None:
     number = CASES.index((ranks, where, how))
     plan = [death(f"rank {number % ranks}", 4, where, how)]
     if ranks > 2:  # somebody has to be left
         other = PLACES[(PLACES.index(where) + 1) % 3]
         plan.append(death(f"rank {number % (ranks - 1)}", 8, other, how))
-    job = elastic.run(hosts, tmp_path, SLOTS[ranks], plan)
+    job = elastic.run(hosts, tmp_path, SLOTS[ranks], plan, framework=framework)
     good = False
     try:
         assert_recovered(job, deaths=len(plan), survivors=ranks - len(plan))
@@ -65,13 +68,15 @@ def test_recovers(hosts: Hosts, tmp_path: Path, table: Table, ranks: int, where:
         recoveries = job.recoveries()
         back = [f"{sum(s < float('inf') for s in each.values())} of {len(each)}" for each in recoveries]
         faults = [f"{'SIGKILL' if how == 'kill' else 'exception'}, {each['where']}" for each in plan]
-        table.add(ranks, faults, back, [max(each.values(), default=0) for each in recoveries], good)
+        seconds = [max(each.values(), default=0) for each in recoveries]
+        table.add(framework, ranks, faults, back, seconds, good)
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("ranks", SLOTS)
-def test_hosts_join_and_leave(hosts: Hosts, tmp_path: Path, table: Table, ranks: int) -> None:
+@pytest.mark.parametrize("framework", elastic.MODULES)
+def test_hosts_join_and_leave(hosts: Hosts, tmp_path: Path, table: Table, framework: str, ranks: int) -> None:
     """Up to this number of ranks, and down to one. A host's seconds are until all are in the loop, with those that start."""
     start = {"h1": 1, "h2": 1}
     if ranks == 2:
@@ -90,7 +95,7 @@ def test_hosts_join_and_leave(hosts: Hosts, tmp_path: Path, table: Table, ranks:
             seconds.append(max(line["time"] for line in lines("loop") if line["round"] == newest) - changed)
         (tmp_path / "now").touch()
 
-    job = elastic.run(hosts, tmp_path, start, steps=1000, during=during, STEP_SECONDS="0.1")
+    job = elastic.run(hosts, tmp_path, start, framework=framework, steps=1000, during=during, STEP_SECONDS="0.1")
     good = False
     try:
         assert_recovered(job, deaths=0, survivors=1)
@@ -98,4 +103,5 @@ def test_hosts_join_and_leave(hosts: Hosts, tmp_path: Path, table: Table, ranks:
     finally:
         sizes = [sum(slots.values()) for _, slots in steps]
         faults = [f"{what}: {size}" for (what, _), size in zip(steps, sizes, strict=True)]
-        table.add(ranks, faults, [f"{size} of {size}" for size in sizes[: len(seconds)]], seconds, good)
+        back = [f"{size} of {size}" for size in sizes[: len(seconds)]]
+        table.add(framework, ranks, faults, back, seconds, good)
