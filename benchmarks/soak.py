@@ -1,10 +1,12 @@
 """Many steps of layers in one job, to see that nothing grows and nothing breaks: `make soak`.
 
 Every step draws the size of the batch, the spatial size, the layout, how the samples are dealt out to the ranks (some get none)
-and who shares the batch: all ranks, those of a process set of both, or each alone in one of its own; for one of three layers
-that stay for the whole job. In TensorFlow every second call is made in a graph, which was traced once, for all shapes.
-It is held, byte by byte, against the same layer alone on the whole batch; a sha256 over those bytes is the same on both ranks
-and in both frameworks. Memory, threads and file handles are looked at after every chunk of steps. Both frameworks run at once.
+and who shares the batch: all ranks, those of a process set of two, or each alone in one of its own; for one of three layers
+that stay for the whole job. Of two ranks the set has both; with `--ranks 3` the first is not in it, and trains alone while the
+others share. In TensorFlow every second call is made in a graph, which was traced once, for all shapes.
+It is held, byte by byte, against the same layer alone on the whole batch; a sha256 over those bytes is the same on all ranks
+and in both frameworks. Memory, threads and file handles are looked at after every chunk of steps. Both frameworks run at once
+where that makes no more than four processes.
 """
 
 from __future__ import annotations
@@ -33,15 +35,14 @@ from benchmarks.measure import EPS, FRAMEWORKS, Framework, Record
 from benchmarks.settings import RECOMMENDED
 from hvd_syncbn.horovod import Groups
 
-RANKS = 2
+MOST_PROCESSES = 4
 CHANNELS = (3, 16, 19)
 MOST_SAMPLES = 9
 MOST_POSITIONS = 7  # in either direction
 MOMENTUM = 0.1
 WHO = ("shared", "shared whole", "pair", "pair whole", "own", "twin")
-"""Layers: of all ranks, and its reference, which has the whole batch; of a set of both, and its reference; of this rank alone,
+"""Layers: of all ranks, and its reference, which has the whole batch; of a set of two, and its reference; of this rank alone,
 and the same in the other layout."""
-
 
 Array = NDArray[np.float32]
 
@@ -53,11 +54,11 @@ class Step(NamedTuple):
     x: Array  # [n, c, h, w], the whole batch
     dy: Array
     last: bool  # channels last
-    edges: list[int]  # of the ranks' samples
+    parts: dict[int, slice]  # the samples of every rank that shares the batch; of the others each has all for itself
     among: str  # "shared", "pair", or "own": each rank in a process set of its own
 
 
-def draw(number: int) -> Step:
+def draw(number: int, ranks: int) -> Step:
     """The step of this number."""
     rng = np.random.default_rng(number)
     layer = int(rng.integers(len(CHANNELS)))
@@ -65,24 +66,37 @@ def draw(number: int) -> Step:
     height, width = rng.integers(2, MOST_POSITIONS + 1, 2)  # more than one value per channel, always
     shape = samples, CHANNELS[layer], int(height), int(width)
     x, dy = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
-    cut = int(rng.choice(np.array([0, samples, rng.integers(samples + 1)])))  # a third each: the first rank has none, all, some
+    # A third each: the first rank has none, all, some.
+    cuts = [int(rng.choice(np.array([0, samples, rng.integers(samples + 1)]))) for _ in range(ranks - 1)]
     among = str(rng.choice(["shared", "pair", "own"], p=[0.8, 0.1, 0.1]))
-    return Step(layer, x * np.float32(4) + np.float32(100), dy, bool(rng.integers(2)), [0, cut, samples], among)
+    sharing = pair(ranks) if among == "pair" else range(ranks)
+    edges = [0, *sorted(cuts[: len(sharing) - 1]), samples]
+    parts = dict(zip(sharing, map(slice, edges, edges[1:]), strict=True))
+    return Step(layer, x * np.float32(4) + np.float32(100), dy, bool(rng.integers(2)), parts, among)
 
 
-def sets(groups: Callable[[int], Groups]) -> dict[str, Any]:
+def pair(ranks: int) -> list[int]:
+    """The last two."""
+    return list(range(ranks))[-2:]
+
+
+def sets(hvd: Any, groups: Callable[[int], Groups]) -> dict[str, Any]:
     """The process sets of layers; on two ranks Horovod knows that of both as its global one."""
-    return {who: groups(1).mine for who in WHO} | {"shared": None, "pair": groups(RANKS).mine}
+    ranks = hvd.size()
+    both = hvd.global_process_set if ranks == 2 else hvd.add_process_set(pair(ranks))
+    return {who: groups(1).mine for who in WHO} | {"shared": None, "pair": both}
 
 
 class TorchLayers:
     """Three layers of each kind."""
 
     def __init__(self) -> None:
+        import horovod.torch as hvd
+
         from hvd_syncbn.torch import SyncBatchNorm, groups
 
         self.layers = {}
-        for who, process_set in sets(groups).items():
+        for who, process_set in sets(hvd, groups).items():
             for i, channels in enumerate(CHANNELS):
                 layer = SyncBatchNorm(channels, EPS, MOMENTUM, activation="relu", process_set=process_set)
                 layer.collective_name = f"soak.{i}"
@@ -109,9 +123,11 @@ class TensorFlowLayers:
     """The same, as functions with state."""
 
     def __init__(self) -> None:
+        import horovod.tensorflow as hvd
+
         from hvd_syncbn.tensorflow import groups
 
-        self.sets = sets(groups)
+        self.sets = sets(hvd, groups)
         self.state = {
             (who, i): [np.zeros(channels, np.float32), np.ones(channels, np.float32)]
             for who in WHO
@@ -171,27 +187,29 @@ def _job(framework: str) -> tuple[Any, Any]:
     return (TorchLayers() if framework == "torch" else TensorFlowLayers()), hashlib.sha256()
 
 
-def measure(framework: Framework, name: str, first: int, steps: int) -> Record:
+def measure(framework: Framework, name: str, first: int, steps: int, ranks: int) -> Record:
     """A chunk of steps, and what the process holds after it."""
     layers, digest = _job(name)
     different = 0
     kinds = {"own": 0, "pair": 0, "empty": 0}
     for number in range(first, first + steps):
-        layer, x, dy, last, edges, among = draw(number)
-        mine = slice(*edges[framework.rank : framework.rank + 2])
-        if among == "own":
+        layer, x, dy, last, parts, among = draw(number, ranks)
+        mine = parts.get(framework.rank, slice(None))
+        if among == "own" or framework.rank not in parts:
             # Against the other layout: what this rank has is all there is.
             got, want = (layers.step(who, layer, x[mine], dy[mine], how) for who, how in (("own", last), ("twin", not last)))
         else:
             got = layers.step(among, layer, x[mine], dy[mine], last)
+        if among != "own":
             whole = layers.step(f"{among} whole", layer, x, dy, last)
-            want = [whole[0][mine], whole[1][mine], *whole[2:]]
             for values in whole:
                 digest.update(np.ascontiguousarray(values).tobytes())
+            if framework.rank in parts:
+                want = [whole[0][mine], whole[1][mine], *whole[2:]]
         different += any(a.tobytes() != b.tobytes() for a, b in zip(got, want, strict=True))
         if among in kinds:
             kinds[among] += 1
-        kinds["empty"] += 0 in (edges[1], edges[2] - edges[1])
+        kinds["empty"] += any(part.start == part.stop for part in parts.values())
     process = psutil.Process()
     return {
         "first": first,
@@ -216,7 +234,7 @@ def plot(outcomes: list[jobs.Outcome], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     for axis, what in zip(axes, ("MiB", "threads", "files"), strict=True):
         for outcome in outcomes:
-            for rank in range(RANKS):
+            for rank in range(outcome.job.ranks):
                 records = [ranks[rank] for ranks in outcome.records]
                 steps = [record["first"] + record["steps"] for record in records]
                 label = f"{FRAMEWORKS[outcome.job.framework]}, rank {rank}"
@@ -235,7 +253,7 @@ def table(outcomes: list[jobs.Outcome]) -> Table:
     for column in ("framework", "rank", "steps", "empty", "pair", "alone", "differ", "MiB", "threads", "files", "sha256"):
         result.add_column(column, justify="left" if column in ("framework", "sha256") else "right")
     for outcome in outcomes:
-        for rank in range(RANKS):
+        for rank in range(outcome.job.ranks):
             records = [ranks[rank] for ranks in outcome.records]
             settled = records[len(records) // 10 :]
             sums = [str(sum(record[key] for record in records)) for key in ("steps", "empty", "pair", "own", "different")]
@@ -248,6 +266,7 @@ def table(outcomes: list[jobs.Outcome]) -> Table:
 def main() -> int:
     """Runs it in both frameworks; the exit status is 0 if all steps ran, no byte differed, and all digests are one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser.add_argument("--ranks", type=int, default=2, choices=(2, 3, 4))
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--chunk", type=int, default=200)
     parser.add_argument("--limit", type=float, default=3 * 3600, help="seconds for each framework")
@@ -257,18 +276,24 @@ def main() -> int:
     console.print(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, load {os.getloadavg()[0]:.1f}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     starts = range(0, args.steps, args.chunk)
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor() as pool:
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(MOST_PROCESSES // args.ranks) as pool:
 
         def run(framework: str) -> jobs.Outcome:
             cases = [
-                {"kind": "soak", "name": framework, "first": first, "steps": min(args.chunk, args.steps - first)}
+                {
+                    "kind": "soak",
+                    "name": framework,
+                    "first": first,
+                    "steps": min(args.chunk, args.steps - first),
+                    "ranks": args.ranks,
+                }
                 for first in starts
             ]
             label = FRAMEWORKS[framework]
             bar = progress.add_task(label, total=len(cases))
             # On a busy machine a rank may be kept from its turn for longer than Gloo's 30 s.
-            environment = RECOMMENDED | {"HOROVOD_GLOO_TIMEOUT_SECONDS": "300"}
-            job = jobs.Job(f"soak, {label}", framework, cases, RANKS, environment=environment, limit=args.limit)
+            environment = RECOMMENDED | {"HOROVOD_GLOO_TIMEOUT_SECONDS": "300", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+            job = jobs.Job(f"soak, {label}", framework, cases, args.ranks, environment=environment, limit=args.limit)
             return jobs.run(job, lambda done: progress.advance(bar, done))
 
         outcomes = list(pool.map(run, FRAMEWORKS))

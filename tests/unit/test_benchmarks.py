@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from benchmarks import accuracy, goals, layer
+from benchmarks import accuracy, goals, layer, soak
 from benchmarks import cost_model as document
 from benchmarks import measure as m
 from hvd_syncbn import native
@@ -152,3 +152,16 @@ def test_cases_are_json() -> None:
         jobs = plan(quick)
         assert len({job.title for job in jobs}) == len(jobs)
         json.dumps([job.cases for job in jobs])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_soak_deals_out_whole_batches(ranks: int) -> None:
+    """In one piece after the other, to all ranks or to the last two; in all three kinds of steps somebody gets nothing."""
+    empty = set()
+    for number in range(200):
+        step = soak.draw(number, ranks)
+        assert list(step.parts) == (soak.pair(ranks) if step.among == "pair" else list(range(ranks)))
+        samples = [sample for part in step.parts.values() for sample in range(part.start, part.stop)]
+        assert samples == list(range(len(step.x)))
+        empty |= {step.among for part in step.parts.values() if part.start == part.stop}
+    assert empty == {"shared", "pair", "own"}
