@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -25,43 +26,6 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT),
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
 }
-
-
-def digests(framework: str, path: Path, hosts: Hosts | None = None, slots: str = "", *options: str) -> dict[str, Any]:
-    """What tests/cluster/digest.py finds, on hosts or in this process's own place."""
-    command = [sys.executable, "-m", "tests.cluster.digest", framework, str(path)]
-    if hosts is not None:
-        count = sum(int(host.partition(":")[2]) for host in slots.split(","))
-        horovodrun = str(Path(sys.executable).parent / "horovodrun")
-        command = hosts.command("h1", [horovodrun, "--gloo", "-np", str(count), "-H", slots, *options, *command])
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        end(process)
-    assert path.exists(), output[-8000:]
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
-@pytest.mark.timeout(500)
-@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
-def test_the_bytes_of_one_process(hosts: Hosts, tmp_path: Path, framework: str) -> None:
-    """2 hosts x 2 ranks, for every split of the batch. In one framework horovodrun has to find the network interface."""
-    options = () if framework == "torch" else ("--network-interfaces", "eth0")
-    found = digests(framework, tmp_path / "hosts.json", hosts, "h1:2,h2:2", *options)
-    assert found["ranks"] == [[host, local, 2, 2] for host in (0, 1) for local in (0, 1)]
-    alone = digests(framework, tmp_path / "alone.json")
-    assert alone["size"] == 1
-    assert len({*found["digests"].values(), *alone["digests"].values()}) == 1, (found, alone)
 
 
 def run_command(hosts: Hosts, *arguments: str) -> dict[str, Any]:
@@ -88,10 +52,15 @@ def run_command(hosts: Hosts, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.timeout(300)
 def test_verify(hosts: Hosts) -> None:
+    """`horovodrun -np 4 -H h1:2,h2:2` in both frameworks, for every split of the batch: the sha256 of the reference.
+
+    It is one process's, too: tests/unit/test_cli.py.
+    """
     found = run_command(hosts, "verify")
     assert (found["ranks"], found["hosts"], found["failures"]) == (4, ["h1:2", "h2:2"], {})
     assert [machine["host"] for machine in found["machines"]] == ["h1", "h1", "h2", "h2"]
-    assert {result["framework"] for result in found["results"]} == {"torch", "tensorflow"}
+    kinds = [(result["framework"], result["configuration"].split(",")[0]) for result in found["results"]]
+    assert set(kinds) == set(itertools.product(("torch", "tensorflow"), vectors.SPLITS))
     assert {result["sha256"] for result in found["results"]} == {vectors.digest(*stacks.reference_stack())}
 
 
