@@ -105,3 +105,24 @@ def test_hosts_join_and_leave(hosts: Hosts, tmp_path: Path, table: Table, framew
         faults = [f"{what}: {size}" for (what, _), size in zip(steps, sizes, strict=True)]
         back = [f"{size} of {size}" for size in sizes[: len(seconds)]]
         table.add(framework, ranks, faults, back, seconds, good)
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("framework", elastic.MODULES)
+def test_a_slot_comes_back(hosts: Hosts, tmp_path: Path, table: Table, framework: str) -> None:
+    """With a worker of its own, after the cooldown. Its seconds are until both are in the loop."""
+    plan = [death("rank 1", 4, "forward", "kill")]
+    options = ("--blacklist-cooldown-range", "2", "4")
+    job = elastic.run(hosts, tmp_path, SLOTS[2], plan, framework=framework, steps=120, options=options, STEP_SECONDS="0.1")
+    loops = job.of("loop")
+    good = False
+    try:
+        assert_recovered(job, deaths=1, survivors=2)
+        assert [line["size"] for line in loops] == [2, 2, 1, 2, 2]
+        good = True
+    finally:
+        died = [line["time"] for line in job.of("dies")]
+        back = f"{len({line['pid'] for line in job.of('end')})} of 2"
+        seconds = [loops[-1]["time"] - died[0]] if died else []
+        table.add(framework, 2, ["SIGKILL, forward; its slot comes back"], [back], seconds, good)
