@@ -4,7 +4,8 @@ Horovod 0.28.1, its last release, does not compile against today's PyTorch and T
 With the changes in ``patches/`` (see patching.py) and one CMake setting it does not. The rules of this room:
 
 * It runs before anything of ours is built (``python -m hvd_syncbn.horovod_build``), so it imports the standard
-  library and rich, nothing else. Frameworks are looked at, never imported.
+  library and rich, nothing else; rich where it is used, so that a missing one is named like any other tool. Frameworks and what
+  the system has (system.py) are looked at, never imported.
 * One wheel for each combination of everything that decides the binary. All environments of a user share the cache,
   so a second checkout installs in seconds what the first one built in minutes.
 * A build that fails says what the compiler said first, and where the log is.
@@ -16,7 +17,6 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -33,13 +33,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
-
-from rich.console import Console
-from rich.padding import Padding
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from hvd_syncbn.horovod_build.patching import BuildError, apply, patches
+from hvd_syncbn.horovod_build.system import (
+    cuda_frameworks,
+    find_compiler,
+    find_cuda,
+    find_mpi,
+    find_nccl,
+    framework_versions,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 HOROVOD_VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
@@ -48,7 +55,10 @@ SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 _BUILD_VARIABLE = re.compile(
     r"HOROVOD_(GPU(_.+)?|CPU_OPERATIONS|(NCCL|NVTX|CUDA|ROCM|BUILD)_.+|ALLOW_MIXED_GPU_IMPL|CMAKE|DEBUG)"
 )
+# Folders of them: where things lie does not change the binary, their versions do.
+_PLACE = re.compile(r"HOROVOD_(NCCL|CUDA)_(HOME|INCLUDE|LIB)")
 _PARTS = ("PYTORCH", "TENSORFLOW", "MXNET", "MPI", "GLOO")
+_TOOLS = ("rich", "setuptools", "wheel", "packaging")
 _MAKE_STEP = re.compile(r"^\s*\[\s*(\d+)%\] (.+)$")
 _PLAIN_PROGRESS_S = 15.0
 _GIB_PER_COMPILER = 2
@@ -64,22 +74,6 @@ _ERROR_LINES = (
 
 # ---------------------------------------------------------------------------------------------------------------
 # What is here
-
-
-def framework_versions() -> dict[str, str]:
-    """Return the versions of the frameworks installed in this Python, without importing them."""
-    versions = {}
-    torch = importlib.util.find_spec("torch")
-    if torch is not None and torch.origin is not None:
-        # Not the distribution's version: that one leaves out which CUDA the build is for.
-        text = Path(torch.origin).with_name("version.py").read_text()
-        match = re.search(r"^__version__ = '(.+)'$", text, re.MULTILINE)
-        versions["torch"] = match[1] if match else importlib.metadata.version("torch")
-    if importlib.util.find_spec("tensorflow") is not None:
-        # tensorflow, tensorflow-cpu, tf-nightly, ...: whoever owns the module.
-        owner = importlib.metadata.packages_distributions()["tensorflow"][0]
-        versions["tensorflow"] = importlib.metadata.version(owner)
-    return versions
 
 
 def cache_root() -> Path:
@@ -116,10 +110,33 @@ def check() -> list[str]:
 # What decides the binary
 
 
-def build_settings(
-    versions: Mapping[str, str], environ: Mapping[str, str], *, with_mpi: bool = False, with_nccl: bool = False
-) -> dict[str, str]:
-    """Return Horovod's build variables: our choice, then the caller's own HOROVOD_* variables, then the options."""
+class Plan(NamedTuple):
+    """What is built: Horovod's build variables, the versions of the system's parts in it, and what to tell about the choice."""
+
+    settings: dict[str, str]
+    system: dict[str, str]
+    notes: list[str]
+
+
+def make_plan(
+    versions: Mapping[str, str], environ: Mapping[str, str], *, mpi: bool | None = None, nccl: bool | None = None
+) -> Plan:
+    """Choose what to build for: our choice, then the caller's own HOROVOD_* variables, then the options.
+
+    MPI is taken along where its compiler is found. GPU collectives go through NCCL where every framework is a build for
+    CUDA, and a CUDA toolkit and NCCL are found.
+
+    Args:
+        versions: The frameworks.
+        environ: The environment.
+        mpi: Whether to build with MPI; None where it is found.
+        nccl: Whether to run GPU collectives through NCCL; None where it can be.
+
+    Raises:
+        BuildError: what an option asks for is missing.
+    """
+    system = {"compiler": find_compiler(environ)}
+    notes = []
     wanted = {
         "PYTORCH": "torch" in versions,
         "TENSORFLOW": "tensorflow" in versions,
@@ -127,20 +144,61 @@ def build_settings(
         "MPI": False,
         "GLOO": True,
     }
+    here = find_mpi(environ)
+    if mpi and here is None:
+        raise BuildError(
+            "No mpicxx in the path, so MPI cannot be built in. Install one: apt-get install openmpi-bin libopenmpi-dev"
+        )
+    wanted["MPI"] = here is not None if mpi is None else mpi
     for part in _PARTS:
         if environ.get(f"HOROVOD_WITH_{part}") == "1":
             wanted[part] = True
         elif environ.get(f"HOROVOD_WITHOUT_{part}") == "1":
             wanted[part] = False
-    wanted["MPI"] |= with_mpi
+    if wanted["MPI"] and here is not None:
+        system["MPI"] = here.version
+        notes.append(f"with MPI: {here.version} ({here.home}); --without-mpi leaves it out")
     settings = {f"HOROVOD_{'WITH' if wanted[part] else 'WITHOUT'}_{part}": "1" for part in _PARTS}
     settings |= {name: value for name, value in environ.items() if _BUILD_VARIABLE.fullmatch(name)}
-    if with_nccl:
-        settings["HOROVOD_GPU_OPERATIONS"] = "NCCL"
-    return settings
+    _plan_gpu(Plan(settings, system, notes), versions, environ, nccl)
+    return Plan(settings, system, notes)
 
 
-def cache_key(versions: Mapping[str, str], settings: Mapping[str, str], compiler: str) -> str:
+def _plan_gpu(plan: Plan, versions: Mapping[str, str], environ: Mapping[str, str], nccl: bool | None) -> None:
+    """Add to a plan what GPUs need."""
+    gpus = cuda_frameworks()
+    plain = [f"{name} {version}" for name, version in versions.items() if name not in gpus]
+    asked = nccl or any(name.startswith("HOROVOD_GPU_") for name in plan.settings)
+    if not asked and not gpus:
+        return
+    cuda = find_cuda(environ)
+    if cuda is not None:
+        # Also without collectives on the GPU: Horovod then reads tensors that lie there, and asks PyTorch where CUDA is.
+        plan.system["CUDA"] = cuda.version
+        plan.settings["HOROVOD_CUDA_HOME"] = str(cuda.home)
+    library = find_nccl(environ, cuda)
+    problem = None
+    if plain:
+        problem = f"{' and '.join(plain)} is no build for CUDA, and Horovod's GPU collectives need all frameworks to be"
+    elif cuda is None:
+        problem = "no CUDA toolkit was found; install one that has nvcc, or set CUDA_HOME to it"
+    elif library is None:
+        cu = cuda.version.partition(".")[0]
+        problem = f"NCCL's header was not found; {sys.executable} -m pip install nvidia-nccl-cu{cu}, or set HOROVOD_NCCL_HOME"
+    if nccl is False or (problem is not None and not asked):
+        why = "as asked" if nccl is False else problem
+        plan.notes.append(f"without NCCL, so packets of GPU tensors go through host memory: {why}")
+    elif problem is not None:
+        raise BuildError(f"GPU collectives through NCCL cannot be built: {problem}.")
+    elif cuda is not None and library is not None:
+        plan.system["NCCL"] = library.version
+        plan.settings.setdefault("HOROVOD_NCCL_HOME", str(library.home))
+        if not any(name.startswith("HOROVOD_GPU_") for name in plan.settings) or nccl:
+            plan.settings["HOROVOD_GPU_OPERATIONS"] = "NCCL"
+        plan.notes.append(f"with NCCL {library.version} ({library.home}) and CUDA {cuda.version} ({cuda.home})")
+
+
+def cache_key(versions: Mapping[str, str], plan: Plan) -> str:
     """Return the name of the cache folder: readable, then a hash over everything that decides the binary."""
     python = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
     ingredients = {
@@ -150,23 +208,12 @@ def cache_key(versions: Mapping[str, str], settings: Mapping[str, str], compiler
         "frameworks": dict(versions),
         "python": python,
         "libc": platform.libc_ver(),
-        "compiler": compiler,
-        "settings": dict(settings),
+        "system": plan.system,
+        "settings": {name: value for name, value in plan.settings.items() if not _PLACE.fullmatch(name)},
     }
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     names = "-".join(f"{name}{version}" for name, version in versions.items())
     return f"{HOROVOD_VERSION}-{names}-{python}-{digest[:12]}"
-
-
-def find_compiler(environ: Mapping[str, str]) -> str:
-    """Return the version line of the C++ compiler CMake will take."""
-    candidates = [environ["CXX"].split()[0]] if environ.get("CXX") else ["c++", "g++", "clang++"]
-    for candidate in candidates:
-        path = shutil.which(candidate, path=environ.get("PATH"))
-        if path:
-            result = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-            return result.stdout.partition("\n")[0]
-    raise BuildError(f"No C++ compiler found ({', '.join(candidates)}). Install one: apt-get install g++")
 
 
 def check_tools(environ: Mapping[str, str]) -> None:
@@ -178,10 +225,14 @@ def check_tools(environ: Mapping[str, str]) -> None:
         if not shutil.which(tool, path=environ.get("PATH")):
             raise BuildError(f"{tool} is missing. Install it: apt-get install {tool}")
     if not environ.get("HOROVOD_CMAKE") and not shutil.which("cmake", path=environ.get("PATH")):
-        raise BuildError(f"CMake is missing. Install it: {sys.executable} -m pip install 'cmake<4'")
+        raise BuildError(f"CMake is missing. Install it: {sys.executable} -m pip install cmake")
     if importlib.util.find_spec("pip") is None:
         raise BuildError(f"{sys.executable} has no pip. Install it: {sys.executable} -m ensurepip")
-    missing = [name for name in ("setuptools", "wheel", "packaging") if importlib.util.find_spec(name) is None]
+
+
+def check_packages() -> None:
+    """Raise if a Python package that the builder needs is missing; rich is one of them, so this comes first."""
+    missing = [name for name in _TOOLS if importlib.util.find_spec(name) is None]
     if missing:
         names = " ".join(missing)
         raise BuildError(f"Horovod's build needs {names}. Install: {sys.executable} -m pip install {names}")
@@ -200,6 +251,11 @@ def build_environment(settings: Mapping[str, str], environ: Mapping[str, str]) -
     dropped = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}
     env = {k: v for k, v in environ.items() if not k.startswith("HOROVOD_") and k not in dropped}
     jobs = build_jobs()
+    if "HOROVOD_CUDA_HOME" in settings:
+        # PyTorch and CMake otherwise guess the toolkit from where nvcc is, which may be a script elsewhere.
+        home = settings["HOROVOD_CUDA_HOME"]
+        env |= {"CUDA_HOME": home, "CUDAToolkit_ROOT": home, "CUDACXX": f"{home}/bin/nvcc"}
+        env["PATH"] = os.pathsep.join([f"{home}/bin", env.get("PATH", "")])
     return {
         **env,
         **settings,
@@ -277,6 +333,8 @@ def parse_step(line: str) -> tuple[int, str] | None:
 @contextlib.contextmanager
 def show_progress(console: Console, title: str) -> Iterator[Callable[[int, str], None]]:
     """Show that something goes on: a live bar on a terminal, elsewhere a line now and then."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     if console.is_terminal:
         columns = (SpinnerColumn(), TextColumn(title), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as progress:
@@ -376,12 +434,13 @@ def _compile(folder: Path, archive: Path, env: Mapping[str, str], console: Conso
         return staged.replace(folder / built.name)
 
 
-def build(*, with_mpi: bool = False, with_nccl: bool = False, install: bool = True) -> Path:
+def build(*, mpi: bool | None = None, nccl: bool | None = None, install: bool = True) -> Path:
     """Build Horovod for the frameworks of this Python, or take it from the cache, and install it.
 
     Args:
-        with_mpi: Build the MPI operations, too; needs an MPI with its headers.
-        with_nccl: Run GPU collectives through NCCL; needs CUDA and NCCL with its headers.
+        mpi: Build the MPI operations, too; needs an MPI with its headers. None: where one is found.
+        nccl: Run GPU collectives through NCCL; needs CUDA and NCCL with its headers. None: where both are found and every
+            framework is a build for CUDA.
         install: Install the wheel into this Python.
 
     Returns:
@@ -390,6 +449,8 @@ def build(*, with_mpi: bool = False, with_nccl: bool = False, install: bool = Tr
     Raises:
         BuildError: Something is missing, or the build failed.
     """
+    from rich.console import Console
+
     console = Console(highlight=False, soft_wrap=True)
     versions = framework_versions()
     if not versions:
@@ -399,14 +460,16 @@ def build(*, with_mpi: bool = False, with_nccl: bool = False, install: bool = Tr
         )
     # The tools that pip installed lie beside this Python, also when its environment is not activated.
     environ = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
-    settings = build_settings(versions, environ, with_mpi=with_mpi, with_nccl=with_nccl)
-    env = build_environment(settings, environ)
+    plan = make_plan(versions, environ, mpi=mpi, nccl=nccl)
+    env = build_environment(plan.settings, environ)
     root = cache_root()
-    folder = root / cache_key(versions, settings, find_compiler(environ))
+    folder = root / cache_key(versions, plan)
     folder.mkdir(parents=True, exist_ok=True)
     names = " and ".join(f"{name} {version}" for name, version in versions.items())
     title = f"Horovod {HOROVOD_VERSION} for {names}"
 
+    for note in plan.notes:
+        console.print(f"Horovod {note}")
     with _locked(folder / "lock", console):
         wheel = next(folder.glob("horovod-*.whl"), None)
         if wheel is None:
@@ -439,14 +502,21 @@ HOROVOD_GPU_ALLREDUCE, ...) are passed on from the environment. Wheels are kept 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.add_argument("--with-mpi", action="store_true", help="build the MPI operations, too")
-    parser.add_argument("--with-nccl", action="store_true", help="run GPU collectives through NCCL")
+    parts = {"mpi": "the MPI operations, too", "nccl": "GPU collectives through NCCL"}
+    for part, what in parts.items():
+        group = parser.add_mutually_exclusive_group()
+        with_it = f"build {what}, or fail (by default where they can be built)"
+        group.add_argument(f"--with-{part}", dest=part, action="store_const", const=True, help=with_it)
+        group.add_argument(f"--without-{part}", dest=part, action="store_const", const=False, help=f"do not build {what}")
     parser.add_argument("--no-install", action="store_true", help="only build the wheel and print its path")
     parser.add_argument("--list", action="store_true", help="list our changes to Horovod and build nothing")
 
 
 def list_patches() -> None:
     """Print every change to Horovod: what, why, and where Horovod's people know of it."""
+    from rich.console import Console
+    from rich.padding import Padding
+
     console = Console(highlight=False, markup=False)
     for patch in patches():
         console.print(f"{patch.name}: {patch.subject}")
@@ -455,9 +525,6 @@ def list_patches() -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build as the parsed options say and return the exit status."""
-    if args.list:
-        list_patches()
-        return 0
 
     def stop(number: int, _frame: object) -> None:
         sys.exit(128 + number)
@@ -466,7 +533,11 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
     try:
-        build(with_mpi=args.with_mpi, with_nccl=args.with_nccl, install=not args.no_install)
+        check_packages()
+        if args.list:
+            list_patches()
+            return 0
+        build(mpi=args.mpi, nccl=args.nccl, install=not args.no_install)
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """What building Horovod decides without compiling: patches, cache key, environment, error report."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -170,8 +171,10 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, download: Callable[[Path], object]
 
 class TestCacheKey:
     def key(self, **changed: object) -> str:
-        arguments: dict = {"versions": VERSIONS, "settings": {"HOROVOD_WITH_GLOO": "1"}, "compiler": "g++ 12.2.0"}
-        return horovod_build.cache_key(**(arguments | changed))
+        arguments: dict = {"versions": VERSIONS, "settings": {"HOROVOD_WITH_GLOO": "1"}, "system": {"compiler": "g++ 12.2.0"}}
+        arguments |= changed
+        plan = horovod_build.Plan(arguments["settings"], arguments["system"], notes=[])
+        return horovod_build.cache_key(arguments["versions"], plan)
 
     def test_is_stable_and_readable(self) -> None:
         assert self.key() == self.key()
@@ -186,7 +189,10 @@ class TestCacheKey:
             {"versions": {**VERSIONS, "tensorflow": "2.20.0"}},
             {"versions": {"torch": VERSIONS["torch"]}},
             {"settings": {"HOROVOD_WITH_GLOO": "1", "HOROVOD_WITH_MPI": "1"}},
-            {"compiler": "g++ 13.1.0"},
+            {"system": {"compiler": "g++ 13.1.0"}},
+            {"system": {"compiler": "g++ 12.2.0", "CUDA": "13.0.88"}},
+            {"system": {"compiler": "g++ 12.2.0", "NCCL": "2.30.7"}},
+            {"system": {"compiler": "g++ 12.2.0", "MPI": "4.1.4"}},
         ],
         ids=str,
     )
@@ -211,6 +217,10 @@ class TestCacheKey:
         monkeypatch.setattr(target, value)
         assert self.key() != before
 
+    def test_does_not_change_with_where_things_lie(self) -> None:
+        settings = {"HOROVOD_WITH_GLOO": "1", "HOROVOD_NCCL_HOME": "/env/nccl", "HOROVOD_CUDA_HOME": "/usr/local/cuda"}
+        assert self.key(settings=settings) == self.key()
+
     def test_cache_root_follows_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
         monkeypatch.delenv("HVD_SYNCBN_CACHE", raising=False)
@@ -219,37 +229,172 @@ class TestCacheKey:
         assert horovod_build.cache_root() == Path("/own/horovod")
 
 
-class TestSettings:
-    def test_builds_for_what_is_installed_over_gloo(self) -> None:
-        assert horovod_build.build_settings({"torch": "2"}, {}) == {
+def tool(path: Path, script: str = "") -> Path:
+    """An executable file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+class System:
+    """A machine with a compiler, and with what a test puts there: the environment that knows it."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        self.monkeypatch = monkeypatch
+        self.environ = {"PATH": f"{root / 'bin'}:/usr/bin:/bin"}
+        tool(root / "bin/c++", "echo c++ 12.2.0")
+        # Nothing of the real machine's.
+        real = shutil.which
+        monkeypatch.setattr(shutil, "which", lambda name, path=None: real(name, path=str(root / "bin")))
+        monkeypatch.setattr(horovod_build.system, "_USUAL_CUDA", root / "nowhere")
+        monkeypatch.setattr(horovod_build.system, "_USUAL_NCCL", ())
+        monkeypatch.setattr(horovod_build.system, "_of_pip", lambda: [root / "site/nvidia/nccl"])
+        self.cuda_frameworks()
+
+    def cuda_frameworks(self, *names: str) -> None:
+        self.monkeypatch.setattr(horovod_build, "cuda_frameworks", lambda: list(names))
+
+    def mpi(self) -> None:
+        tool(self.root / "bin/mpicxx", 'test "$1" = --showme:version && echo "mpicxx: Open MPI 4.1.4 (Language: C++)"')
+
+    def cuda(self) -> Path:
+        """A toolkit whose nvcc in the path is a script elsewhere."""
+        home = self.root / "cuda-13.0"
+        says = f"if [ $1 = --version ]; then echo 'release 13.0, V13.0.88'; else echo '#$ TOP={home}/bin/..' >&2; fi"
+        tool(home / "bin/nvcc", says)
+        tool(self.root / "bin/nvcc", f'exec {home}/bin/nvcc "$@"')
+        return home
+
+    def nccl(self, home: str = "site/nvidia/nccl") -> Path:
+        header = self.root / home / "include/nccl.h"
+        header.parent.mkdir(parents=True)
+        header.write_text("#define NCCL_MAJOR 2\n#define NCCL_MINOR 30\n#define NCCL_PATCH 7\n")
+        return self.root / home
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> System:
+    return System(tmp_path, monkeypatch)
+
+
+class TestPlan:
+    def test_builds_for_what_is_installed_over_gloo(self, system: System) -> None:
+        plan = horovod_build.make_plan({"torch": "2"}, system.environ)
+        assert plan.settings == {
             "HOROVOD_WITH_PYTORCH": "1",
             "HOROVOD_WITHOUT_TENSORFLOW": "1",
             "HOROVOD_WITHOUT_MXNET": "1",
             "HOROVOD_WITHOUT_MPI": "1",
             "HOROVOD_WITH_GLOO": "1",
         }
+        assert (plan.system, plan.notes) == ({"compiler": "c++ 12.2.0"}, [])
 
-    def test_options(self) -> None:
-        settings = horovod_build.build_settings(VERSIONS, {}, with_mpi=True, with_nccl=True)
-        assert settings["HOROVOD_WITH_MPI"] == "1"
-        assert "HOROVOD_WITHOUT_MPI" not in settings
-        assert settings["HOROVOD_GPU_OPERATIONS"] == "NCCL"
-
-    def test_the_callers_variables_win_over_ours_and_runtime_ones_stay_out(self) -> None:
-        environ = {
+    def test_the_callers_variables_win_over_ours_and_runtime_ones_stay_out(self, system: System) -> None:
+        environ = system.environ | {
             "HOROVOD_WITH_MPI": "1",
             "HOROVOD_WITHOUT_TENSORFLOW": "1",
-            "HOROVOD_NCCL_HOME": "/nccl",
             "HOROVOD_CYCLE_TIME": "0.1",
             "HOME": "/root",
         }
-        settings = horovod_build.build_settings(VERSIONS, environ)
+        settings = horovod_build.make_plan(VERSIONS, environ).settings
         assert settings["HOROVOD_WITH_MPI"] == "1"
         assert settings["HOROVOD_WITHOUT_TENSORFLOW"] == "1"
         assert "HOROVOD_WITH_TENSORFLOW" not in settings
-        assert settings["HOROVOD_NCCL_HOME"] == "/nccl"
         assert not {"HOROVOD_CYCLE_TIME", "HOME"} & set(settings)
 
+    def test_mpi_is_taken_along_where_it_is(self, system: System) -> None:
+        with pytest.raises(horovod_build.BuildError, match="apt-get install openmpi-bin libopenmpi-dev"):
+            horovod_build.make_plan(VERSIONS, system.environ, mpi=True)
+        system.mpi()
+        plan = horovod_build.make_plan(VERSIONS, system.environ)
+        assert plan.settings["HOROVOD_WITH_MPI"] == "1"
+        assert plan.system["MPI"] == "Open MPI 4.1.4 (Language: C++)"
+        assert any("--without-mpi" in note for note in plan.notes)
+        for plan in (
+            horovod_build.make_plan(VERSIONS, system.environ, mpi=False),
+            horovod_build.make_plan(VERSIONS, system.environ | {"HOROVOD_WITHOUT_MPI": "1"}),
+        ):
+            assert plan.settings["HOROVOD_WITHOUT_MPI"] == "1" and "MPI" not in plan.system and not plan.notes
+
+    def test_builds_for_the_cpu_do_not_depend_on_cuda(self, system: System) -> None:
+        before = horovod_build.make_plan(VERSIONS, system.environ)
+        system.cuda()
+        system.nccl()
+        assert horovod_build.make_plan(VERSIONS, system.environ) == before
+
+    def test_nccl_where_all_frameworks_are_for_cuda(self, system: System) -> None:
+        cuda, nccl = system.cuda(), system.nccl()
+        system.cuda_frameworks("torch")
+        plan = horovod_build.make_plan({"torch": "2.14.1+cu130"}, system.environ)
+        assert plan.settings["HOROVOD_GPU_OPERATIONS"] == "NCCL"
+        assert plan.settings["HOROVOD_NCCL_HOME"] == str(nccl)
+        assert plan.settings["HOROVOD_CUDA_HOME"] == str(cuda)
+        assert (plan.system["CUDA"], plan.system["NCCL"]) == ("13.0.88", "2.30.7")
+        assert any("with NCCL 2.30.7" in note for note in plan.notes)
+        env = horovod_build.build_environment(plan.settings, system.environ)
+        assert env["CUDA_HOME"] == env["CUDAToolkit_ROOT"] == str(cuda) and env["CUDACXX"] == f"{cuda}/bin/nvcc"
+
+    def test_what_keeps_nccl_out_is_said(self, system: System) -> None:
+        torch = {"torch": "2.14.1+cu130"}
+        system.cuda_frameworks("torch")
+
+        def check(versions: dict[str, str], said: str) -> None:
+            plan = horovod_build.make_plan(versions, system.environ)
+            assert "HOROVOD_GPU_OPERATIONS" not in plan.settings
+            (note,) = plan.notes
+            assert "host memory" in note and said in note
+            with pytest.raises(horovod_build.BuildError, match=said):
+                horovod_build.make_plan(versions, system.environ, nccl=True)
+
+        check(torch, "set CUDA_HOME")
+        system.cuda()
+        check(torch, "pip install nvidia-nccl-cu13")
+        system.nccl()
+        check(torch | {"tensorflow": "2.21.0"}, "tensorflow 2.21.0 is no build for CUDA")
+        plan = horovod_build.make_plan(torch, system.environ, nccl=False)
+        assert "HOROVOD_GPU_OPERATIONS" not in plan.settings and "NCCL" not in plan.system
+        # Without NCCL, too, Horovod is told where CUDA is, and the build depends on it: it reads tensors on GPUs.
+        assert plan.system["CUDA"] == "13.0.88" and "as asked" in plan.notes[0]
+
+    def test_the_callers_gpu_variables(self, system: System) -> None:
+        system.cuda()
+        system.cuda_frameworks("torch")
+        nccl = system.nccl("own/nccl")
+        environ = system.environ | {"HOROVOD_GPU_ALLREDUCE": "NCCL", "HOROVOD_NCCL_HOME": str(nccl)}
+        plan = horovod_build.make_plan({"torch": "2.14.1+cu130"}, environ)
+        assert plan.settings["HOROVOD_GPU_ALLREDUCE"] == "NCCL" and "HOROVOD_GPU_OPERATIONS" not in plan.settings
+        assert plan.settings["HOROVOD_NCCL_HOME"] == str(nccl)
+        for name in ("HOROVOD_NCCL_HOME", "HOROVOD_NCCL_INCLUDE", "CUDA_HOME", "HOROVOD_CUDA_HOME"):
+            with pytest.raises(horovod_build.BuildError, match=f"{name}=.*nothing"):
+                horovod_build.make_plan({"torch": "2.14.1+cu130"}, environ | {name: str(system.root / "nothing")})
+
+    def test_frameworks_of_this_environment(self) -> None:
+        """As their own words have it."""
+        found = set()
+        if importlib.util.find_spec("torch"):
+            import torch
+
+            found |= {"torch"} if torch.version.cuda else set()
+        if importlib.util.find_spec("tensorflow"):
+            import tensorflow
+
+            found |= {"tensorflow"} if tensorflow.sysconfig.get_build_info()["is_cuda_build"] else set()
+        assert set(horovod_build.cuda_frameworks()) == found
+
+    @pytest.mark.parametrize(("text", "cuda"), [("cuda: Optional[str] = '13.0'", True), ("cuda: Optional[str] = None", False)])
+    def test_pytorch_for_cuda(self, text: str, cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch/__init__.py").touch()
+        (tmp_path / "torch/version.py").write_text(f"__version__ = '9.9'\n{text}\ngit_version = 'a'\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+        assert ("torch" in horovod_build.cuda_frameworks()) == cuda
+        assert horovod_build.framework_versions()["torch"] == "9.9"
+
+
+class TestEnvironment:
     def test_environment_of_the_build(self) -> None:
         settings = {"HOROVOD_WITH_GLOO": "1"}
         environ = {"PATH": "/bin", "HOROVOD_WITHOUT_GLOO": "1", "MAKEFLAGS": "w -j8 --jobserver-auth=3,4"}
@@ -272,6 +417,18 @@ class TestTools:
         compiler.write_text("#!/bin/sh\necho mycxx 99.1\necho more\n")
         compiler.chmod(0o755)
         assert horovod_build.find_compiler({"PATH": str(tmp_path), "CXX": "mycxx -m64"}) == "mycxx 99.1"
+
+    @pytest.mark.parametrize("missing", ["rich", "wheel"])
+    def test_a_missing_package(self, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """rich, too, though the builder itself prints with it."""
+        real = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else real(name))
+        assert horovod_build.main([]) == 1
+        assert f"pip install {missing}" in capsys.readouterr().err
+
+    def test_importing_the_builder_needs_the_standard_library_alone(self) -> None:
+        code = "import sys; sys.modules['rich'] = None; import hvd_syncbn.horovod_build"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
     @pytest.mark.parametrize("missing", ["make", "patch"])
     def test_a_missing_tool(self, missing: str, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 # The CUDA kernels, compiled into libhvd_syncbn where there is a CUDA compiler.
 #
-# The CUDA runtime is linked statically, so it works beside whichever one a framework brings. Binaries of one major version
-# run on its later minor ones, so these cover Turing to Blackwell; newer devices compile the PTX of the last.
+# The CUDA runtime is linked statically, so it works beside whichever one a framework brings.
 set(HVD_SYNCBN_CUDA "auto" CACHE STRING "CUDA kernels: on, off, or auto (where a CUDA compiler and a framework that can call them are found)")
 set_property(CACHE HVD_SYNCBN_CUDA PROPERTY STRINGS auto on off)
 if(HVD_SYNCBN_CUDA STREQUAL "off")
@@ -32,10 +31,17 @@ if(NOT CMAKE_CUDA_COMPILER)
   message(STATUS "hvd-syncbn: no CUDA compiler, building without CUDA")
   return()
 endif()
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 90-real 100-real 120)
+set(architectures ${CMAKE_CUDA_ARCHITECTURES})
+enable_language(CUDA)  # sets the variable
+if(NOT architectures)
+  # Binaries of one major version run on its later minor ones; newer devices compile the PTX of the last.
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+    set(architectures 75-real 80-real 90-real 100-real 120)  # Turing to Blackwell
+  else()
+    set(architectures 75-real 80-real 90)  # Turing to Hopper; Blackwell from PTX
+  endif()
 endif()
-enable_language(CUDA)
+set(CMAKE_CUDA_ARCHITECTURES ${architectures})
 find_package(CUDAToolkit REQUIRED)
 message(STATUS "hvd-syncbn: CUDA ${CMAKE_CUDA_COMPILER_VERSION}, architectures ${CMAKE_CUDA_ARCHITECTURES}")
 
