@@ -10,13 +10,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from hvd_syncbn import __version__, horovod, native, vectors
 from hvd_syncbn.cli.job import MARK
-from hvd_syncbn.cli.stacks import LAYOUTS, tensorflow_stack, torch_stack
+from hvd_syncbn.cli.stacks import LAYOUTS, Stack, gpu, tensorflow_stack, torch_stack
 
 PACKET_CHANNELS = (64, 2048, 16384)
 """A narrow layer's packet, the largest of a ResNet-50, and eight times that."""
@@ -34,23 +35,40 @@ def report(hvd: Any, **values: Any) -> None:
 
 def paths(hvd: Any, framework: str) -> None:
     """The digest of every instruction-set path and layout, on one rank."""
-    stack = torch_stack if framework == "torch" else tensorflow_stack
+    stack: Callable[..., Stack] = torch_stack if framework == "torch" else tensorflow_stack
     everything = list(range(vectors.SAMPLES))
-    report(hvd, configurations=len(native.isas()) * len(LAYOUTS))
+    device = gpu(framework, 0)
+    report(hvd, configurations=(len(native.isas()) + (device is not None)) * len(LAYOUTS))
     for path in native.isas():
         native.set_isa(path)
         for layout in LAYOUTS:
             configuration = f"{_words(layout)}, {path}"
             report(hvd, configuration=configuration, sha256=vectors.digest(*stack(everything, layout)))
+    if device is not None:
+        for layout in LAYOUTS:
+            sha256 = vectors.digest(*stack(everything, layout, device=device))
+            report(hvd, configuration=f"{_words(layout)}, GPU", sha256=sha256)
+
+
+def _common_gpu(hvd: Any, framework: str) -> str | None:
+    """This rank's GPU; None if some rank has none, or has to share one and NCCL, which refuses that, carries the packets."""
+    device = gpu(framework, hvd.local_rank())
+    own = (socket.gethostname(), device)
+    everyone = hvd.allgather_object(own, name="hvd_syncbn.verify.devices")
+    alone = len(set(everyone)) == len(everyone)
+    return device if all(name for _, name in everyone) and (alone or not hvd.nccl_built()) else None
 
 
 def splits(hvd: Any, framework: str) -> None:
     """The digest of every way to deal the batch out to the ranks, layout and mode; first what every rank is."""
     own = (socket.gethostname(), native.isa(), __version__)
     report(hvd, ranks=hvd.allgather_object(own, name="hvd_syncbn.verify.ranks"))
-    modes: dict[str, Callable[[list[int], str], Any]] = {"": torch_stack}
+    modes: dict[str, Callable[..., Stack]] = {"": torch_stack}
     if framework == "tensorflow":
-        modes = {", eager": tensorflow_stack, ", graph": lambda mine, layout: tensorflow_stack(mine, layout, True)}
+        modes = {", eager": tensorflow_stack, ", graph": partial(tensorflow_stack, graph=True)}
+    device = _common_gpu(hvd, framework)
+    if device is not None:
+        modes |= {f"{mode}, GPU": partial(stack, device=device) for mode, stack in modes.items()}
     report(hvd, configurations=len(vectors.SPLITS) * len(LAYOUTS) * len(modes))
     for kind in vectors.SPLITS:
         mine = vectors.split(hvd.size(), kind)[hvd.rank()]

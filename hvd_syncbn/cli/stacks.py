@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_syncbn import protocol, vectors
+from hvd_syncbn import native, protocol, vectors
 
 LAYOUTS = ("channels_first", "channels_last")
 
@@ -56,7 +56,21 @@ def reference_stack() -> Stack:
     return outputs[-1].reshape(shape).astype(np.float32), dx.reshape(shape).astype(np.float32), running
 
 
-def torch_stack(samples: list[int], layout: str) -> Stack:
+def gpu(framework: str, number: int) -> str | None:
+    """The framework's name of GPU ``number`` modulo those that it sees, if the native parts have kernels for it."""
+    if not native.has_cuda():
+        return None
+    if framework == "torch":
+        import torch
+
+        return f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else None
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    return f"/GPU:{number % len(gpus)}" if gpus else None
+
+
+def torch_stack(samples: list[int], layout: str, device: str = "cpu") -> Stack:
     """``(y, dx, running statistics)`` of the stack on this rank's samples, in PyTorch; y and dx with channels first."""
     import torch
 
@@ -69,8 +83,8 @@ def torch_stack(samples: list[int], layout: str) -> Stack:
         with torch.no_grad():
             for parameter, values in zip((layer.weight, layer.bias), vectors.parameters(i), strict=True):
                 parameter.copy_(torch.from_numpy(values))
-        layers.append(layer)
-    x, dy = (torch.from_numpy(values[samples]) for values in vectors.inputs())
+        layers.append(layer.to(device))
+    x, dy = (torch.from_numpy(values[samples]).to(device) for values in vectors.inputs())
     if layout == "channels_last":
         x, dy = (t.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1) for t in (x, dy))
     x.requires_grad_()
@@ -79,11 +93,11 @@ def torch_stack(samples: list[int], layout: str) -> Stack:
         outputs.append(layer(outputs[-1] if outputs else x, None if source is None else outputs[source]))
     outputs[-1].backward(dy)
     assert x.grad is not None
-    running = [(layer.running_mean.numpy(), layer.running_var.numpy()) for layer in layers]
-    return outputs[-1].detach().numpy(), x.grad.numpy(), running
+    running = [(layer.running_mean.cpu().numpy(), layer.running_var.cpu().numpy()) for layer in layers]
+    return outputs[-1].detach().cpu().numpy(), x.grad.cpu().numpy(), running
 
 
-def tensorflow_stack(samples: list[int], layout: str, graph: bool = False) -> Stack:
+def tensorflow_stack(samples: list[int], layout: str, graph: bool = False, device: str = "/CPU:0") -> Stack:
     """The same in TensorFlow, eagerly or as a ``tf.function``."""
     import tensorflow as tf
 
@@ -118,6 +132,7 @@ def tensorflow_stack(samples: list[int], layout: str, graph: bool = False) -> St
 
     x, dy = (np.moveaxis(v[samples], 1, -1) if last else v[samples] for v in vectors.inputs())
     function = tf.function(run, autograph=False) if graph else run
-    y, dx, running = function(tf.constant(x), tf.constant(dy))
+    with tf.device(device):
+        y, dx, running = function(tf.constant(x), tf.constant(dy))
     y, dx = (np.moveaxis(t.numpy(), -1, 1) if last else t.numpy() for t in (y, dx))
     return y, dx, [(mean.numpy(), variance.numpy()) for mean, variance in running]
