@@ -16,6 +16,9 @@ _process_sets: dict[int, Any] = {}
 
 
 torch.ops.load_library(native.adapter("torch_impl/libhvd_syncbn_torch.so", "PyTorch", torch.__version__))
+# The tag keeps it out of CUDA graphs that torch.compile records: Horovod's threads could not take part in a replay.
+_TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))  # from PyTorch 2.8 on
+torch.library.define("hvd_syncbn::allreduce_", "(Tensor(a!) packet, str name, int process_set) -> ()", tags=_TAGS)
 
 
 def process_set_id(process_set: Any) -> int | None:
@@ -33,14 +36,18 @@ def process_set_id(process_set: Any) -> int | None:
     return None if horovod.size(horovod.require("torch"), process_set) == 1 else number
 
 
-@torch.library.impl("hvd_syncbn::allreduce_", ["CPU", "CUDA"])
 def _allreduce_(packet: Tensor, name: str, process_set: int) -> None:
     hvd = horovod.require("torch")
     ranks = None if process_set == GLOBAL else _process_sets[process_set]
     if horovod.size(hvd, ranks) == 1:
         return
-    # A Horovod without CUDA copies GPU tensors to pinned memory and does not wait for the copy: here they are copied first.
-    own = packet.cpu() if packet.is_cuda and not hvd.cuda_built() else packet
+    if packet.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a CUDA graph cannot hold the collective {name!r}: a replay would not ask the other ranks. Capture no layer that "
+            "synchronizes over several ranks; torch.compile leaves it out of its graphs from PyTorch 2.8 on."
+        )
+    # A Horovod without NCCL takes GPU tensors through host memory, and one without CUDA does not wait for the copy: so here.
+    own = packet.cpu() if packet.is_cuda and not hvd.nccl_built() else packet
     try:
         hvd.allreduce_(own, name=name, op=hvd.Sum, process_set=ranks or hvd.global_process_set)
     except hvd.mpi_ops.HorovodInternalError as error:
@@ -52,19 +59,28 @@ def _allreduce_(packet: Tensor, name: str, process_set: int) -> None:
         packet.copy_(own)
 
 
-def check_device_errors(device: torch.device | int | str | None = None) -> None:
-    """Raises what the kernels on a GPU have found wrong since the last look, without waiting for the GPU.
+torch.library.impl("hvd_syncbn::allreduce_", ["CPU", "CUDA"], _allreduce_)
 
-    On a GPU the ranks' packets are checked by the kernels: outputs and gradients become NaN, and the next training step of any
-    hvd-syncbn layer on that GPU raises the error. Call this (after ``torch.cuda.synchronize()`` to be sure) where no layer
-    comes next: at the end of an epoch, or after replaying a CUDA graph.
+
+def check_device_errors(device: torch.device | int | str | None = None) -> None:
+    """Raises what the kernels on a GPU have found wrong and was not raised yet, without waiting for the GPU.
+
+    On a GPU the ranks' packets are checked by the kernels: outputs and gradients become NaN at once, and the error is raised
+    by a call of an hvd-syncbn layer on that GPU 32 calls later (forward and backward are one each), the same one on every
+    rank. Call this (on every rank, after ``torch.cuda.synchronize()`` to be sure) to know sooner: at the end of an epoch, or
+    after replaying a CUDA graph.
 
     Args:
-        device: the GPU; None is the current one.
+        device: the GPU; None is the current one, if there is one.
 
     Raises:
         ValueError: the ranks disagreed about a layer, or their global batch held one value per channel.
+        RuntimeError: ``device`` is a GPU that this process cannot use.
     """
+    if not torch.cuda.is_available():
+        if device is None:
+            return
+        raise RuntimeError(f"no GPU can be used here: no driver, or a PyTorch without CUDA. Received: device={device}")
     if HAS_CUDA:
         torch.ops.hvd_syncbn.check_device_errors(torch.device("cuda" if device is None else device))
 

@@ -39,6 +39,12 @@ except BaseException as error:
 print("\\n" + json.dumps(found))
 """
 _HOROVOD_PARTS = "found = {part: bool(getattr(hvd, part + '_built')()) for part in ('gloo', 'mpi', 'nccl')}"
+_GPUS = {
+    "torch": "import torch; found['gpus'] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]",
+    "tensorflow": """import tensorflow as tf
+    details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
+    found['gpus'] = [detail.get("device_name", "unknown") for detail in details]""",
+}
 _PROBE_TIMEOUT_S = 120
 
 
@@ -90,10 +96,13 @@ def examine() -> list[Finding]:
     """Look at everything a training job needs and return what was found."""
     frameworks = horovod_build.framework_versions()
     build_horovod = f"{sys.executable} -m hvd_syncbn.horovod_build"
-    bodies = {"native core": "import hvd_syncbn.native; found['isa'] = hvd_syncbn.native.isa()"}
+    core_body = "from hvd_syncbn import native; found['isa'] = native.isa(); found['cuda'] = native.has_cuda()"
+    bodies = {"native core": core_body}
     for name in frameworks:
         bodies[f"{name} ops"] = f"import hvd_syncbn.{name}"
         bodies[f"Horovod for {name}"] = f"import horovod.{name} as hvd; {_HOROVOD_PARTS}"
+    for name in horovod_build.cuda_frameworks():
+        bodies[f"{name} GPUs"] = _GPUS[name]
     with ThreadPoolExecutor(max_workers=2) as pool:
         probes = dict(zip(bodies, pool.map(_probe, bodies.values()), strict=True))
 
@@ -133,7 +142,41 @@ def examine() -> list[Finding]:
         else:
             findings.append(Finding(f"{name} ops", "load"))
 
-    return findings + _advice()
+    return findings + _gpus(probes) + _advice()
+
+
+def _gpus(probes: dict[str, dict[str, object]]) -> list[Finding]:
+    """What training on GPUs needs, for the frameworks that are builds for CUDA."""
+    findings = []
+    for name in horovod_build.cuda_frameworks():
+        found = probes[f"{name} GPUs"]
+        names = found.get("gpus")
+        if not isinstance(names, list) or not names:
+            why = str(found["error"]) if "error" in found else "none that it can use"
+            findings.append(Finding(f"{name} GPUs", why))
+            continue
+        findings.append(Finding(f"{name} GPUs", f"{len(names)}: {', '.join(dict.fromkeys(names))}"))
+        core, horovod = probes["native core"], probes.get(f"Horovod for {name}", {})
+        if not core.get("cuda") and "error" not in core:
+            what = "not built in, so the layers refuse GPU tensors; where nvcc is (CUDACXX names it), install again"
+            findings.append(Finding("CUDA kernels", what, _reinstall_command()))
+        elif core.get("cuda"):
+            findings.append(Finding("CUDA kernels", "built in"))
+        if horovod.get("nccl"):
+            findings.append(_asynchronous())
+        elif horovod and "error" not in horovod:
+            what = "Horovod is built without NCCL: packets go through host memory"
+            fix = f"{sys.executable} -m hvd_syncbn.horovod_build --with-nccl"
+            findings.append(Finding(f"GPU collectives of {name}", what, fix))
+    return findings
+
+
+def _asynchronous() -> Finding:
+    """Whether the host waits for every packet of a GPU."""
+    name = "HOROVOD_ENABLE_ASYNC_COMPLETION"
+    if os.environ.get(name, "0") not in ("", "0"):
+        return Finding(name, "set: the host goes on while NCCL works, and the stream waits")
+    return Finding(name, "not set: the host waits at every packet until NCCL is done; 1 lets it go on, and the stream waits")
 
 
 def _advice() -> list[Finding]:

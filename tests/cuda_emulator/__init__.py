@@ -117,6 +117,7 @@ def forward_apply(
     unbiased: bool,
     layer: str,
     y: NDArray[Any],
+    stream: ctypes.c_void_p | None = None,
 ) -> NDArray[np.float64]:
     """Fills ``y`` and returns the stats; ``vectors``: gamma, beta, the running statistics before and after."""
     stats = guarded(np.full((2, shape.c), 7.0))
@@ -135,7 +136,7 @@ def forward_apply(
         layer.encode(),
         _pointer(stats),
         _pointer(y),
-        None,
+        stream,
     )
     assert intact(stats)
     return stats
@@ -205,8 +206,19 @@ def backward_apply(
     )
 
 
+LAG = 32  # HVD_SYNCBN_CUDA_LAG
+CAPTURING = ctypes.c_void_p(1)  # a stream that captures a graph
+
+
 def failure() -> tuple[int, str]:
-    """What an apply kernel found wrong since the last call: a status and a layer's name."""
+    """The oldest failure of an apply kernel that was not told: a status and a layer's name."""
     layer = ctypes.c_char_p()
     status = library().hvd_syncbn_cuda_failure(ctypes.byref(layer))
+    return int(status), (layer.value or b"").decode()
+
+
+def earlier_failure(stream: ctypes.c_void_p | None = None) -> tuple[int, str]:
+    """What the apply kernel found wrong that is LAG launches before the next one."""
+    layer = ctypes.c_char_p()
+    status = library().hvd_syncbn_cuda_earlier_failure(stream, ctypes.byref(layer))
     return int(status), (layer.value or b"").decode()

@@ -43,19 +43,29 @@ struct dim3 {
 
 using cudaError_t = int;
 using cudaStream_t = void*;
+namespace cuda_emulator {
+struct Event;
+}
+using cudaEvent_t = cuda_emulator::Event*;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum { cudaDevAttrMultiProcessorCount = 16 };
-enum { cudaHostAllocMapped = 2 };
+enum { cudaHostAllocMapped = 2, cudaEventDisableTiming = 2 };
 enum cudaStreamCaptureMode {
   cudaStreamCaptureModeGlobal,
   cudaStreamCaptureModeThreadLocal,
   cudaStreamCaptureModeRelaxed
 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
 namespace cuda_emulator {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 64 * 1024;
+
+struct Event {
+  bool recorded = false;
+};
+inline const cudaStream_t kCapturing = reinterpret_cast<cudaStream_t>(1);  // the stream that captures a graph
 
 [[noreturn]] inline void fail(const char* what) {
   fprintf(stderr, "cuda_emulator: %s\n", what);
@@ -248,6 +258,25 @@ inline cudaError_t cudaHostAlloc(void** host, size_t bytes, unsigned) {
 }
 inline cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
   *device = host;
+  return cudaSuccess;
+}
+// A kernel has run when its launch returns, so events have nothing to wait for; but they are made, recorded, waited
+// for.
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new cuda_emulator::Event;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  if (event == nullptr) cuda_emulator::fail("an event that was not made is recorded");
+  event->recorded = true;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (event == nullptr || !event->recorded) cuda_emulator::fail("an event that was not recorded is waited for");
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = stream == cuda_emulator::kCapturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid value"; }

@@ -1,5 +1,6 @@
 """The command line: what it accepts, and what doctor finds and advises."""
 
+import importlib.util
 import json
 import subprocess
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from hvd_syncbn import __version__, cli, horovod_build, native, vectors
-from hvd_syncbn.cli import bench, cost_model, doctor, job, networks, packets, rank, stacks
+from hvd_syncbn.cli import bench, cost_model, doctor, job, networks, packets, rank, stacks, verify
 
 VERSIONS = {"torch": "2.13.0", "tensorflow": "2.21.0"}
 HEALTHY = {"gloo": True, "mpi": False, "nccl": False, "isa": "avx2"}
@@ -20,6 +21,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     """An installation where every probe succeeds."""
     monkeypatch.setattr(horovod_build, "framework_versions", lambda: VERSIONS)
     monkeypatch.setattr(horovod_build, "check", list)
+    monkeypatch.setattr(horovod_build, "cuda_frameworks", list)
     monkeypatch.setattr(doctor, "_probe", lambda _body: HEALTHY)
     monkeypatch.delenv("HOROVOD_CYCLE_TIME", raising=False)
 
@@ -61,6 +63,28 @@ class TestDoctor:
         assert status == 1
         assert "ImportError: undefined symbol" in out
         assert out.count("-m pip install") == 1
+
+    def test_gpus(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is there, and what the layers and Horovod lack to use it."""
+        monkeypatch.setattr(horovod_build, "cuda_frameworks", lambda: ["torch"])
+        monkeypatch.delenv("HOROVOD_ENABLE_ASYNC_COMPLETION", raising=False)
+
+        def found(**changed: object) -> tuple[int, str]:
+            probe = HEALTHY | {"gpus": ["NVIDIA H100"] * 2, "cuda": True, "nccl": True} | changed
+            monkeypatch.setattr(doctor, "_probe", lambda _body: probe)
+            return run(capsys, "doctor")
+
+        status, out = found()
+        assert status == 0 and "torch GPUs 2: NVIDIA H100" in out and "CUDA kernels built in" in out
+        assert "HOROVOD_ENABLE_ASYNC_COMPLETION not set: the host waits at every packet" in out
+        monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
+        assert "HOROVOD_ENABLE_ASYNC_COMPLETION set: the host goes on" in found()[1]
+        status, out = found(cuda=False)
+        assert status == 1 and "CUDA kernels not built in" in out and "pip install --no-build-isolation" in out
+        status, out = found(nccl=False)
+        assert status == 1 and "packets go through host memory" in out and "horovod_build --with-nccl" in out
+        status, out = found(gpus=[], nccl=False, cuda=False)
+        assert status == 0 and "torch GPUs none that it can use" in out
 
     def test_no_framework(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(horovod_build, "framework_versions", dict)
@@ -106,7 +130,9 @@ def test_verify_finds_one_sha256(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify"]) == 0
     output = capfd.readouterr().out
     assert "one sha256, that of the reference" in output and "NOT EQUAL" not in output
-    assert output.count("PyTorch") == output.count("TensorFlow") == len(native.isas()) * len(stacks.LAYOUTS)
+    for name, title in verify.FRAMEWORKS.items():
+        left_out = importlib.util.find_spec(name) is None
+        assert output.count(title) == (1 if left_out else len(native.isas()) * len(stacks.LAYOUTS))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +156,7 @@ class TestVerifyTells:
             report({"configuration": f"{task} on {hosts}", "sha256": outcomes[framework]})
 
         monkeypatch.setattr(job, "run", run)
+        monkeypatch.setattr(verify.importlib.util, "find_spec", lambda _name: object())  # whatever is installed here
         return outcomes
 
     def test_equal(self, jobs: dict[str, Any], good: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,6 +251,7 @@ def test_splits_deal_out_everything(ranks: int) -> None:
 
 
 class TestBench:
+    @pytest.mark.sources
     def test_runs_the_benchmarks_of_the_checkout(self, monkeypatch: pytest.MonkeyPatch) -> None:
         called: list[object] = []
 

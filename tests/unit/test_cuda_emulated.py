@@ -5,6 +5,7 @@ test_native.py holds the CPU core to the pure-Python reference, and so this hold
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import shutil
 
@@ -198,6 +199,43 @@ def test_wrong_packets_are_reported_and_give_nan(layout: str) -> None:
         cuda.backward_apply(shape, EPS, x, x, None, None, packet, stats, cuda.vector(None), f"{name} back", dx, None)
         assert np.isnan(dx).all()
         assert cuda.failure() == (status, f"{name} back")
+
+
+def test_a_failure_is_told_a_fixed_number_of_launches_later() -> None:
+    """On every rank at the same one, however far its host is ahead; not those of a graph, and each once."""
+    shape = native.shape(2, 5, 3, "float32")
+    x = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
+    good = cuda.forward_moments(shape, x, None, EPS)
+    one_value = good.copy()
+    one_value[1] = 1
+    y = np.zeros_like(x)
+
+    def apply(packet: np.ndarray, name: str, stream: ctypes.c_void_p | None = None) -> None:
+        none = tuple(cuda.vector(None) for _ in range(6))
+        cuda.forward_apply(shape, EPS, x, None, False, packet, none, (0.9, 0.1), True, name, y, stream)
+
+    assert f"#define HVD_SYNCBN_CUDA_LAG {cuda.LAG}\n" in (cuda.CSRC / "include/hvd_syncbn/cuda.h").read_text()
+    apply(one_value, "first")
+    apply(one_value, "captured", cuda.CAPTURING)
+    apply(one_value, "second")
+    for _ in range(cuda.LAG - 2):
+        assert cuda.earlier_failure() == (native.OK, "")
+        apply(good, "good")
+    assert cuda.earlier_failure(cuda.CAPTURING) == (native.OK, "")
+    assert cuda.earlier_failure() == (native.ONE_VALUE, "first")
+    apply(good, "good")
+    assert cuda.earlier_failure() == (native.ONE_VALUE, "second")
+    for _ in range(2 * cuda.LAG):
+        apply(good, "good")
+        assert cuda.earlier_failure() == (native.OK, "")
+    assert cuda.failure() == (native.ONE_VALUE, "captured")
+    # What has been looked for is not told again.
+    apply(one_value, "third")
+    assert cuda.failure() == (native.ONE_VALUE, "third")
+    for _ in range(2 * cuda.LAG):
+        apply(good, "good")
+        assert cuda.earlier_failure() == (native.OK, "")
+    assert cuda.failure() == (native.OK, "")
 
 
 def test_an_empty_global_batch_changes_no_running_statistic() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import horovod.torch as hvd
 import pytest
@@ -189,3 +190,12 @@ def test_operators_are_registered_soundly(kind: str) -> None:
         (ops.allreduce_, (packet, "name", ops.GLOBAL)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_collective_stays_out_of_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile knows by a tag; who captures one by hand is told. A stand-in for a packet on a GPU, which is not needed."""
+    assert torch.Tag.cudagraph_unsafe in torch.ops.hvd_syncbn.allreduce_.default.tags
+    monkeypatch.setattr(ops.horovod, "size", lambda *_: 2)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"CUDA graph cannot hold the collective 'hvd_syncbn\.bn1\.forward'"):
+        ops._allreduce_(SimpleNamespace(is_cuda=True), "hvd_syncbn.bn1.forward", ops.GLOBAL)  # type: ignore[arg-type]

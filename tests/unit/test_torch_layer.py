@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hvd_syncbn import native, protocol, vectors
 from hvd_syncbn.cli.stacks import torch_stack
-from hvd_syncbn.torch import SyncBatchNorm, sync_batch_norm
+from hvd_syncbn.torch import SyncBatchNorm, check_device_errors, sync_batch_norm
 from hvd_syncbn.torch_impl import ops
 from tests.arrays import hostile
 from tests.torch_tools import (
@@ -875,3 +875,11 @@ def test_large_outputs(sizes: tuple[int, ...], dtype: torch.dtype, channels_last
         parts = ops.backward_apply(x[part], dy[part], y[part], gradients, stats, weight, 1e-5, True, "layer")
         assert_same(dx[part], parts[0])
         assert_same(dresidual[part], parts[1])
+
+
+def test_device_errors_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing to tell where no GPU is used; a GPU that is asked for by name and is not there is an error of ours."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_device_errors()
+    with pytest.raises(RuntimeError, match="no GPU can be used here.*Received: device=cuda:1"):
+        check_device_errors("cuda:1")

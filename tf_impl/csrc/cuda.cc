@@ -1,7 +1,8 @@
-// The layer's ops on a GPU, on the op's stream. Nothing here waits for it.
+// The layer's ops on a GPU, on the op's stream. They wait for it only if the host is far ahead.
 //
-// What the CPU kernels return after reading a packet's header, the GPU finds out later; the next op of any layer on
-// that device returns it. The collective runs where TensorFlow places Horovod's op.
+// What the CPU kernels return after reading a packet's header, the GPU finds out later; a later op returns it, on every
+// rank the same one where the graph's order is the same (hvd_syncbn_cuda_earlier_failure). The collective runs where
+// TensorFlow places Horovod's op.
 #include "hvd_syncbn/cuda.h"
 
 #include "layer_op.h"
@@ -18,10 +19,10 @@ Status Cuda(int32_t error) {
 }
 
 // What an earlier op left behind.
-Status Earlier() {
+Status Earlier(OpKernelContext* ctx) {
   const char* layer;
-  const int32_t status = hvd_syncbn_cuda_failure(&layer);
-  return Failure(status, layer, "(Found on the GPU, and raised when the host next looked.)");
+  const int32_t status = hvd_syncbn_cuda_earlier_failure(StreamOf(ctx), &layer);
+  return Failure(status, layer, "(Found on the GPU ", HVD_SYNCBN_CUDA_LAG, " calls ago.)");
 }
 
 class GpuForwardMomentsOp : public ForwardMomentsOp {
@@ -29,7 +30,7 @@ class GpuForwardMomentsOp : public ForwardMomentsOp {
   using ForwardMomentsOp::ForwardMomentsOp;
 
   Status Launch(OpKernelContext* ctx, const ForwardMomentsArrays& arrays) const override {
-    TF_RETURN_IF_ERROR(Earlier());
+    TF_RETURN_IF_ERROR(Earlier(ctx));
     return Cuda(hvd_syncbn_cuda_forward_moments(&arrays.shape, arrays.x->data(), arrays.mask, epsilon_,
                                                 Data<int64_t>(arrays.packet), StreamOf(ctx)));
   }
@@ -40,7 +41,7 @@ class GpuForwardApplyOp : public ForwardApplyOp {
   using ForwardApplyOp::ForwardApplyOp;
 
   Status Launch(OpKernelContext* ctx, const ForwardApplyArrays& arrays) const override {
-    TF_RETURN_IF_ERROR(Earlier());
+    TF_RETURN_IF_ERROR(Earlier(ctx));
     return Cuda(hvd_syncbn_cuda_forward_apply(
         &arrays.shape, epsilon_, arrays.x->data(), Data<const void>(arrays.residual), relu_,
         Data<const int64_t>(arrays.packet), Vector(arrays.gamma), Vector(arrays.beta), Vector(arrays.moving_mean),
@@ -54,7 +55,7 @@ class GpuBackwardMomentsOp : public BackwardMomentsOp {
   using BackwardMomentsOp::BackwardMomentsOp;
 
   Status Launch(OpKernelContext* ctx, const BackwardMomentsArrays& arrays) const override {
-    TF_RETURN_IF_ERROR(Earlier());
+    TF_RETURN_IF_ERROR(Earlier(ctx));
     return Cuda(hvd_syncbn_cuda_backward_moments(
         &arrays.shape, arrays.x->data(), arrays.dy->data(), Data<const void>(arrays.y), arrays.mask,
         Data<const double>(arrays.stats), epsilon_, Data<int64_t>(arrays.packet), Vector(arrays.dgamma),
@@ -67,7 +68,7 @@ class GpuBackwardApplyOp : public BackwardApplyOp {
   using BackwardApplyOp::BackwardApplyOp;
 
   Status Launch(OpKernelContext* ctx, const BackwardApplyArrays& arrays) const override {
-    TF_RETURN_IF_ERROR(Earlier());
+    TF_RETURN_IF_ERROR(Earlier(ctx));
     return Cuda(hvd_syncbn_cuda_backward_apply(
         &arrays.shape, epsilon_, arrays.x->data(), arrays.dy->data(), Data<const void>(arrays.y), arrays.mask,
         Data<const int64_t>(arrays.packet), Data<const double>(arrays.stats), Vector(arrays.gamma), layer_.c_str(),

@@ -227,7 +227,6 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
 TORCH_LIBRARY_IMPL(hvd_syncbn, FuncTorchBatched, m) { m.impl("sync_batch_norm", hvd_syncbn::sync_batch_norm); }
 
 TORCH_LIBRARY_FRAGMENT(hvd_syncbn, m) {
-  m.def("allreduce_(Tensor(a!) packet, str name, int process_set) -> ()");
   m.def(
       "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? batches, float? old_weight, float? new_weight, bool unbiased, "

@@ -1,8 +1,8 @@
-// The operators for GPU tensors: the same four, on the current stream of the tensor's device. Nothing here waits for
-// it.
+// The operators for GPU tensors: the same four, on the current stream of the tensor's device. They wait for it only if
+// the host is far ahead.
 //
-// What the CPU kernels raise after reading a packet's header, the GPU finds out later; the next operator on that device
-// raises it, or check_device_errors.
+// What the CPU kernels raise after reading a packet's header, the GPU finds out later; an operator raises it, the same
+// one on every rank (hvd_syncbn_cuda_earlier_failure), or check_device_errors.
 //
 // Built without PyTorch's CUDA headers and libraries, so that one library serves its CPU and its CUDA builds.
 #include "hvd_syncbn/cuda.h"
@@ -36,16 +36,15 @@ void* current_stream(const c10::Device& device) {
 
 void check_error(int32_t error) { TORCH_CHECK(error == 0, "hvd-syncbn: CUDA says: ", hvd_syncbn_cuda_error(error)); }
 
-void raise_device_failure() {
-  const char* layer;
-  const int32_t status = hvd_syncbn_cuda_failure(&layer);
-  raise_failure(status, layer, " (Found on the GPU, and raised when the host next looked.)");
-}
-
-// One operator on one device: makes it the current one, and checks that all arrays are there.
+// One operator on one device: makes it the current one, raises what an earlier one left, and checks that all arrays are
+// there.
 class Call {
  public:
-  explicit Call(const Tensor& x) : guard_(x.device()), device_(x.device()) { raise_device_failure(); }
+  explicit Call(const Tensor& x) : guard_(x.device()), device_(x.device()) {
+    const char* layer;
+    const int32_t status = hvd_syncbn_cuda_earlier_failure(stream(), &layer);
+    raise_failure(status, layer, " (Found on the GPU ", HVD_SYNCBN_CUDA_LAG, " calls ago.)");
+  }
 
   const Tensor& here(const Tensor& tensor) const {
     TORCH_CHECK_VALUE(tensor.device() == device_, "expected all tensors on ", device_, ". Received: ", tensor.device());
@@ -129,7 +128,9 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, con
 
 void check_device_errors(c10::Device device) {
   const c10::DeviceGuard guard(device);
-  raise_device_failure();
+  const char* layer;
+  const int32_t status = hvd_syncbn_cuda_failure(&layer);
+  raise_failure(status, layer, " (Found on the GPU.)");
 }
 
 }  // namespace

@@ -111,16 +111,20 @@ extern "C" int32_t hvd_syncbn_cuda_backward_apply(const hvd_syncbn_shape* shape,
                                                   const char* layer, void* dx, void* dresidual, void* stream) {
   const cuda::BackwardFinish in = {packet, stats, gamma};
   cuda::Report report = {};
-  const cudaError_t error = cuda::make_report(*shape, eps, packet, layer, &report);
+  const cudaError_t error = cuda::make_report(*shape, eps, packet, layer, stream, &report);
   if (error != cudaSuccess) return error;
   switch (shape->dtype) {
     case HVD_SYNCBN_FLOAT32:
-      return cuda::run<float>(*shape, x, dy, y, mask, in, report, dx, dresidual, stream);
+      return cuda::close_report(report, cuda::run<float>(*shape, x, dy, y, mask, in, report, dx, dresidual, stream),
+                                stream);
     case HVD_SYNCBN_FLOAT64:
-      return cuda::run<double>(*shape, x, dy, y, mask, in, report, dx, dresidual, stream);
+      return cuda::close_report(report, cuda::run<double>(*shape, x, dy, y, mask, in, report, dx, dresidual, stream),
+                                stream);
     case HVD_SYNCBN_FLOAT16:
-      return cuda::run<Half>(*shape, x, dy, y, mask, in, report, dx, dresidual, stream);
+      return cuda::close_report(report, cuda::run<Half>(*shape, x, dy, y, mask, in, report, dx, dresidual, stream),
+                                stream);
     default:
-      return cuda::run<BFloat16>(*shape, x, dy, y, mask, in, report, dx, dresidual, stream);
+      return cuda::close_report(report, cuda::run<BFloat16>(*shape, x, dy, y, mask, in, report, dx, dresidual, stream),
+                                stream);
   }
 }

@@ -121,16 +121,19 @@ extern "C" int32_t hvd_syncbn_cuda_forward_apply(const hvd_syncbn_shape* shape, 
                                   unbiased != 0,
                                   stats};
   cuda::Report report = {};
-  const cudaError_t error = cuda::make_report(*shape, eps, packet, layer, &report);
+  const cudaError_t error = cuda::make_report(*shape, eps, packet, layer, stream, &report);
   if (error != cudaSuccess) return error;
   switch (shape->dtype) {
     case HVD_SYNCBN_FLOAT32:
-      return cuda::run<float>(*shape, x, residual, relu != 0, in, report, y, stream);
+      return cuda::close_report(report, cuda::run<float>(*shape, x, residual, relu != 0, in, report, y, stream),
+                                stream);
     case HVD_SYNCBN_FLOAT64:
-      return cuda::run<double>(*shape, x, residual, relu != 0, in, report, y, stream);
+      return cuda::close_report(report, cuda::run<double>(*shape, x, residual, relu != 0, in, report, y, stream),
+                                stream);
     case HVD_SYNCBN_FLOAT16:
-      return cuda::run<Half>(*shape, x, residual, relu != 0, in, report, y, stream);
+      return cuda::close_report(report, cuda::run<Half>(*shape, x, residual, relu != 0, in, report, y, stream), stream);
     default:
-      return cuda::run<BFloat16>(*shape, x, residual, relu != 0, in, report, y, stream);
+      return cuda::close_report(report, cuda::run<BFloat16>(*shape, x, residual, relu != 0, in, report, y, stream),
+                                stream);
   }
 }

@@ -7,9 +7,12 @@
 namespace hvd_syncbn {
 namespace cuda {
 
-// The report of one launch on the current device.
+// The report of the next launch on the current device.
 cudaError_t make_report(const hvd_syncbn_shape& shape, double eps, const int64_t* packet, const char* layer,
-                        Report* report);
+                        void* stream, Report* report);
+
+// After that launch: what it returned, or an error of this.
+cudaError_t close_report(const Report& report, cudaError_t launched, void* stream);
 
 }  // namespace cuda
 }  // namespace hvd_syncbn

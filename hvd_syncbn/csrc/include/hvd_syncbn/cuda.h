@@ -1,8 +1,9 @@
 // The C interface of the core on NVIDIA GPUs: one launch before the collective and one after, in each direction.
 //
 // The rules of the room, besides those of core.h:
-//  * Pointers are to memory of the current device; `stream` is a cudaStream_t of it. Nothing waits: every function
-//    returns when its work is on the stream. All of it can be captured into a CUDA graph.
+//  * Pointers are to memory of the current device; `stream` is a cudaStream_t of it. Nothing waits for the device, but
+//    hvd_syncbn_cuda_earlier_failure: every function returns when its work is on the stream. All of it can be captured
+//    into a CUDA graph.
 //  * The bytes are those of core.h's functions, whatever the device, the launch geometry and the order of its blocks.
 //  * Functions return 0, or a cudaError_t.
 //
@@ -17,7 +18,7 @@
 //
 // What hvd_syncbn_check_packet tells the host on a CPU, the apply kernels find out on the device. Where ranks disagree
 // or the global batch has one value per channel, y, stats and dx become NaN, running statistics stay, and
-// hvd_syncbn_cuda_failure tells.
+// hvd_syncbn_cuda_earlier_failure tells, at the same launch on every rank.
 #ifndef HVD_SYNCBN_CUDA_H_
 #define HVD_SYNCBN_CUDA_H_
 
@@ -55,9 +56,17 @@ HVD_SYNCBN_API int32_t hvd_syncbn_cuda_backward_apply(const hvd_syncbn_shape* sh
                                                       hvd_syncbn_vector gamma, const char* layer, void* dx,
                                                       void* dresidual, void* stream);
 
-// What an apply kernel that has run on the current device found wrong, told once: HVD_SYNCBN_OK, or
-// HVD_SYNCBN_RANKS_DISAGREE or HVD_SYNCBN_ONE_VALUE and the name of its layer, which stays valid. Reads a word of host
-// memory and does not wait for the device.
+// How many launches of apply kernels later a failure is told.
+#define HVD_SYNCBN_CUDA_LAG 32
+
+// To be called before work goes on the stream: what the apply kernel found wrong that was launched HVD_SYNCBN_CUDA_LAG
+// launches before the next one on the current device. HVD_SYNCBN_OK, or HVD_SYNCBN_RANKS_DISAGREE or
+// HVD_SYNCBN_ONE_VALUE and the name of its layer, which stays valid; told once. Waits for that kernel, which is over
+// unless the host is that far ahead. Ranks launch the same kernels in the same order, so all are told at the same one,
+// and none is left waiting for another's packet. Tells nothing while the stream captures a graph.
+HVD_SYNCBN_API int32_t hvd_syncbn_cuda_earlier_failure(void* stream, const char** layer);
+
+// The oldest failure of the current device that is known and was not told, without waiting; also of graphs' kernels.
 HVD_SYNCBN_API int32_t hvd_syncbn_cuda_failure(const char** layer);
 
 // The words for an error that a function returned.
