@@ -1,4 +1,49 @@
-"""Before any test module."""
+"""Before any test module; and tests of what is not installed are skipped, with what they lack as the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
 
 # Inductor imports setuptools, which refuses where the standard library's distutils, that Horovod imports, came first.
 import setuptools  # noqa: F401
+
+import hvd_syncbn
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("test_cuda_build.py", "test_cuda_emulated.py", "test_cuda_registers.py")  # compile them; others: the marker
+OPTIONAL = "torch|tensorflow|keras|horovod|matplotlib|sklearn|onnx|onnxruntime|onnxscript"
+
+
+def pytest_configure() -> None:
+    """A checkout's folder has no adapters in it; where it hides an installed package, nothing can be tested."""
+    hidden = all(importlib.util.find_spec(f"hvd_syncbn.{name}") is None for name in ("torch_impl", "tf_impl"))
+    if hidden and Path(hvd_syncbn.__file__).is_relative_to(ROOT):
+        pytest.exit("the checkout hides the installed package: `pip install -e .`, or see tools/try_wheel.sh", returncode=4)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Where a test module's import ends at a package that one need not have, the module is skipped."""
+    report = yield
+    if report.failed and isinstance(collector, pytest.Module):
+        text = str(report.longrepr)
+        missing = re.search(rf"ModuleNotFoundError: No module named '({OPTIONAL})\b", text)
+        unbuilt = re.search(r"ImportError: Extension horovod\.(torch|tensorflow) has not been built", text)
+        lacking = missing[1] if missing else unbuilt and f"a Horovod built for {unbuilt[1]}"
+        if lacking:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 1, f"Skipped: needs {lacking}")
+    return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of an installed package have its sources nowhere near; see tools/try_wheel.sh."""
+    if not (ROOT / "CMakeLists.txt").exists():
+        for item in items:
+            if item.path.name in SOURCES or item.get_closest_marker("sources"):
+                item.add_marker(pytest.mark.skip(reason="needs the package's sources"))

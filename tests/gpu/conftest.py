@@ -8,10 +8,11 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 
 
 def _reason() -> str | None:
+    import torch
+
     if not torch.cuda.is_available():
         return f"needs an NVIDIA GPU, and PyTorch {torch.__version__} sees none"
     from hvd_syncbn import native

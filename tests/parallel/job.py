@@ -25,6 +25,7 @@ from typing import Any
 
 from hvd_syncbn import horovod
 from hvd_syncbn.cli.job import end
+from tests.needs import need
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = {"torch": "torch", "tensorflow": "tensorflow", "keras": "tensorflow"}
@@ -58,6 +59,8 @@ class Job:
 @cache
 def run(group: str, ranks: int, timeout: float = 240, **environment: str) -> Job:
     """Runs a group once per session and rank count; `ranks=1` runs without horovodrun, as a user would."""
+    framework = FRAMEWORKS[group.split("_")[0]]
+    need(framework, f"horovod.{framework}")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.parallel.job", group, folder]
         if ranks > 1:

@@ -16,6 +16,7 @@ import pytest
 
 from hvd_syncbn import native, vectors
 from hvd_syncbn.cli import job, packets, rank, stacks
+from tests.needs import need
 
 COMMAND = [sys.executable, "-m", "hvd_syncbn.cli"]
 
@@ -42,6 +43,7 @@ def eventually(condition: Callable[[], object], seconds: float) -> bool:
 
 
 def test_verify_on_two_ranks() -> None:
+    need("torch", "tensorflow")
     result = subprocess.run([*COMMAND, "verify", "-np", "2", "--json"], capture_output=True, text=True, timeout=560)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(result.stdout)
@@ -54,6 +56,7 @@ def test_verify_on_two_ranks() -> None:
 
 
 def test_time_limit_ends_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("torch")
     monkeypatch.setenv("HVD_SYNCBN_TEST", mark := f"limit {os.getpid()}")
     with pytest.raises(job.JobError, match="ended after 1 s, the time limit"):
         job.run("splits", "torch", [job.Host("localhost", 2)], limit=1)
@@ -61,11 +64,13 @@ def test_time_limit_ends_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_host_that_is_not_there() -> None:
+    need("torch")
     with pytest.raises(job.JobError, match=r"host nowhere\.invalid cannot be reached by ssh: "):
         job.run("splits", "torch", [job.Host("localhost", 1), job.Host("nowhere.invalid", 1)], limit=120)
 
 
 def test_a_rank_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    need("torch", "horovod.tensorflow")  # with PyTorch alone it is horovodrun that cannot import it
     (tmp_path / "torch.py").write_text("raise ImportError('no such thing')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(job.JobError, match=r"rank [01] on localhost: ImportError: no such thing|its own words: no such thing"):
@@ -99,5 +104,6 @@ def test_doctor_measures_two_ranks() -> None:
 
 
 def test_packets_inside_groups() -> None:
+    need("torch")
     found = packets.measure("torch", [job.Host("localhost", 3)], 240).packets
     assert [(packet.size, packet.groups) for packet in found] == [(2, 1)] * 3 + [(3, 1)] * 3

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.jobs import end
+from tests.needs import need
 from tests.parallel.job import ROOT, checks, run
 
 FRAMEWORKS = ("torch", "tensorflow")
@@ -35,6 +36,7 @@ def test_the_job_goes_on(framework: str, check: str) -> None:
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_job_ends(tmp_path: Path, framework: str, fault: str, seconds: float) -> None:
     """On all ranks, with an error that says why, and nothing is left of it."""
+    need(framework, f"horovod.{framework}")
     horovodrun = str(Path(sys.executable).parent / "horovodrun")
     command = [horovodrun, "--gloo", "-np", "2", "-H", "localhost:2", sys.executable, "-m", "tests.parallel.faulty", framework]
     env = os.environ | {

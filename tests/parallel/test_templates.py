@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from hvd_syncbn.cli.job import end
+from tests.needs import need
 from tests.parallel.job import ROOT
 
 LIMIT = 240.0
@@ -91,6 +92,7 @@ class Runs:
 @pytest.fixture(scope="module", params=["pytorch", "keras"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     framework = request.param
+    need(*{"pytorch": ("torch", "horovod.torch"), "keras": ("keras", "horovod.tensorflow")}[framework], "sklearn")
     folder = tmp_path_factory.mktemp(framework)
     job = [sys.executable, "-m", "tests.parallel.templates", framework, str(folder)]
     horovodrun = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", "2"]

@@ -12,6 +12,7 @@ A block that imports from hvd_syncbn gets none of its names, and a function `tra
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -110,7 +111,6 @@ def keras_names() -> dict[str, Any]:
     import keras
     import numpy as np
     import tensorflow as tf
-    import torch
 
     import hvd_syncbn.keras as hvd
 
@@ -127,7 +127,7 @@ def keras_names() -> dict[str, Any]:
     data = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(4)
     keras_layer = keras.layers.BatchNormalization()
     keras_layer.build((None, 3))
-    return {
+    names = {
         "hvd": hvd,
         "keras": keras,
         "tf": tf,
@@ -140,8 +140,10 @@ def keras_names() -> dict[str, Any]:
         "epochs": 2,
         "x": x,
         "keras_layer": keras_layer,
-        "torch_layer": torch.nn.BatchNorm1d(3),
     }
+    if importlib.util.find_spec("torch") is not None:
+        names["torch_layer"] = importlib.import_module("torch").nn.BatchNorm1d(3)
+    return names
 
 
 def run(block: Block) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.needs import need
+
 ROOT = Path(__file__).parents[2]
 ROOMS = {"hvd_syncbn": "hvd_syncbn", "torch_impl": "hvd_syncbn.torch_impl", "tf_impl": "hvd_syncbn.tf_impl"}
 MODULES = [
@@ -25,6 +27,7 @@ MODULES = [
 PAGES = [path.name for path in sorted((ROOT / "docs").glob("*.md")) if ">>> " in path.read_text()]
 
 
+@pytest.mark.sources
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
@@ -33,6 +36,7 @@ def test_docstrings(name: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages(page: str) -> None:
+    need("torch", "horovod.torch")
     result = doctest.testfile(str(ROOT / "docs" / page), module_relative=False)
     assert result.attempted and not result.failed
 
@@ -46,6 +50,7 @@ def test_tables_are_tables() -> None:
             assert not re.search(r"\|\s+\|-", line), f"{page.name}: {line[:80]}"
 
 
+@pytest.mark.sources
 def test_every_message_has_its_line() -> None:
     """In docs/troubleshooting.md: `python tools/messages.py` writes the index anew."""
     messages = load("messages", "tools")
@@ -53,6 +58,7 @@ def test_every_message_has_its_line() -> None:
     assert messages.PAGE.read_text().endswith(f"{messages.START}\n{messages.INTRODUCTION}{messages.index()}")
 
 
+@pytest.mark.sources
 @pytest.mark.parametrize("face", ["torch", "keras", "tensorflow"])
 def test_every_public_name_is_in_the_reference(face: str) -> None:
     module = importlib.import_module(f"hvd_syncbn.{face}")
@@ -70,6 +76,7 @@ def test_every_public_name_is_in_the_reference(face: str) -> None:
 
 def test_snippets_import_what_there_is() -> None:
     """Python in the pages parses, and what it imports from here exists."""
+    need("torch", "keras", "horovod.torch", "horovod.tensorflow")
     blocks = 0
     for page in [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]:
         for block in re.findall(r"^( *)```python\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
@@ -91,6 +98,7 @@ def test_sources_name_tests_that_exist() -> None:
 
 def test_segmentation_deals_patches_out() -> None:
     """Every rank its own; together those of one process; every class in the strips of either purpose."""
+    need("matplotlib", "sklearn")
     photos = load("photos", "examples/segmentation")
     train, test = photos.load()
     for strips in (train, test):
@@ -117,6 +125,7 @@ def load(name: str, folder: str = "examples") -> Any:
 
 def test_exchange_example(capsys: pytest.CaptureFixture[str]) -> None:
     """It ends in an error where the networks differ; and it would see one transposed kernel."""
+    need("torch", "keras", "horovod.torch", "horovod.tensorflow")
     example = load("exchange")
     example.main()
     assert capsys.readouterr().out.count("every bit equal") == 2
@@ -130,6 +139,7 @@ def test_exchange_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_adabn_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recalibrating wins accuracy back, and inserted norms change nothing but the last bits."""
+    need("torch", "keras", "horovod.torch", "horovod.tensorflow", "sklearn")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     example = load("adabn")
     example.hvd.init()

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import hvd_syncbn
+from tests.needs import need
 
-pytest.importorskip("mypy")
 SCRIPTS = Path(__file__).parents[1] / "typing"
 CONFIG = """
 [mypy]
@@ -46,7 +46,7 @@ def installed(folder: Path) -> Path:
 
 @pytest.mark.parametrize("name, framework", [("user_torch", "torch"), ("user_keras", "keras")])
 def test_a_users_script(name: str, framework: str, tmp_path: Path) -> None:
-    pytest.importorskip(framework)
+    need("mypy", framework)
     (tmp_path / "mypy.ini").write_text(CONFIG)
     script = shutil.copy(SCRIPTS / f"{name}.py", tmp_path)  # out of the checkout, where mypy would find the sources
     python = str(installed(tmp_path / "env"))
