@@ -118,7 +118,8 @@ def run(
             ("forward", "backward", "between"), `how` ("kill", "raise").
         framework: one of MODULES.
         steps: of the whole job.
-        during: called while the job runs, with a function that changes `slots` and one that tells the log lines of an event.
+        during: called while the job runs, with a function that changes `slots` and one that tells the log lines of an event,
+            and fails if the job has ended.
         timeout: seconds after which the job is ended.
         options: of horovodrun.
         environment: of the workers.
@@ -136,9 +137,6 @@ def run(
         return sorted(
             (json.loads(line) for text in texts for line in text.split("\n")[:-1]), key=lambda line: float(line["time"])
         )
-
-    def of(event: str) -> list[dict[str, Any]]:
-        return [line for line in lines() if line["event"] == event]
 
     discover(slots)
     script.write_text(f"#!/bin/sh\ncat {listing}\n")
@@ -158,6 +156,11 @@ def run(
     }
     with (folder / "output").open("w+") as output:
         process = hosts.start("h1", command, cwd=ROOT, env=env | environment, stdout=output, stderr=output)
+
+        def of(event: str) -> list[dict[str, Any]]:
+            assert process.poll() is None, (folder / "output").read_text()[-8000:]
+            return [line for line in lines() if line["event"] == event]
+
         try:
             deadline = time.monotonic() + timeout
             if during is not None:
