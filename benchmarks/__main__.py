@@ -10,8 +10,13 @@ import argparse
 import json
 import os
 import platform
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -19,13 +24,21 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import accuracy, cost_model, goals, jobs, layer, overhead, plots, settings, synchronized
+from benchmarks import accuracy, cost_model, goals, jobs, kernels, layer, overhead, plots, settings, synchronized
 from benchmarks import measure as m
 from benchmarks.jobs import Job, Outcome
 from hvd_syncbn import __version__, native
 from hvd_syncbn.cli.cost_model import Point, fit
 
 RESULTS = Path(__file__).parent / "results"
+
+
+@cache
+def has_mpi() -> bool:
+    """Whether this Horovod can run over MPI."""
+    code = "import horovod.torch as hvd; print(hvd.mpi_built())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
+    return "True" in said and shutil.which("mpirun") is not None
 
 
 def plan(quick: bool) -> list[Job]:
@@ -40,6 +53,8 @@ def plan(quick: bool) -> list[Job]:
                 cases += [*layer.exact_sums_cases(quick), {"kind": "memory"}]
             title = f"{name}, {threads} thread{'s' * (threads > 1)}"
             found.append(Job(title, framework, cases, threads=threads, pin=True))
+    cases = [*layer.warm_cases(quick), *kernels.cases(quick)]
+    found.append(Job("PyTorch, warm memory, and kernels", "torch", cases, pin=True, environment=settings.WARM_MEMORY))
     for ranks in (2,) if quick else (2, 4):
         for framework, name in m.FRAMEWORKS.items():
             cases = synchronized.cases(ranks, quick)
@@ -48,6 +63,8 @@ def plan(quick: bool) -> list[Job]:
             packets = [settings.packets_case(31)] if framework == "torch" and not quick else []
             job = Job(f"{name}, {ranks} ranks", framework, cases + packets, ranks, environment=settings.RECOMMENDED)
             found.append(job)
+            if ranks == 2 and has_mpi():
+                found.append(replace(job, title=f"{job.title}, MPI", controller="mpi"))
             if framework == "tensorflow" and not quick:
                 title = f"{name}'s own strategy, {ranks} ranks"
                 found.append(Job(title, framework, cases, ranks, strategy=True, environment=settings.RECOMMENDED))
@@ -55,9 +72,12 @@ def plan(quick: bool) -> list[Job]:
         cases = [settings.packets_case(31)]
         found.append(Job("PyTorch, 3 ranks", "torch", cases, 3, environment=settings.RECOMMENDED))
         for title, setting in settings.SETTINGS.items():
+            if setting.controller == "mpi" and not has_mpi():
+                continue
             training = [settings.training_case(3)] if setting.training else []
             cases = [settings.packets_case(31), *training]
-            found.append(Job(title, "torch", cases, 2, pin=setting.pin, environment=setting.environment))
+            job = Job(title, "torch", cases, 2, pin=setting.pin, environment=setting.environment)
+            found.append(replace(job, controller=setting.controller))
     return found
 
 
@@ -80,6 +100,7 @@ def collect(outcomes: list[Outcome]) -> dict[str, list[m.Record]]:
     """Rows of every section."""
     return {
         "layer": layer.rows(outcomes),
+        "kernels": kernels.rows(outcomes),
         "exact sums": layer.exact_sums_rows(outcomes),
         "overhead": overhead.rows(outcomes),
         "memory": overhead.memory_rows(outcomes),
@@ -101,6 +122,7 @@ def tables(results: dict[str, list[m.Record]]) -> Iterable[Any]:
     """What a person reads."""
     for framework in m.FRAMEWORKS:
         yield layer.table(results["layer"], framework)
+    yield kernels.table(results["kernels"])
     yield overhead.table(results["overhead"])
     if results["memory"]:
         yield overhead.memory_table(results["memory"])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from benchmarks import layer, synchronized
+from benchmarks import kernels, layer, synchronized
 from benchmarks import measure as m
 from benchmarks.measure import Record
 
@@ -32,12 +32,15 @@ class Goal(NamedTuple):
         return value >= self.bound if self.at_least else value <= self.bound
 
 
-def _layer(rows: list[Record], framework: str, direction: str, shapes: Iterable[tuple[int, ...]], column: str) -> list[Found]:
+def _layer(
+    rows: list[Record], framework: str, direction: str, shapes: Iterable[tuple[int, ...]], column: str, memory: str = "fresh"
+) -> list[Found]:
     wanted = [list(shape) for shape in shapes]
+    keys = (framework, direction, "float32", 1, memory)
     return [
         Found(f"{m.sizes(row['shape'])} {row['layout']}", row[column].middle)
         for row in rows
-        if (row["framework"], row["direction"], row["dtype"], row["threads"]) == (framework, direction, "float32", 1)
+        if tuple(row[name] for name in ("framework", "direction", "dtype", "threads", "memory")) == keys
         and row["shape"] in wanted
         and column in row
     ]
@@ -49,26 +52,31 @@ def goals(results: dict[str, list[Record]]) -> list[Goal]:
     big, seven, flat = layer.BIG, layer.SHAPES[3:4], layer.SHAPES[6:7]
     found = []
     for direction, bound in (("forward", 3.0), ("backward", 2.0)):
-        found.append(
-            Goal(f"{direction}, large images: x F.batch_norm", bound, True, _layer(rows, "torch", direction, big, "ratio"))
-        )
-        found.append(Goal(f"{direction}, 7x7: x F.batch_norm", 1.3, True, _layer(rows, "torch", direction, seven, "ratio")))
-        found.append(Goal(f"{direction}, 2-D: x F.batch_norm", 1.0, True, _layer(rows, "torch", direction, flat, "ratio")))
+        for memory in ("fresh", "warm"):
+            for what, least, shapes in (("large images", bound, big), ("7x7", 1.2, seven), ("2-D", 1.2, flat)):
+                values = _layer(rows, "torch", direction, shapes, "ratio", memory)
+                found.append(Goal(f"{direction}, {what}, {memory} memory: x F.batch_norm", least, True, values))
         four = layer.SHAPES[:4]
         found.append(Goal(f"{direction}: x Keras layer", 3.0, True, _layer(rows, "tensorflow", direction, four, "ratio")))
         for framework, name in m.FRAMEWORKS.items():
             values = _layer(rows, framework, direction, big, "of copy")
             found.append(Goal(f"{direction}, large images, {name}: share of copy bandwidth", 0.6, True, values))
+    for kernel in kernels.KERNELS:
+        mine = [r for r in results["kernels"] if r["kernel"] == kernel and r["shape"] in [list(shape) for shape in big]]
+        best = mine[-1]["path"] if mine else ""
+        values = [Found(f"{m.sizes(r['shape'])} {r['layout']}", r["share"].middle) for r in mine if r["path"] == best]
+        of = mine[0]["of"] if mine else ""
+        found.append(Goal(f"{kernel} ({best}), large images: share of {of} speed", 0.85, True, values))
     for text, bound, shapes in (("large images", 0.05, big), ("7x7", 0.2, seven)):
         wanted = [list(shape) for shape in shapes]
         values = [Found(m.sizes(r["shape"]), r["share"].middle) for r in results["exact sums"] if r["shape"] in wanted]
         found.append(Goal(f"exact sums' share of the forward kernels, {text}", bound, False, values))
     for framework, name in m.FRAMEWORKS.items():
         two = [row for row in results["synchronized"] if (row["framework"], row["ranks"]) == (framework, 2)]
-        values = [Found(row["what"], row["of floor"].middle) for row in two if "of floor" in row]
+        values = [Found(f"{row['what']} over {row['over']}", row["of floor"].middle) for row in two if "of floor" in row]
         found.append(Goal(f"2 ranks, {name}: x (alone + one allreduce per direction)", 1.15, False, values))
         values = [
-            Found(f"{m.label(framework, peer)}, {row['what']}", row["ratio"][peer].middle)
+            Found(f"{m.label(framework, peer)}, {row['what']} over {row['over']}", row["ratio"][peer].middle)
             for row in two
             for peer in synchronized.PEERS
             if peer in row["ratio"]

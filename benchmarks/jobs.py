@@ -39,6 +39,8 @@ class Job:
     strategy: bool = False
     """Whether the ranks also make TensorFlow's MultiWorkerMirroredStrategy."""
     environment: dict[str, str] = field(default_factory=dict)
+    controller: str = "gloo"
+    """Horovod's: "gloo" or "mpi"."""
     limit: float = 300
 
 
@@ -68,7 +70,7 @@ def run(job: Job, advance: Callable[[int], None]) -> Outcome:
         if job.ranks > 1:
             horovodrun = str(Path(sys.executable).parent / "horovodrun")
             # As many slots as ranks: horovodrun starts one process per slot.
-            command = [horovodrun, "--gloo", "-np", str(job.ranks), "-H", f"localhost:{job.ranks}", *command]
+            command = [horovodrun, f"--{job.controller}", "-np", str(job.ranks), "-H", f"localhost:{job.ranks}", *command]
         environment = os.environ | {
             "OMP_NUM_THREADS": str(job.threads),
             "TF_CPP_MIN_LOG_LEVEL": "3",

@@ -1,6 +1,7 @@
 """The layer at size 1 (the same kernels, no collective) beside the framework's own, forward and backward.
 
-GB/s counts the least traffic that a batch norm needs: forward 3 passes over the tensor, backward 5.
+GB/s counts the least traffic that a batch norm needs: forward 3 passes over the tensor, backward 5. Memory is "fresh", as
+PyTorch gets it by default, or "warm" (`settings.WARM_MEMORY`); TensorFlow's allocator keeps it warm by itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SHAPES = [*BIG, (32, 2048, 7, 7), (8, 16, 8, 8), (64, 256), (4096, 1024)]
 LAYOUTS = ("channels first", "channels last")
 PASSES = {"forward": 3, "backward": 5}
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+KEYS = ("shape", "layout", "dtype", "threads", "memory")
 
 
 def cases(quick: bool, threads: int) -> list[dict[str, Any]]:
@@ -36,6 +38,11 @@ def cases(quick: bool, threads: int) -> list[dict[str, Any]]:
         if (dtype, threads) == ("float32", 1) or shape not in (BIG[:2] if dtype == "float32" else BIG)
         for layout in (LAYOUTS if len(shape) == 4 else LAYOUTS[1:])
     ]
+
+
+def warm_cases(quick: bool) -> list[dict[str, Any]]:
+    """The shapes large enough for glibc to hand out fresh pages."""
+    return [case for case in cases(quick, 1) if case["dtype"] == "float32" and math.prod(case["shape"]) > 1 << 20]
 
 
 def exact_sums_cases(quick: bool) -> list[dict[str, Any]]:
@@ -105,7 +112,9 @@ def rows(outcomes: list[Outcome]) -> list[Record]:
         job = outcome.job
         for case, times, errors, _ in outcome.of("layer"):
             size = math.prod(case["shape"]) * ITEM_BYTES[case["dtype"]] / 1e9
-            row = {"framework": job.framework, "threads": job.threads} | {n: case[n] for n in ("shape", "layout", "dtype")}
+            memory = "warm" if "MALLOC_MMAP_MAX_" in job.environment else "fresh"
+            row = {"framework": job.framework, "threads": job.threads, "memory": memory}
+            row |= {name: case[name] for name in ("shape", "layout", "dtype")}
             if not {"ours", "local", "copy"} <= times.keys():
                 found.append(row | {"direction": "forward", "errors": errors})
                 continue
@@ -139,7 +148,7 @@ def table(rows: list[Record], framework: str) -> Table:
     """A framework's rows, both directions side by side."""
     peer = m.label(framework, "local")
     result = Table(title=f"{m.FRAMEWORKS[framework]} at size 1, GB/s by least traffic: ours / {peer}", title_justify="left")
-    for column in ("shape", "layout", "dtype", "threads"):
+    for column in KEYS:
         result.add_column(column)
     for direction in PASSES:
         for column in (f"{direction}: ours", "peer", "ratio (quartiles)", "of copy"):
@@ -148,11 +157,11 @@ def table(rows: list[Record], framework: str) -> Table:
     for row in mine:
         if row["direction"] != "forward":
             continue
-        cells = [m.sizes(row["shape"]), row["layout"], row["dtype"], str(row["threads"])]
+        cells = [m.sizes(row["shape"]), *(str(row[name]) for name in KEYS[1:])]
         if "errors" in row:
             result.add_row(*cells, str(row["errors"]))
             continue
-        same = [r for r in mine if all(r[n] == row[n] for n in ("shape", "layout", "dtype", "threads"))]
+        same = [r for r in mine if all(r[name] == row[name] for name in KEYS)]
         for part in same:
             speeds = part["GB/s"]
             cells += [m.number(speeds[name].middle) for name in ("ours", "local")]

@@ -50,7 +50,8 @@ def _bars(axis: plt.Axes, groups: list[str], bars: dict[str, list[m.Spread | Non
 
 
 def _layer(results: dict[str, list[Record]]) -> plt.Figure | None:
-    rows = [r for r in results["layer"] if (r["dtype"], r["threads"]) == ("float32", 1) and "ratio" in r]
+    keys = ("float32", 1, "fresh")
+    rows = [r for r in results["layer"] if (r["dtype"], r["threads"], r["memory"]) == keys and "ratio" in r]
     if not rows:
         return None
     figure, axes = plt.subplots(2, 2, figsize=(15, 9), sharey=True, layout="constrained")

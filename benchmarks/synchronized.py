@@ -58,6 +58,7 @@ def floor(times: m.Times) -> list[float]:
     return [a + b for a, b in zip(m.total(times, "ours alone"), m.total(times, "allreduce"), strict=True)]
 
 
+CONTROLLERS = {"gloo": "Gloo", "mpi": "MPI"}
 CONTESTANTS = ("ours alone", "allreduce", "ours", "one round", "two rounds", "horovod", "synchronized", "local")
 PEERS = ("one round", "two rounds", "horovod", "synchronized")
 
@@ -69,10 +70,8 @@ def rows(outcomes: list[Outcome], kind: str) -> list[Record]:
         job = outcome.job
         for case, times, errors, _ in outcome.of(kind):
             what = m.sizes(case["shape"]) if kind == "synchronized" else f"{case['images']} images of {case['size']}"
-            key = (job.ranks, job.framework, what)
-            row = found.setdefault(
-                key, {"ranks": key[0], "framework": key[1], "what": what, "ms": {}, "ratio": {}, "errors": {}}
-            )
+            key = {"ranks": job.ranks, "framework": job.framework, "over": CONTROLLERS[job.controller], "what": what}
+            row = found.setdefault(tuple(key.values()), key | {"ms": {}, "ratio": {}, "errors": {}})
             row["errors"] |= errors
             for name in times:
                 if name in row["ms"]:
@@ -89,15 +88,15 @@ def table(title: str, rows: list[Record]) -> Table:
     """Milliseconds of forward and backward, and how many times ours."""
     result = Table(title=title, title_justify="left", caption="ms, median (quartiles); in brackets: times ours, same rounds")
     result.add_column("ranks")
-    result.add_column("framework")
-    result.add_column("per rank")
+    for column in ("framework", "over", "per rank"):
+        result.add_column(column)
     columns = [name for name in CONTESTANTS if any(name in row["ms"] or name in row["errors"] for row in rows)]
     for name in columns:
         result.add_column(name if name in ("local", "horovod") else m.label("torch", name), justify="right")
     if any("of floor" in row for row in rows):
         result.add_column("ours / (alone + allreduce)", justify="right")
     for row in rows:
-        cells = [str(row["ranks"]), m.FRAMEWORKS[row["framework"]], row["what"]]
+        cells = [str(row["ranks"]), m.FRAMEWORKS[row["framework"]], row["over"], row["what"]]
         for name in columns:
             if name in row["ms"]:
                 times = "" if name == "ours" else f"\n[{m.number(row['ratio'][name].middle)}x]"

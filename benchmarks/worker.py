@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import accuracy, layer, overhead, settings, soak, synchronized
+from benchmarks import accuracy, kernels, layer, overhead, settings, soak, synchronized
 from benchmarks.measure import Framework, Record
 
 MEASURE: dict[str, Callable[..., Record]] = {
     "layer": layer.measure,
+    "kernels": kernels.measure,
     "exact sums": layer.measure_exact_sums,
     "synchronized": synchronized.measure,
     "network": synchronized.measure_network,

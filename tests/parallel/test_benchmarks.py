@@ -21,6 +21,7 @@ def test_from_job_to_pictures(tmp_path: Path) -> None:
     alone = [
         {"kind": "layer", "shape": shape, "layout": "channels last", "dtype": "bfloat16", "rounds": 2},
         {"kind": "layer", "shape": (64, 256), "layout": "channels last", "dtype": "float32", "rounds": 2},
+        {"kind": "kernels", "shape": shape, "layout": "channels first", "rounds": 2},
         {"kind": "exact sums", "shape": (32, 16, 16, 16), "rounds": 2},
         {"kind": "overhead", "rounds": 2},
         {"kind": "memory"},
