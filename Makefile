@@ -21,7 +21,7 @@ test: setup
 	-@tools/cluster_deps.sh
 	$(BIN)/python -m pytest tests
 
-# With every way to die of an elastic job: some 10 minutes more than what `make test` runs of it.
+# With every way to die of an elastic job, in both frameworks: some 20 minutes more than what `make test` runs of it.
 test-cluster: setup
 	@tools/cluster_deps.sh
 	$(BIN)/python -m pytest tests/cluster -m "matrix or not matrix"

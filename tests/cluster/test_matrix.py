@@ -19,29 +19,29 @@ from tests.cluster.test_elastic import assert_recovered, death, wait_for_round
 SLOTS = {2: {"h1": 1, "h2": 1}, 3: {"h1": 1, "h2": 2}, 4: {"h1": 2, "h2": 2}}
 PLACES = ("forward", "backward", "between")
 CASES = list(itertools.product(SLOTS, PLACES, ("kill", "raise")))
-HEADER = (
-    "| framework | ranks | what happens in the job, one after the other | survivors back | seconds each | bytes of one process "
-    "| load |",
-    "|---|---|---|---|---|---|---|",
-)
+HEADER = "ranks", "what happens in the job, one after the other", "survivors back", *elastic.MODULES
 
 
 class Table:
-    """Rows, and how many faults were tried and survived; in the file after every row, for a run that is cut short."""
+    """Rows, and how many faults were tried and survived; in the file after every job, for a run that is cut short."""
 
     def __init__(self) -> None:
-        self.rows: list[str] = []
+        self.rows: dict[tuple[str, str, str], dict[str, str]] = {}
         self.tried, self.survived = Counter[str](), Counter[str]()
 
     def add(self, framework: str, ranks: int, faults: list[str], back: list[str], seconds: list[float], good: bool) -> None:
+        """A job: in its row seconds until all survivors were back, fault by fault, and the machine's load; NO if it failed."""
         self.tried[framework] += len(faults)
         self.survived[framework] += len(faults) * good
-        cells = [framework, str(ranks), "; ".join(faults), ", ".join(back), ", ".join(f"{second:.1f}" for second in seconds)]
-        self.rows.append(f"| {' | '.join((*cells, 'yes' if good else 'NO', f'{os.getloadavg()[0]:.0f}'))} |")
+        said = f"{'' if good else 'NO: '}{', '.join(f'{each:.1f}' for each in seconds)} ({os.getloadavg()[0]:.0f})"
+        self.rows.setdefault((str(ranks), "; ".join(faults), ", ".join(back)), {})[framework] = said
+        total = "; ".join(f"{name}: {self.survived[name]} of {tried} faults survived" for name, tried in self.tried.items())
+        cells = [HEADER, ["---"] * len(HEADER)]
+        cells += [(*row, *(found.get(name, "") for name in elastic.MODULES)) for row, found in self.rows.items()]
+        lines = [time.strftime("%Y-%m-%d"), "", *(f"| {' | '.join(row)} |" for row in cells), "", total]
         path = Path(__file__).parents[2] / "out/elastic.md"
         path.parent.mkdir(exist_ok=True)
-        total = "; ".join(f"{name}: {self.survived[name]} of {tried} faults survived" for name, tried in self.tried.items())
-        path.write_text("\n".join((time.strftime("%Y-%m-%d"), "", *HEADER, *self.rows, "", total)) + "\n")
+        path.write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="module")
