@@ -142,7 +142,9 @@ def examine() -> list[Finding]:
         else:
             findings.append(Finding(f"{name} ops", "load"))
 
-    return findings + _gpus(probes) + _advice()
+    gpus = _gpus(probes)
+    on_cpu = "torch" in frameworks and not probes.get("torch GPUs", {}).get("gpus")
+    return findings + gpus + _advice() + (_memory() if on_cpu else [])
 
 
 def _gpus(probes: dict[str, dict[str, object]]) -> list[Finding]:
@@ -187,6 +189,16 @@ def _advice() -> list[Finding]:
     if os.environ.get("HOROVOD_CACHE_CAPACITY") == "0":
         findings.append(Finding("HOROVOD_CACHE_CAPACITY", "0: the ranks agree anew on every packet; better left alone"))
     return findings + _stalls()
+
+
+def _memory() -> list[Finding]:
+    """PyTorch's large tensors on a CPU, which glibc maps anew one by one; TensorFlow, and other allocators, keep theirs."""
+    keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+    if any(name in os.environ for name in keep) or "malloc" in os.environ.get("LD_PRELOAD", ""):
+        return []
+    setting = " ".join(f"{name}={value}" for name, value in keep.items())
+    advice = "not set: PyTorch on a CPU gets fresh pages for every large tensor, and every page costs a fault"
+    return [Finding("MALLOC_MMAP_MAX_", f"{advice}; {setting} keeps them (a step was 1.1 to 2 times as fast)")]
 
 
 def _stalls() -> list[Finding]:

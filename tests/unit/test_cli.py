@@ -64,6 +64,20 @@ class TestDoctor:
         assert "ImportError: undefined symbol" in out
         assert out.count("-m pip install") == 1
 
+    def test_memory(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"):
+            monkeypatch.delenv(name, raising=False)
+        advice = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 keeps them"
+        assert advice in run(capsys, "doctor")[1]
+        monkeypatch.setenv("LD_PRELOAD", "libjemalloc.so.2")
+        assert advice not in run(capsys, "doctor")[1]
+        monkeypatch.delenv("LD_PRELOAD")
+        monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+        assert advice not in run(capsys, "doctor")[1]
+        monkeypatch.delenv("MALLOC_MMAP_MAX_")
+        monkeypatch.setattr(horovod_build, "framework_versions", lambda: {"tensorflow": "2.21.0"})
+        assert advice not in run(capsys, "doctor")[1]
+
     def test_gpus(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """What is there, and what the layers and Horovod lack to use it."""
         monkeypatch.setattr(horovod_build, "cuda_frameworks", lambda: ["torch"])
