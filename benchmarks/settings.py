@@ -1,6 +1,6 @@
 """Horovod's own settings: what one packet costs under each, and a whole training step with and without synchronized layers.
 
-Over Gloo, and over MPI where Horovod is built with it. What is found goes into `hvd-syncbn doctor` and the README.
+Over Gloo, and over MPI where Horovod is built with it. What is found goes into `hvd-syncbn doctor` and docs/performance.md.
 """
 
 from __future__ import annotations
