@@ -91,8 +91,7 @@ def test_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda name: None if name == "nvcc" else f"/bin/{name}")
     result = build.build(tmp_path, None)
     assert result.status == NOT_RUN and "nvcc (the CUDA compiler" in result.what
-    import torch
-
+    torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         assert build.speed(tmp_path, None) == Result(NOT_RUN, build._no_gpu())
         assert build.sanitize(tmp_path, None).status == NOT_RUN

@@ -20,6 +20,7 @@ from keras import layers  # noqa: E402
 
 from hvd_syncbn.keras import SyncBatchNormalization, convert_sync_batchnorm, revert_sync_batchnorm  # noqa: E402
 from tests.arrays import same_bits  # noqa: E402
+from tests.needs import need  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -514,7 +515,7 @@ assert "tensorflow" not in sys.modules
 
 def test_on_keras_pytorch_backend(tmp_path: Path) -> None:
     """The same bits as on the TensorFlow backend."""
-    pytest.importorskip("horovod.torch")
+    need("torch", "horovod.torch")
     x, dy, residual = (normal(6, 5, 4, 3, seed=i) for i in range(3))
     for name, array in (("x", x), ("dy", dy), ("residual", residual)):
         np.save(tmp_path / f"{name}.npy", array)

@@ -228,8 +228,7 @@ def test_unused_layers_and_other_classes() -> None:
 
 
 def test_kinds_of_batches() -> None:
-    import torch
-
+    torch = pytest.importorskip("torch")
     x, y = normal(12, 4), np.arange(12)
 
     class Parts(keras.utils.PyDataset):

@@ -40,7 +40,7 @@ def installed(folder: Path) -> Path:
                 target = packages / name.replace(".", "/") / path.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
-    (packages / "frameworks.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (packages / "frameworks.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
     return folder / "bin" / "python"
 
 
