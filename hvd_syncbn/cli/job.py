@@ -166,12 +166,12 @@ def run(
     def read() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            _, mark, data = line.partition(MARK)
-            if mark:
-                reports.append(json.loads(data))
-                report(reports[-1])
-            else:
+            found = _report(line)
+            if found is None:
                 said.append(line.rstrip())
+            else:
+                reports.append(found)
+                report(found)
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
@@ -187,6 +187,13 @@ def run(
     if not reports or not reports[-1].get("done"):
         raise JobError("ended without its last report")
     return reports[:-1]
+
+
+def _report(line: str) -> Report | None:
+    """The report in a line of output, which launchers put their labels before, and Open MPI's behind, too."""
+    _, mark, data = line.partition(MARK)
+    found: Report | None = json.JSONDecoder().raw_decode(data.lstrip())[0] if mark else None
+    return found
 
 
 def horovodrun() -> str:

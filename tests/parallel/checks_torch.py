@@ -384,6 +384,29 @@ def check_frozen_layers_are_local() -> None:
             assert ("dweight" in whole) == affine
 
 
+def check_horovods_sums() -> None:
+    """Of every length around the one (512 KiB in all) up to which Gloo sends a message once, as our Horovod has it: exact, in
+    floats the same bits on every rank; also while several are under way."""
+    edge = 2**19 // 8 // max(1, SIZE - 1)
+    lengths = (1, 2, 3, 1000, edge - 1, edge, edge + 1, 2 * edge + 3)
+    generator = torch.Generator().manual_seed(RANK)
+    for dtype in (torch.int64, torch.float32, torch.float16):
+        own = [torch.randint(-1000, 1000, (length,), generator=generator).to(dtype) for length in lengths]
+        names = [f"sums.{dtype}.{length}" for length in lengths]
+        waiting = [hvd.allreduce_async(v, op=hvd.Sum, name=name) for v, name in zip(own, names, strict=True)]
+        found = [hvd.synchronize(handle) for handle in waiting]
+        everyone = hvd.allgather_object((own, found))
+        for i, got in enumerate(found):
+            assert all(torch.equal(sums[i].view(torch.uint8), got.view(torch.uint8)) for _, sums in everyone), names[i]
+            exact = sum(values[i].double() for values, _ in everyone)
+            assert torch.is_tensor(exact)
+            if dtype == torch.int64:
+                assert torch.equal(got, sum(values[i] for values, _ in everyone))
+            else:  # every addition rounds once
+                magnitude = sum(values[i].double().abs() for values, _ in everyone)
+                assert ((got.double() - exact).abs() <= SIZE * torch.finfo(dtype).eps * magnitude).all(), names[i]
+
+
 def check_compiled() -> str | None:
     """One graph, with the collectives in it."""
     if SIZE != 2:

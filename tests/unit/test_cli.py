@@ -264,6 +264,14 @@ def test_splits_deal_out_everything(ranks: int) -> None:
     assert ranks == 1 or [] in vectors.split(ranks, "empty")
 
 
+@pytest.mark.parametrize("label", ["", "[0]<stdout>:", "[1,0]<stdout>:"])
+@pytest.mark.parametrize("behind", ["\n", "[1,0]<stdout>:\n"])
+def test_a_report_among_the_launchers_labels(label: str, behind: str) -> None:
+    """horovodrun labels lines as Gloo or Open MPI does; mpirun's next label may stand in the same line."""
+    assert job._report(f'{label}{job.MARK}{{"sha256": "6a"}}{behind}') == {"sha256": "6a"}
+    assert job._report(f"{label}a word of a rank{behind}") is None
+
+
 class TestBench:
     @pytest.mark.sources
     def test_runs_the_benchmarks_of_the_checkout(self, monkeypatch: pytest.MonkeyPatch) -> None:
