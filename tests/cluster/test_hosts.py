@@ -68,7 +68,7 @@ def test_verify(hosts: Hosts) -> None:
 @pytest.mark.timeout(300)
 def test_doctor(hosts: Hosts) -> None:
     found = run_command(hosts, "doctor")
-    assert len(found["packets"]) >= 3 and found["controller"] == "Gloo"
+    assert len(found["packets"]) >= 3 and found["controller"] in ("Gloo", "MPI")
 
 
 def test_no_file_of_the_user_is_read(hosts: Hosts) -> None:
