@@ -881,5 +881,5 @@ def test_device_errors_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing to tell where no GPU is used; a GPU that is asked for by name and is not there is an error of ours."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     check_device_errors()
-    with pytest.raises(RuntimeError, match="no GPU can be used here.*Received: device=cuda:1"):
+    with pytest.raises(RuntimeError, match=r"no GPU can be used here.*Received: device=cuda:1"):
         check_device_errors("cuda:1")
