@@ -19,8 +19,8 @@ namespace cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// Shared memory that a launch asks for at most: of the 48 KiB that it may have on every device without opting in, the rest
-// is left to what a kernel declares.
+// Shared memory that a launch asks for at most: of the 48 KiB that it may have on every device without opting in, the
+// rest is left to what a kernel declares.
 constexpr int64_t kSharedBytes = 47 * 1024;
 
 __device__ inline unsigned char* shared_memory() {
