@@ -16,7 +16,7 @@ import hvd_syncbn
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("test_cuda_build.py", "test_cuda_emulated.py", "test_cuda_registers.py")  # compile them; others: the marker
-OPTIONAL = "torch|tensorflow|keras|horovod|matplotlib|sklearn|onnx|onnxruntime|onnxscript"
+OPTIONAL = "torch|tensorflow|keras|horovod|matplotlib|scipy|sklearn|onnx|onnxruntime|onnxscript"
 
 
 def pytest_configure() -> None:

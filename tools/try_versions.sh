@@ -32,7 +32,7 @@ try() { # one row: its environment, Horovod, the package's own word, its tests
   tools/try_wheel.sh "$env/bin/python" tests/unit -q
 }
 
-version() { awk -v name="$1" '$1 ~ "^" name "$" {print $2; exit}' "$2"; }
+version() { awk -v name="$1" '$1 ~ "^" name "$" && !found {found = $2} END {print found ? found : "-"}' "$2"; }
 
 echo "| Python | PyTorch | TensorFlow, Keras | numpy | Horovod, package | verify | tests/unit | seen |"
 echo "|---|---|---|---|---|---|---|---|"
@@ -42,7 +42,7 @@ for row in "$@"; do
   try "${fields[@]}" > "$log" 2>&1
   built=no && grep -q "^== Horovod is built" "$log" && built=Horovod && grep -q "^== its tests" "$log" && built=yes
   verified=no && grep -q "^EQUAL: .* one sha256" "$log" && verified=yes
-  tested=$(grep -oE "([0-9]+ (passed|failed|skipped|errors?)(, )?)+" "$log" | tail -1)
+  tested=$(grep -oE "([0-9]+ (passed|failed|skipped|errors?)(, )?)+" "$log" | tail -1 | sed 's/, $//')
   echo "| $(version python "$log") | $(version torch "$log") | $(version tensorflow.cpu "$log"), $(version keras "$log") |" \
     "$(version numpy "$log") | $built | $verified | ${tested:-not run} | $(date +%F) |"
 done
