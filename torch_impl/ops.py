@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,9 +13,24 @@ from hvd_syncbn import horovod, native
 GLOBAL = 0  # Horovod's id of the set of all ranks
 HAS_CUDA = native.has_cuda()
 
+_OLDEST = (2, 13)  # that was tried and found right in everything: docs/versions.md
+
 _process_sets: dict[int, Any] = {}
 
 
+def warn_if_older(version: str) -> None:
+    """Warns of a PyTorch in which a layer may be local without a word."""
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        warnings.warn(
+            f"hvd-syncbn is tried with PyTorch {'.'.join(map(str, _OLDEST))} and newer. In older ones (seen in 2.4) "
+            "torch.compile takes its own batch norm for a converted layer that has a forward of its own: it is not "
+            "synchronized there. "
+            f"Received: {version}",
+            stacklevel=2,
+        )
+
+
+warn_if_older(torch.__version__)
 torch.ops.load_library(native.adapter("torch_impl/libhvd_syncbn_torch.so", "PyTorch", torch.__version__))
 # The tag keeps it out of CUDA graphs that torch.compile records: Horovod's threads could not take part in a replay.
 _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))  # from PyTorch 2.8 on

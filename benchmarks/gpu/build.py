@@ -141,7 +141,7 @@ def ranks(out: Path, carried: Path | None) -> Result:
         if carried is None:
             return Result(NOT_RUN, "Horovod is not installed, and its source was not carried: --prepare, then --carried")
         log = out / "horovod.log"
-        options = ("--without-nccl", "--without-mpi", "--no-install")
+        options = ("--without-nccl", "--no-install")
         if _run(log, "-m", "hvd_syncbn.horovod_build", *options, HVD_SYNCBN_CACHE=str(carried)):
             return Result(FAILED, f"Horovod did not build: {log}")
         wheel = max((carried / CARRIED).rglob("*.whl"), key=lambda path: path.stat().st_mtime)

@@ -118,18 +118,17 @@ class Plan(NamedTuple):
     notes: list[str]
 
 
-def make_plan(
-    versions: Mapping[str, str], environ: Mapping[str, str], *, mpi: bool | None = None, nccl: bool | None = None
-) -> Plan:
+def make_plan(versions: Mapping[str, str], environ: Mapping[str, str], *, mpi: bool = False, nccl: bool | None = None) -> Plan:
     """Choose what to build for: our choice, then the caller's own HOROVOD_* variables, then the options.
 
-    MPI is taken along where its compiler is found. GPU collectives go through NCCL where every framework is a build for
-    CUDA, and a CUDA toolkit and NCCL are found.
+    GPU collectives go through NCCL where every framework is a build for CUDA, and a CUDA toolkit and NCCL are found. MPI is
+    not taken along unasked: `horovodrun` would then run over it, and elastic jobs, a second `hvd.init()` in a process without
+    a launcher, and more ranks than cores do not go well with it.
 
     Args:
         versions: The frameworks.
         environ: The environment.
-        mpi: Whether to build with MPI; None where it is found.
+        mpi: Whether to build with MPI.
         nccl: Whether to run GPU collectives through NCCL; None where it can be.
 
     Raises:
@@ -149,7 +148,7 @@ def make_plan(
         raise BuildError(
             "No mpicxx in the path, so MPI cannot be built in. Install one: apt-get install openmpi-bin libopenmpi-dev"
         )
-    wanted["MPI"] = here is not None if mpi is None else mpi
+    wanted["MPI"] = mpi
     for part in _PARTS:
         if environ.get(f"HOROVOD_WITH_{part}") == "1":
             wanted[part] = True
@@ -157,7 +156,7 @@ def make_plan(
             wanted[part] = False
     if wanted["MPI"] and here is not None:
         system["MPI"] = here.version
-        notes.append(f"with MPI: {here.version} ({here.home}); --without-mpi leaves it out")
+        notes.append(f"with MPI: {here.version} ({here.home})")
     settings = {f"HOROVOD_{'WITH' if wanted[part] else 'WITHOUT'}_{part}": "1" for part in _PARTS}
     settings |= {name: value for name, value in environ.items() if _BUILD_VARIABLE.fullmatch(name)}
     _plan_gpu(Plan(settings, system, notes), versions, environ, nccl)
@@ -434,11 +433,11 @@ def _compile(folder: Path, archive: Path, env: Mapping[str, str], console: Conso
         return staged.replace(folder / built.name)
 
 
-def build(*, mpi: bool | None = None, nccl: bool | None = None, install: bool = True) -> Path:
+def build(*, mpi: bool = False, nccl: bool | None = None, install: bool = True) -> Path:
     """Build Horovod for the frameworks of this Python, or take it from the cache, and install it.
 
     Args:
-        mpi: Build the MPI operations, too; needs an MPI with its headers. None: where one is found.
+        mpi: Build the MPI operations, too; needs an MPI with its headers.
         nccl: Run GPU collectives through NCCL; needs CUDA and NCCL with its headers. None: where both are found and every
             framework is a build for CUDA.
         install: Install the wheel into this Python.
@@ -502,12 +501,11 @@ HOROVOD_GPU_ALLREDUCE, ...) are passed on from the environment. Wheels are kept 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parts = {"mpi": "the MPI operations, too", "nccl": "GPU collectives through NCCL"}
-    for part, what in parts.items():
-        group = parser.add_mutually_exclusive_group()
-        with_it = f"build {what}, or fail (by default where they can be built)"
-        group.add_argument(f"--with-{part}", dest=part, action="store_const", const=True, help=with_it)
-        group.add_argument(f"--without-{part}", dest=part, action="store_const", const=False, help=f"do not build {what}")
+    parser.add_argument("--with-mpi", action="store_true", dest="mpi", help="build the MPI operations, too")
+    nccl = parser.add_mutually_exclusive_group()
+    through = "GPU collectives through NCCL, or fail (by default where they can be built)"
+    nccl.add_argument("--with-nccl", dest="nccl", action="store_const", const=True, help=through)
+    nccl.add_argument("--without-nccl", dest="nccl", action="store_const", const=False, help="GPU tensors through host memory")
     parser.add_argument("--no-install", action="store_true", help="only build the wheel and print its path")
     parser.add_argument("--list", action="store_true", help="list our changes to Horovod and build nothing")
 

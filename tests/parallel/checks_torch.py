@@ -407,6 +407,21 @@ def check_horovods_sums() -> None:
                 assert ((got.double() - exact).abs() <= SIZE * torch.finfo(dtype).eps * magnitude).all(), names[i]
 
 
+def check_optimizer_state_changes_no_parameter() -> None:
+    """Where a rank's optimizer has no state yet, Horovod makes one by a step; with weight decay that would be a change."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9, weight_decay=0.1)
+    if RANK == 0 and SIZE > 1:  # the others join
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    hvd.broadcast_optimizer_state(optimizer, 0)
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert_same(new.detach(), old)
+    momentum = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(momentum, hvd.broadcast_object(momentum, 0), strict=True))
+
+
 def check_compiled() -> str | None:
     """One graph, with the collectives in it."""
     if SIZE != 2:

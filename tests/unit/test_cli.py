@@ -130,7 +130,7 @@ def test_build_horovod_reaches_the_builder(monkeypatch: pytest.MonkeyPatch) -> N
     called: dict[str, bool] = {}
     monkeypatch.setattr(horovod_build, "build", lambda **options: called.update(options))
     assert cli.main(["build-horovod", "--with-nccl", "--no-install"]) == 0
-    assert called == {"mpi": None, "nccl": True, "install": False}
+    assert called == {"mpi": False, "nccl": True, "install": False}
 
 
 @pytest.mark.parametrize("argv", [[], ["unknown"], ["doctor", "extra"]])

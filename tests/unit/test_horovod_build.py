@@ -304,19 +304,19 @@ class TestPlan:
         assert "HOROVOD_WITH_TENSORFLOW" not in settings
         assert not {"HOROVOD_CYCLE_TIME", "HOME"} & set(settings)
 
-    def test_mpi_is_taken_along_where_it_is(self, system: System) -> None:
+    def test_mpi_is_taken_along_where_it_is_asked_for(self, system: System) -> None:
         with pytest.raises(horovod_build.BuildError, match="apt-get install openmpi-bin libopenmpi-dev"):
             horovod_build.make_plan(VERSIONS, system.environ, mpi=True)
         system.mpi()
-        plan = horovod_build.make_plan(VERSIONS, system.environ)
-        assert plan.settings["HOROVOD_WITH_MPI"] == "1"
-        assert plan.system["MPI"] == "Open MPI 4.1.4 (Language: C++)"
-        assert any("--without-mpi" in note for note in plan.notes)
         for plan in (
-            horovod_build.make_plan(VERSIONS, system.environ, mpi=False),
-            horovod_build.make_plan(VERSIONS, system.environ | {"HOROVOD_WITHOUT_MPI": "1"}),
+            horovod_build.make_plan(VERSIONS, system.environ, mpi=True),
+            horovod_build.make_plan(VERSIONS, system.environ | {"HOROVOD_WITH_MPI": "1"}),
         ):
-            assert plan.settings["HOROVOD_WITHOUT_MPI"] == "1" and "MPI" not in plan.system and not plan.notes
+            assert plan.settings["HOROVOD_WITH_MPI"] == "1"
+            assert plan.system["MPI"] == "Open MPI 4.1.4 (Language: C++)"
+            assert any("with MPI" in note for note in plan.notes)
+        plan = horovod_build.make_plan(VERSIONS, system.environ)
+        assert plan.settings["HOROVOD_WITHOUT_MPI"] == "1" and "MPI" not in plan.system and not plan.notes
 
     def test_builds_for_the_cpu_do_not_depend_on_cuda(self, system: System) -> None:
         before = horovod_build.make_plan(VERSIONS, system.environ)

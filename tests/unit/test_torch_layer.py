@@ -11,6 +11,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -883,3 +884,12 @@ def test_device_errors_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     check_device_errors()
     with pytest.raises(RuntimeError, match=r"no GPU can be used here.*Received: device=cuda:1"):
         check_device_errors("cuda:1")
+
+
+def test_an_old_pytorch_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"not synchronized there\. Received: 2\.4\.1"):
+        ops.warn_if_older("2.4.1+cu124")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for version in ("2.13.0+cpu", "2.14.1", "3.0.0a0+git12"):
+            ops.warn_if_older(version)
