@@ -113,6 +113,8 @@ def table(packets: list[Record], training: list[Record]) -> Table:
         result.add_column(column, justify="right")
     for setting in SETTINGS:
         mine = {r["channels"]: str(r["ms"]) for r in packets if r["setting"] == setting}
+        if not mine:  # MPI's, in a Horovod without
+            continue
         cells = [mine.get(channels, "") for channels in PACKET_CHANNELS]
         for row in (row for row in training if row["setting"] == setting):
             cells += [str(row["ms"]["local"]), str(row["ms"]["ours"]), str(row["added ms"])]
