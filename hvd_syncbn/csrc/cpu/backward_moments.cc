@@ -11,6 +11,7 @@ namespace {
 template <class T, bool kRelu>
 struct BackwardTerms {
   static constexpr bool kNarrow = sizeof(T) < sizeof(double), kSquare = false;
+  static constexpr int kItem = sizeof(T);
   const T* x;
   const T* dy;
   const T* y;
@@ -25,6 +26,11 @@ struct BackwardTerms {
     *d = load_part(x + i, count) - mean;
     *g = load_part(dy + i, count);
     if (kRelu) *g = keep_where_positive(*g, load_part(y + i, count));
+  }
+  HVD_SYNCBN_INLINE void prefetch(int64_t i) const {
+    __builtin_prefetch(x + i);
+    __builtin_prefetch(dy + i);
+    if (kRelu) __builtin_prefetch(y + i);
   }
   HVD_SYNCBN_INLINE bool masked() const { return false; }
   HVD_SYNCBN_INLINE bool counts(int64_t) const { return true; }

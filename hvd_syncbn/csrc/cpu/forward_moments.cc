@@ -11,6 +11,7 @@ namespace {
 template <class T>
 struct ForwardTerms {
   static constexpr bool kNarrow = sizeof(T) < sizeof(double), kSquare = true;
+  static constexpr int kItem = sizeof(T);
   const T* x;
   const uint8_t* mask;
 
@@ -21,6 +22,7 @@ struct ForwardTerms {
   HVD_SYNCBN_INLINE void load_first(int64_t i, int count, F64, F64* g, F64* d) const {
     *g = *d = load_part(x + i, count);
   }
+  HVD_SYNCBN_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
   HVD_SYNCBN_INLINE bool masked() const { return mask != nullptr; }
   HVD_SYNCBN_INLINE bool counts(int64_t row) const { return mask == nullptr || mask[row] != 0; }
 };
