@@ -29,6 +29,7 @@ from benchmarks import measure as m
 from benchmarks.jobs import Job, Outcome
 from hvd_syncbn import __version__, native
 from hvd_syncbn.cli.cost_model import Point, fit
+from hvd_syncbn.cli.doctor import WARM_MEMORY
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,7 +55,7 @@ def plan(quick: bool) -> list[Job]:
             title = f"{name}, {threads} thread{'s' * (threads > 1)}"
             found.append(Job(title, framework, cases, threads=threads, pin=True))
     cases = [*layer.warm_cases(quick), *kernels.cases(quick)]
-    found.append(Job("PyTorch, warm memory, and kernels", "torch", cases, pin=True, environment=settings.WARM_MEMORY))
+    found.append(Job("PyTorch, warm memory, and kernels", "torch", cases, pin=True, environment=WARM_MEMORY))
     for ranks in (2,) if quick else (2, 4):
         for framework, name in m.FRAMEWORKS.items():
             cases = synchronized.cases(ranks, quick)
@@ -76,8 +77,8 @@ def plan(quick: bool) -> list[Job]:
                 continue
             training = [settings.training_case(3)] if setting.training else []
             cases = [settings.packets_case(31), *training]
-            job = Job(title, "torch", cases, 2, pin=setting.pin, environment=setting.environment)
-            found.append(replace(job, controller=setting.controller))
+            job = Job(title, "torch", cases, 2, pin=setting.pin, environment=setting.environment, controller=setting.controller)
+            found.append(job)
     return found
 
 

@@ -1,7 +1,7 @@
 """The layer at size 1 (the same kernels, no collective) beside the framework's own, forward and backward.
 
 GB/s counts the least traffic that a batch norm needs: forward 3 passes over the tensor, backward 5. Memory is "fresh", as
-PyTorch gets it by default, or "warm" (`settings.WARM_MEMORY`); TensorFlow's allocator keeps it warm by itself.
+PyTorch gets it by default, or "warm" (`WARM_MEMORY`); TensorFlow's allocator keeps it warm by itself.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from benchmarks import measure as m
 from benchmarks.jobs import Outcome
 from benchmarks.measure import Framework, Record, Step
 from hvd_syncbn import native, protocol
+from hvd_syncbn.cli.doctor import WARM_MEMORY
 
 # The first four are those of a ResNet-50's stages, with 32 images.
 BIG = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28)]
@@ -112,7 +113,7 @@ def rows(outcomes: list[Outcome]) -> list[Record]:
         job = outcome.job
         for case, times, errors, _ in outcome.of("layer"):
             size = math.prod(case["shape"]) * ITEM_BYTES[case["dtype"]] / 1e9
-            memory = "warm" if "MALLOC_MMAP_MAX_" in job.environment else "fresh"
+            memory = "warm" if WARM_MEMORY.keys() <= job.environment.keys() else "fresh"
             row = {"framework": job.framework, "threads": job.threads, "memory": memory}
             row |= {name: case[name] for name in ("shape", "layout", "dtype")}
             if not {"ours", "local", "copy"} <= times.keys():

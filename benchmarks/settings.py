@@ -15,11 +15,10 @@ from benchmarks.jobs import Outcome
 from benchmarks.measure import Framework, FrameworkThatTrains, Record
 from benchmarks.synchronized import NETWORK_IMAGES, NETWORK_SIZE
 from hvd_syncbn import native
+from hvd_syncbn.cli.doctor import WARM_MEMORY
 
 CYCLE_TIME = "0.1"  # ms; what we recommend where a job waits for packets
 RECOMMENDED = {"HOROVOD_CYCLE_TIME": CYCLE_TIME}
-# glibc maps every large tensor anew and gives it back when it is freed, and each page then costs a fault. So it keeps them.
-WARM_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 
 class Setting(NamedTuple):

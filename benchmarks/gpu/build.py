@@ -75,13 +75,9 @@ def build(out: Path, _carried: Path | None) -> Result:
                 said = "\n".join(horovod_build.first_error(log.read_text().splitlines()))
                 return Result(FAILED, f"the first error of {log}:\n{said}")
     package = SITE / "hvd_syncbn"
-    for source in (ROOT / "hvd_syncbn").rglob("*.py"):
-        target = package / source.relative_to(ROOT / "hvd_syncbn")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
-    for adapter in ("torch_impl", "tf_impl"):
-        for source in (ROOT / adapter).rglob("*.py"):
-            target = package / source.relative_to(ROOT)
+    for folder, root in (("hvd_syncbn", ROOT / "hvd_syncbn"), ("torch_impl", ROOT), ("tf_impl", ROOT)):
+        for source in (ROOT / folder).rglob("*.py"):
+            target = package / source.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
     return Result(PASSED, f"for {whose}; PyTorch {torch.__version__}")

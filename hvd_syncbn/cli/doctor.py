@@ -47,6 +47,9 @@ _GPUS = {
 }
 _PROBE_TIMEOUT_S = 120
 
+WARM_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+"""Has glibc keep the memory of large tensors, which it else maps anew for each; every page then costs a fault."""
+
 
 class Finding(NamedTuple):
     """One row of doctor's table, and what repairs it if it is a problem."""
@@ -150,8 +153,10 @@ def examine() -> list[Finding]:
 def _gpus(probes: dict[str, dict[str, object]]) -> list[Finding]:
     """What training on GPUs needs, for the frameworks that are builds for CUDA."""
     findings = []
-    for name in horovod_build.cuda_frameworks():
-        found = probes[f"{name} GPUs"]
+    for name in _GPUS:
+        found = probes.get(f"{name} GPUs")
+        if found is None:
+            continue
         names = found.get("gpus")
         if not isinstance(names, list) or not names:
             why = str(found["error"]) if "error" in found else "none that it can use"
@@ -173,10 +178,14 @@ def _gpus(probes: dict[str, dict[str, object]]) -> list[Finding]:
     return findings
 
 
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
 def _asynchronous() -> Finding:
     """Whether the host waits for every packet of a GPU."""
     name = "HOROVOD_ENABLE_ASYNC_COMPLETION"
-    if os.environ.get(name, "0") not in ("", "0"):
+    if _is_set(name):
         return Finding(name, "set: the host goes on while NCCL works, and the stream waits")
     return Finding(name, "not set: the host waits at every packet until NCCL is done; 1 lets it go on, and the stream waits")
 
@@ -193,10 +202,9 @@ def _advice() -> list[Finding]:
 
 def _memory() -> list[Finding]:
     """PyTorch's large tensors on a CPU, which glibc maps anew one by one; TensorFlow, and other allocators, keep theirs."""
-    keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
-    if any(name in os.environ for name in keep) or "malloc" in os.environ.get("LD_PRELOAD", ""):
+    if any(name in os.environ for name in WARM_MEMORY) or "malloc" in os.environ.get("LD_PRELOAD", ""):
         return []
-    setting = " ".join(f"{name}={value}" for name, value in keep.items())
+    setting = " ".join(f"{name}={value}" for name, value in WARM_MEMORY.items())
     advice = "not set: PyTorch on a CPU gets fresh pages for every large tensor, and every page costs a fault"
     return [Finding("MALLOC_MMAP_MAX_", f"{advice}; {setting} keeps them (a step was 1.1 to 2 times as fast)")]
 
@@ -204,7 +212,7 @@ def _memory() -> list[Finding]:
 def _stalls() -> list[Finding]:
     """What becomes of ranks that wait for one that does not come."""
     check, shutdown = (f"HOROVOD_STALL_{name}_TIME_SECONDS" for name in ("CHECK", "SHUTDOWN"))
-    if os.environ.get("HOROVOD_STALL_CHECK_DISABLE", "0") not in ("", "0"):
+    if _is_set("HOROVOD_STALL_CHECK_DISABLE"):
         return [Finding("HOROVOD_STALL_CHECK_DISABLE", "set: ranks that wait for one another say nothing; better unset")]
     warns, ends = os.environ.get(check, "60"), os.environ.get(shutdown, "0")
     findings = [Finding(check, f"{warns} s{'' if check in os.environ else ', the default'}: then a warning names the layers")]

@@ -148,26 +148,28 @@ def make_plan(versions: Mapping[str, str], environ: Mapping[str, str], *, mpi: b
         raise BuildError(
             "No mpicxx in the path, so MPI cannot be built in. Install one: apt-get install openmpi-bin libopenmpi-dev"
         )
-    wanted["MPI"] = mpi
     for part in _PARTS:
         if environ.get(f"HOROVOD_WITH_{part}") == "1":
             wanted[part] = True
         elif environ.get(f"HOROVOD_WITHOUT_{part}") == "1":
             wanted[part] = False
+    wanted["MPI"] |= mpi
     if wanted["MPI"] and here is not None:
         system["MPI"] = here.version
         notes.append(f"with MPI: {here.version} ({here.home})")
     settings = {f"HOROVOD_{'WITH' if wanted[part] else 'WITHOUT'}_{part}": "1" for part in _PARTS}
     settings |= {name: value for name, value in environ.items() if _BUILD_VARIABLE.fullmatch(name)}
-    _plan_gpu(Plan(settings, system, notes), versions, environ, nccl)
-    return Plan(settings, system, notes)
+    plan = Plan(settings, system, notes)
+    _plan_gpu(plan, versions, environ, nccl)
+    return plan
 
 
 def _plan_gpu(plan: Plan, versions: Mapping[str, str], environ: Mapping[str, str], nccl: bool | None) -> None:
     """Add to a plan what GPUs need."""
     gpus = cuda_frameworks()
     plain = [f"{name} {version}" for name, version in versions.items() if name not in gpus]
-    asked = nccl or any(name.startswith("HOROVOD_GPU_") for name in plan.settings)
+    own = any(name.startswith("HOROVOD_GPU_") for name in plan.settings)
+    asked = nccl or own
     if not asked and not gpus:
         return
     cuda = find_cuda(environ)
@@ -192,7 +194,7 @@ def _plan_gpu(plan: Plan, versions: Mapping[str, str], environ: Mapping[str, str
     elif cuda is not None and library is not None:
         plan.system["NCCL"] = library.version
         plan.settings.setdefault("HOROVOD_NCCL_HOME", str(library.home))
-        if not any(name.startswith("HOROVOD_GPU_") for name in plan.settings) or nccl:
+        if nccl or not own:
             plan.settings["HOROVOD_GPU_OPERATIONS"] = "NCCL"
         plan.notes.append(f"with NCCL {library.version} ({library.home}) and CUDA {cuda.version} ({cuda.home})")
 

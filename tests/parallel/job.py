@@ -56,6 +56,21 @@ class Job:
         return [outcomes[check]["value"] for outcomes in self.ranks]
 
 
+def rank_environment() -> dict[str, str]:
+    """Ours, for ranks that share a small machine."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TF_NUM_INTRAOP_THREADS": "1",
+        "TF_NUM_INTEROP_THREADS": "2",
+        "HOROVOD_CYCLE_TIME": "0.1",
+        # A peer that died is noticed at once; this is how long a busy machine may keep one from its turn (default: 30).
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": "120",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+
+
 @cache
 def run(group: str, ranks: int, timeout: float = 240, **environment: str) -> Job:
     """Runs a group once per session and rank count; `ranks=1` runs without horovodrun, as a user would."""
@@ -67,19 +82,8 @@ def run(group: str, ranks: int, timeout: float = 240, **environment: str) -> Job
             horovodrun = Path(sys.executable).parent / "horovodrun"
             # As many slots as ranks: horovodrun starts one process per slot.
             command = [str(horovodrun), "--gloo", "-np", str(ranks), "-H", f"localhost:{ranks}", *command]
-        env = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "TF_CPP_MIN_LOG_LEVEL": "2",
-            "TF_NUM_INTRAOP_THREADS": "1",
-            "TF_NUM_INTEROP_THREADS": "2",
-            "HOROVOD_CYCLE_TIME": "0.1",
-            # A peer that died is noticed at once; this is how long a busy machine may keep one from its turn (default: 30).
-            "HOROVOD_GLOO_TIMEOUT_SECONDS": "120",
-            "PYTHONPATH": str(ROOT),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env | environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            command, cwd=ROOT, env=rank_environment() | environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 
 from hvd_syncbn.cli.job import end
 from tests.needs import need
-from tests.parallel.job import ROOT
+from tests.parallel.job import ROOT, rank_environment
 
 LIMIT = 240.0
 pytestmark = pytest.mark.timeout(800)
@@ -24,18 +23,14 @@ pytestmark = pytest.mark.timeout(800)
 
 def execute(*command: str, status: int | None = None) -> str:
     """All that was printed."""
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-        "TF_NUM_INTRAOP_THREADS": "1",
-        "TF_NUM_INTEROP_THREADS": "2",
-        "HOROVOD_CYCLE_TIME": "0.1",
-        "HOROVOD_GLOO_TIMEOUT_SECONDS": "120",
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=rank_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         output, _ = process.communicate(timeout=LIMIT)

@@ -311,6 +311,7 @@ class TestPlan:
         for plan in (
             horovod_build.make_plan(VERSIONS, system.environ, mpi=True),
             horovod_build.make_plan(VERSIONS, system.environ | {"HOROVOD_WITH_MPI": "1"}),
+            horovod_build.make_plan(VERSIONS, system.environ | {"HOROVOD_WITHOUT_MPI": "1"}, mpi=True),  # options come last
         ):
             assert plan.settings["HOROVOD_WITH_MPI"] == "1"
             assert plan.system["MPI"] == "Open MPI 4.1.4 (Language: C++)"
