@@ -168,8 +168,8 @@ def _plan_gpu(plan: Plan, versions: Mapping[str, str], environ: Mapping[str, str
     """Add to a plan what GPUs need."""
     gpus = cuda_frameworks()
     plain = [f"{name} {version}" for name, version in versions.items() if name not in gpus]
-    own = any(name.startswith("HOROVOD_GPU_") for name in plan.settings)
-    asked = nccl or own
+    own = [value for name, value in plan.settings.items() if name.startswith("HOROVOD_GPU_")]
+    asked = nccl or "NCCL" in own
     if not asked and not gpus:
         return
     cuda = find_cuda(environ)
@@ -177,6 +177,8 @@ def _plan_gpu(plan: Plan, versions: Mapping[str, str], environ: Mapping[str, str
         # Also without collectives on the GPU: Horovod then reads tensors that lie there, and asks PyTorch where CUDA is.
         plan.system["CUDA"] = cuda.version
         plan.settings["HOROVOD_CUDA_HOME"] = str(cuda.home)
+    if own and not asked:  # the caller's GPU collectives go another way
+        return
     library = find_nccl(environ, cuda)
     problem = None
     if plain:

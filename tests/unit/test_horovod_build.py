@@ -371,6 +371,15 @@ class TestPlan:
             with pytest.raises(horovod_build.BuildError, match=f"{name}=.*nothing"):
                 horovod_build.make_plan({"torch": "2.14.1+cu130"}, environ | {name: str(system.root / "nothing")})
 
+    def test_the_callers_gpu_collectives_over_mpi(self, system: System) -> None:
+        """Horovod's other way, for which NCCL need not be there."""
+        cuda = system.cuda()
+        system.cuda_frameworks("torch")
+        environ = system.environ | {"HOROVOD_GPU_OPERATIONS": "MPI"}
+        plan = horovod_build.make_plan({"torch": "2.14.1+cu130"}, environ)
+        assert plan.settings["HOROVOD_GPU_OPERATIONS"] == "MPI" and plan.settings["HOROVOD_CUDA_HOME"] == str(cuda)
+        assert "NCCL" not in plan.system and not plan.notes
+
     def test_frameworks_of_this_environment(self) -> None:
         """As their own words have it."""
         found = set()
