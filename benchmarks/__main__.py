@@ -62,16 +62,16 @@ def plan(quick: bool) -> list[Job]:
             if ranks == 2:
                 cases += [*accuracy.cases(), *([] if quick else [synchronized.network_case(3)])]
             packets = [settings.packets_case(31)] if framework == "torch" and not quick else []
-            job = Job(f"{name}, {ranks} ranks", framework, cases + packets, ranks, environment=settings.RECOMMENDED)
+            job = Job(f"{name}, {ranks} ranks", framework, cases + packets, ranks, environment=settings.SHORT_CYCLE)
             found.append(job)
             if ranks == 2 and has_mpi():
                 found.append(replace(job, title=f"{job.title}, MPI", controller="mpi"))
             if framework == "tensorflow" and not quick:
                 title = f"{name}'s own strategy, {ranks} ranks"
-                found.append(Job(title, framework, cases, ranks, strategy=True, environment=settings.RECOMMENDED))
+                found.append(Job(title, framework, cases, ranks, strategy=True, environment=settings.SHORT_CYCLE))
     if not quick:
         cases = [settings.packets_case(31)]
-        found.append(Job("PyTorch, 3 ranks", "torch", cases, 3, environment=settings.RECOMMENDED))
+        found.append(Job("PyTorch, 3 ranks", "torch", cases, 3, environment=settings.SHORT_CYCLE))
         for title, setting in settings.SETTINGS.items():
             if setting.controller == "mpi" and not has_mpi():
                 continue
@@ -114,7 +114,7 @@ def collect(outcomes: list[Outcome]) -> dict[str, list[m.Record]]:
 
 
 def points(packets: list[m.Record]) -> list[Point]:
-    """(ranks, bytes, seconds) of the packets that were measured with the recommended settings on every number of ranks."""
+    """(ranks, bytes, seconds) of the packets that were measured with a short cycle on every number of ranks."""
     titles = [f"PyTorch, {ranks} ranks" for ranks in (2, 3, 4)]
     return [(row["ranks"], row["bytes"], row["ms"].middle / 1e3) for row in packets if row["setting"] in titles]
 

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from benchmarks import jobs
 from benchmarks.measure import EPS, FRAMEWORKS, Framework, Record
-from benchmarks.settings import RECOMMENDED
+from benchmarks.settings import SHORT_CYCLE
 from hvd_syncbn.horovod import Groups
 
 MOST_PROCESSES = 4
@@ -292,7 +292,7 @@ def main() -> int:
             label = FRAMEWORKS[framework]
             bar = progress.add_task(label, total=len(cases))
             # On a busy machine a rank may be kept from its turn for longer than Gloo's 30 s.
-            environment = RECOMMENDED | {"HOROVOD_GLOO_TIMEOUT_SECONDS": "300", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+            environment = SHORT_CYCLE | {"HOROVOD_GLOO_TIMEOUT_SECONDS": "300", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
             job = jobs.Job(f"soak, {label}", framework, cases, args.ranks, environment=environment, limit=args.limit)
             return jobs.run(job, lambda done: progress.advance(bar, done))
 

@@ -136,7 +136,7 @@ class TensorFlow:
 
         @tf.function(autograph=False)
         def reduce() -> Any:
-            return hvd.allreduce(packet, name=f"bare.{words}", op=hvd.Sum)
+            return hvd.allreduce(packet, name=f"hvd_syncbn.bare.{words}", op=hvd.Sum)
 
         once = timed(reduce)
         return lambda: once() + once()

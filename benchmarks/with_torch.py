@@ -145,7 +145,7 @@ class Torch:
     def allreduce(self, words: int) -> Step:
         packet = torch.zeros(words, dtype=torch.int64)
 
-        once = timed(lambda: hvd.allreduce_(packet, name=f"bare.{words}", op=hvd.Sum))
+        once = timed(lambda: hvd.allreduce_(packet, name=f"hvd_syncbn.bare.{words}", op=hvd.Sum))
         return lambda: once() + once()
 
     def network(self, name: str, images: int, size: int) -> Step:

@@ -1,0 +1,16 @@
+"""A layer's packets do not wait for Horovod's cycle (patch 0019): no timing, as a cycle is a second here."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parallel.job import run
+
+CYCLE_SECONDS = 1
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_layers_do_not_wait_for_the_cycle(framework: str) -> None:
+    job = run(f"{framework}_cycle", 2, HOROVOD_CYCLE_TIME=str(1000 * CYCLE_SECONDS))
+    # 20 packets, each of which would wait for a cycle of its own.
+    assert max(job.values("check_layers_do_not_wait_for_the_cycle")) < 10 * CYCLE_SECONDS
