@@ -47,7 +47,8 @@ def step(shape: tuple[int, ...], axis: int = -1, dtype: str = "float32", seed: i
     rng = np.random.default_rng(seed)
     x, dy, residual = (rng.standard_normal(shape).astype(NUMPY[dtype]) for _ in range(3))
     gamma, beta, mean, variance = (rng.standard_normal(shape[axis]).astype(NUMPY[parameters]) for _ in range(4))
-    return Step(x * 3 + 1, dy, gamma, beta, mean, variance**2, residual)
+    # Not every numpy keeps 16 bits beside Python's numbers.
+    return Step((x * 3 + 1).astype(x.dtype), dy, gamma, beta, mean, (variance**2).astype(variance.dtype), residual)
 
 
 def train(data: Step, **options: Any) -> list[NDArray[Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization, held
+from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization, held, renormalizes
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
@@ -45,7 +45,7 @@ def convert_sync_batchnorm(model: keras.layers.Layer, process_set: ProcessSet | 
     """
     layers = list(batch_norms(_checked(model)))
     for path, layer in layers:
-        if layer.renorm:
+        if renormalizes(layer):
             raise ValueError(f"SyncBatchNormalization does no batch renormalization. Received: layer {path!r} with renorm=True")
     for path, layer in layers:
         if type(layer) in (keras.layers.BatchNormalization, BatchNormalization):

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from hvd_syncbn.tf_impl.keras.convert import _walk, change_class
-from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization
+from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization, renormalizes
 
 
 def freeze_batchnorm(model: keras.layers.Layer, affine: bool = False) -> keras.layers.Layer:
@@ -48,7 +48,7 @@ def freeze_batchnorm(model: keras.layers.Layer, affine: bool = False) -> keras.l
         raise TypeError(f"`affine` has to be a bool. Received: affine={affine!r}")
     layers = _batch_norms(model)
     for path, layer in layers:
-        if layer.renorm:
+        if renormalizes(layer):
             raise ValueError(
                 f"A layer that does batch renormalization cannot be frozen. Received: layer {path!r} with renorm=True"
             )

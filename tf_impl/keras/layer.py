@@ -274,6 +274,11 @@ _REFUSED = {
 }
 
 
+def renormalizes(layer: Any) -> bool:
+    """Whether a layer of Keras does batch renormalization, which older versions of Keras do not know."""
+    return getattr(layer, "renorm", False)
+
+
 def held(process_set: ProcessSet | Sequence[int] | None) -> ProcessSet | tuple[int, ...] | None:
     """A process set as a layer holds it: ranks as a tuple, since Keras would track a list."""
     return process_set if process_set is None or hasattr(process_set, "ranks") else tuple(process_set)

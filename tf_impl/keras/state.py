@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from hvd_syncbn.exchange import BatchNormState, complement
-from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
+from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization, renormalizes
 
 
 def get_state(layer: keras.layers.Layer) -> BatchNormState:
@@ -74,7 +74,7 @@ def set_state(layer: keras.layers.Layer, state: BatchNormState) -> None:
     _check(layer)
     if not isinstance(state, BatchNormState):
         raise TypeError(f"Expected a BatchNormState. Received: {type(state).__name__}")
-    if layer.renorm:
+    if renormalizes(layer):
         raise ValueError(f"A layer that does batch renormalization has more state than this. Received: layer {layer.name!r}")
     ours = isinstance(layer, SyncBatchNormalization)
     if state.momentum is None and not (ours and layer.averages):

@@ -340,7 +340,10 @@ HVD_SYNCBN_INLINE void add_pieces(const double* a, const double* b, int width, i
 // The lanes of this many channels are summed at a time: 2 * 128 KiB, which stays in the second-level cache.
 constexpr int kLaneTile = 512;
 constexpr int kScratch = kLanes * kLaneTile;
-static_assert(3 * kPitch <= kScratch, "short_columns keeps three levels in it");
+// Channels first: pieces of a row that are read one after the other, at most.
+constexpr int kRun = 16;
+static_assert(3 * kPitch <= kScratch && kRun * kRowTile <= kScratch,
+              "short_columns keeps three levels in it, rows a run");
 
 template <class Terms>
 HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length, int64_t channels, int64_t first,
@@ -433,22 +436,24 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
                      &sums);
         continue;
       }
-      // All pieces of a row that are ours, so that rows are read from end to end.
+      // Several pieces of a row before the next row: memory is read at speed only along rows.
       const int64_t ours = pieces - piece < stop - begin ? pieces - piece : stop - begin;
-      const int run = static_cast<int>(ours < kScratch / kRowTile ? ours : kScratch / kRowTile);
+      const int run = static_cast<int>(ours < kRun ? ours : kRun);
       begin += run;
       for (int i = 0; i < width; i += F64::N) {
-        for (int p = 0; p < run; ++p) {
-          F64 rows_a[F64::N], rows_b[F64::N];
-          for (int r = 0; r < F64::N; ++r) {
-            const int c = i + r < width ? i + r : width - 1;  // the last one again, for nobody
+        F64 rows_a[kRun][F64::N], rows_b[kRun][F64::N];
+        for (int r = 0; r < F64::N; ++r) {
+          const int c = i + r < width ? i + r : width - 1;  // the last one again, for nobody
+          for (int p = 0; p < run; ++p) {
             const LaneSums m =
                 row(n, first + c, (piece + p) * kPiece, length_of(piece + p), mean ? mean[first + c] : 0.0);
-            rows_a[r] = m.a;
-            rows_b[r] = m.b;
+            rows_a[p][r] = m.a;
+            rows_b[p][r] = m.b;
           }
-          fold_rows(rows_a).keep(a + p * kRowTile + i);
-          fold_rows(rows_b).keep(b + p * kRowTile + i);
+        }
+        for (int p = 0; p < run; ++p) {
+          fold_rows(rows_a[p]).keep(a + p * kRowTile + i);
+          fold_rows(rows_b[p]).keep(b + p * kRowTile + i);
         }
       }
       for (int p = 0; p < run; ++p) {
