@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import keras  # noqa: E402
 from keras import layers  # noqa: E402
 
 from hvd_syncbn.keras import SyncBatchNormalization, convert_sync_batchnorm, revert_sync_batchnorm  # noqa: E402
+from hvd_syncbn.tf_impl.keras.layer import warn_if_older  # noqa: E402
 from tests.arrays import same_bits  # noqa: E402
 from tests.needs import need  # noqa: E402
 
@@ -419,6 +421,15 @@ def test_convert_no_batch_renormalization() -> None:
     with pytest.raises(ValueError, match="with renorm=True"):
         convert_sync_batchnorm(model)
     assert type(model.layers[0]) is layers.BatchNormalization
+
+
+def test_an_old_keras_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"not synchronized there\. Received: 3\.9\.2"):
+        warn_if_older("3.9.2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for version in ("3.10.0", "3.15.1", "4.0.0"):
+            warn_if_older(version)
 
 
 def test_save_and_load(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ needs neither Horovod nor the native library.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,22 @@ from hvd_syncbn.horovod import ranks_of
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
+
+_OLDEST = (3, 10)  # that was tried and found right in everything: docs/versions.md
+
+
+def warn_if_older(version: str) -> None:
+    """Warns of a Keras in which a layer may become local without a word."""
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        warnings.warn(
+            f"hvd-syncbn is tried with Keras {'.'.join(map(str, _OLDEST))} and newer. Older ones (seen in 3.8 and 3.9) make "
+            "Keras's own layers of converted and frozen ones where a saved model with a class of its own is loaded: they "
+            f"are not synchronized there. Received: {version}",
+            stacklevel=2,
+        )
+
+
+warn_if_older(keras.__version__)
 
 
 @keras.saving.register_keras_serializable("hvd_syncbn")
