@@ -129,6 +129,12 @@ def test_step_equals_reference(isa: str, sizes: tuple[int, int, int], dtype: str
     check(*sizes, dtype, layout, seed, relu=bool(seed % 2), masked=seed % 4 == 1, splits=1 + seed % 3)
 
 
+@pytest.mark.parametrize(("splits", "masked"), [(1, False), (3, True)])
+def test_rows_of_many_pieces_equal_reference(isa: str, splits: int, masked: bool) -> None:
+    """More than are read one after the other (kRun in csrc/cpu/moments.h); the parts of 3 begin and end within a row."""
+    check(1, 1, 17 * protocol.PIECE + 3, "float32", "channels_first", 1, True, masked, splits)
+
+
 @settings(max_examples=60, deadline=None)
 @example(1, 42, 2, "float32", "channels_first", 445, False, True, 1, "baseline")  # a NaN of the processor's own sign
 @given(
