@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 from collections.abc import Generator
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-# Inductor imports setuptools, which refuses where the standard library's distutils, that Horovod imports, came first.
+# Inductor imports setuptools, which refuses where the standard library's distutils came first.
 import setuptools  # noqa: F401
 
 import hvd_syncbn
+
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401  # what PyTorch for CUDA brings crashes at its import if TensorFlow came first
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("test_cuda_build.py", "test_cuda_emulated.py", "test_cuda_registers.py")  # compile them; others: the marker

@@ -250,8 +250,8 @@ def build_jobs() -> int:
 
 def build_environment(settings: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the build."""
-    # An outer make's MAKEFLAGS name a job server that this make cannot reach.
-    dropped = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}
+    # An outer make's MAKEFLAGS name a job server that this make cannot reach. Horovod's setup.py imports what is beside it.
+    dropped = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHONSAFEPATH"}
     env = {k: v for k, v in environ.items() if not k.startswith("HOROVOD_") and k not in dropped}
     jobs = build_jobs()
     if "HOROVOD_CUDA_HOME" in settings:

@@ -407,13 +407,14 @@ class TestPlan:
 class TestEnvironment:
     def test_environment_of_the_build(self) -> None:
         settings = {"HOROVOD_WITH_GLOO": "1"}
-        environ = {"PATH": "/bin", "HOROVOD_WITHOUT_GLOO": "1", "MAKEFLAGS": "w -j8 --jobserver-auth=3,4"}
+        environ = {"PATH": "/bin", "HOROVOD_WITHOUT_GLOO": "1", "MAKEFLAGS": "w -j8 --jobserver-auth=3,4", "PYTHONSAFEPATH": "1"}
         env = horovod_build.build_environment(settings, environ)
         assert env["PATH"] == "/bin"
         assert env["HOROVOD_WITH_GLOO"] == "1"
         assert "HOROVOD_WITHOUT_GLOO" not in env
         assert env["CMAKE_POLICY_VERSION_MINIMUM"] == "3.5"
         assert env["MAKEFLAGS"] == f"-j{horovod_build.build_jobs()}"
+        assert "PYTHONSAFEPATH" not in env  # Horovod's setup.py imports what is beside it
         assert 1 <= horovod_build.build_jobs() <= (os.cpu_count() or 1)
 
 
