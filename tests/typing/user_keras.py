@@ -3,10 +3,11 @@
 Keras and TensorFlow have no types, so theirs are `Any`; ours are not.
 """
 
-from typing import Any, assert_type
+from typing import Any
 
 import keras
 import numpy as np
+from typing_extensions import assert_type  # in typing from Python 3.11 on
 
 import hvd_syncbn.keras as hvd
 from hvd_syncbn.exchange import BatchNormState

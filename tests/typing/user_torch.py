@@ -1,11 +1,12 @@
 """A user's typed script with PyTorch's face, checked by `mypy --strict` in tests/unit/test_typing.py, not run."""
 
 from collections.abc import Iterator
-from typing import Any, assert_type
+from typing import Any
 
 import horovod.torch as hvd
 import torch
 from torch import Tensor, nn
+from typing_extensions import assert_type  # in typing from Python 3.11 on
 
 from hvd_syncbn.exchange import BatchNormState
 from hvd_syncbn.torch import (

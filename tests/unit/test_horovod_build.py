@@ -407,7 +407,8 @@ class TestPlan:
 class TestEnvironment:
     def test_environment_of_the_build(self) -> None:
         settings = {"HOROVOD_WITH_GLOO": "1"}
-        environ = {"PATH": "/bin", "HOROVOD_WITHOUT_GLOO": "1", "MAKEFLAGS": "w -j8 --jobserver-auth=3,4", "PYTHONSAFEPATH": "1"}
+        environ = {"PATH": "/bin", "HOROVOD_WITHOUT_GLOO": "1", "MAKEFLAGS": "w -j8 --jobserver-auth=3,4"}
+        environ["PYTHONSAFEPATH"] = "1"
         env = horovod_build.build_environment(settings, environ)
         assert env["PATH"] == "/bin"
         assert env["HOROVOD_WITH_GLOO"] == "1"
