@@ -74,13 +74,15 @@ def build(out: Path, _carried: Path | None) -> Result:
             if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode:
                 said = "\n".join(horovod_build.first_error(log.read_text().splitlines()))
                 return Result(FAILED, f"the first error of {log}:\n{said}")
-    package = SITE / "hvd_syncbn"
-    for folder, root in (("hvd_syncbn", ROOT / "hvd_syncbn"), ("torch_impl", ROOT), ("tf_impl", ROOT)):
-        for source in (ROOT / folder).rglob("*.py"):
-            target = package / source.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
+    lay_out(SITE / "hvd_syncbn")
     return Result(PASSED, f"for {whose}; PyTorch {torch.__version__}")
+
+
+def lay_out(package: Path) -> None:
+    """Copies what is not compiled: Python, and Horovod's patches."""
+    not_these = shutil.ignore_patterns("csrc", "CMakeLists.txt", "__pycache__")
+    for folder, target in (("hvd_syncbn", package), ("torch_impl", package / "torch_impl"), ("tf_impl", package / "tf_impl")):
+        shutil.copytree(ROOT / folder, target, ignore=not_these, dirs_exist_ok=True)
 
 
 def _run(log: Path, *arguments: str, prefix: tuple[str, ...] = (), **environment: str) -> int:

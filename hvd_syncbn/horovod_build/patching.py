@@ -47,8 +47,15 @@ def parse(name: str, text: str) -> Patch:
 
 
 def patches() -> tuple[Patch, ...]:
-    """Return all of them in the order in which they are applied."""
-    return tuple(parse(path.name, path.read_text()) for path in sorted(FOLDER.glob("*.patch")))
+    """Return all of them in the order in which they are applied.
+
+    Raises:
+        BuildError: there are none.
+    """
+    found = tuple(parse(path.name, path.read_text()) for path in sorted(FOLDER.glob("*.patch")))
+    if not found:
+        raise BuildError(f"The changes to Horovod are missing: hvd-syncbn was not installed whole. Looked in {FOLDER}.")
+    return found
 
 
 def apply(source: Path, patches: Sequence[Patch]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import build
 from benchmarks.gpu.build import FAILED, NOT_RUN, PASSED, Result
+from hvd_syncbn import horovod_build
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, **results: Result | Exception) -> tuple[int, dict[str, list[str]]]:
@@ -84,6 +85,14 @@ def test_tests(cases: list[str] | None, status: int, expected: Result, tmp_path:
 
     monkeypatch.setattr(build, "_run", pytest_ran)
     assert build._pytest(log) == expected._replace(what=expected.what.format(log=log))
+
+
+def test_what_is_not_compiled_is_laid_out_whole(tmp_path: Path) -> None:
+    build.lay_out(tmp_path)
+    for path in ("__init__.py", "py.typed", "torch_impl/ops.py", "tf_impl/keras/layer.py"):
+        assert (tmp_path / path).exists(), path
+    patches = sorted(path.name for path in (tmp_path / "horovod_build" / "patches").iterdir())
+    assert patches == [patch.name for patch in horovod_build.patches()]
 
 
 def test_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,12 @@ def horovod_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestPatches:
+    def test_none_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Else Horovod would be built as released, without a word."""
+        monkeypatch.setattr(horovod_build.patching, "FOLDER", tmp_path)
+        with pytest.raises(horovod_build.BuildError, match=f"not installed whole. Looked in {tmp_path}"):
+            horovod_build.patches()
+
     def test_all_fit_the_release_in_their_order(self, horovod_source: Path, tmp_path: Path) -> None:
         """And only so: none of them twice, and where one builds on another, not without that."""
         source = shutil.copytree(horovod_source, tmp_path / "source")
