@@ -87,6 +87,7 @@ def test_tests(cases: list[str] | None, status: int, expected: Result, tmp_path:
     assert build._pytest(log) == expected._replace(what=expected.what.format(log=log))
 
 
+@pytest.mark.sources
 def test_what_is_not_compiled_is_laid_out_whole(tmp_path: Path) -> None:
     build.lay_out(tmp_path)
     for path in ("__init__.py", "py.typed", "torch_impl/ops.py", "tf_impl/keras/layer.py"):
