@@ -40,8 +40,10 @@ def measure(_framework: Framework, shape: list[int], layout: str, rounds: int) -
     samples, channels, *spatial = shape
     own = native.shape(samples, channels, math.prod(spatial), "float32", layout.replace(" ", "_"))
     generator = np.random.default_rng(0)
-    x, dy = (generator.standard_normal(math.prod(shape), np.float32) for _ in range(2))
-    target = np.empty_like(x)
+    x, dy = (native.empty(own) for _ in range(2))
+    for tensor in (x, dy):
+        generator.standard_normal(dtype=np.float32, out=tensor)
+    target = native.empty(own)
     packet = native.forward_packet(own, x, m.EPS)
     stats = native.forward(own, x, packet, m.EPS)[1]
     back = native.backward_packet(own, x, dy, stats, m.EPS)
@@ -52,7 +54,7 @@ def measure(_framework: Framework, shape: list[int], layout: str, rounds: int) -
         "backward apply": partial(native.backward, own, x, dy, back, stats),
     }
     steps = {
-        "read": m.timed(partial(np.bitwise_or.reduce, x.view(np.uint64))),
+        "read": m.timed(partial(np.bitwise_or.reduce, x.reshape(-1).view(np.uint64))),
         "copy": m.timed(partial(np.copyto, target, x)),
     }
 

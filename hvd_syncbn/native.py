@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ import hvd_syncbn
 from hvd_syncbn.protocol import DTYPES, HEADER, LIMBS
 
 LAYOUTS = ("channels_first", "channels_last")
+CACHE_LINE = 64
 OK, RANKS_DISAGREE, ONE_VALUE, EMPTY = range(4)
 POOLED, BATCHES = range(2)
 
@@ -140,9 +142,14 @@ def _vector(array: NDArray[Any] | None, dtype: str | None = None) -> _Vector:
     return _Vector(_pointer(array), DTYPES.index(dtype or array.dtype.name))
 
 
-def _empty(shape: Shape) -> NDArray[Any]:
+def empty(shape: Shape) -> NDArray[Any]:
+    """A tensor of this shape, that begins at a cache line, as those of the frameworks do."""
     sizes = (shape.n, shape.c, shape.s) if shape.layout == 0 else (shape.n, shape.s, shape.c)
-    return np.empty(sizes, _STORAGE[DTYPES[shape.dtype]])
+    dtype = np.dtype(_STORAGE[DTYPES[shape.dtype]])
+    size = math.prod(sizes) * dtype.itemsize
+    memory = np.empty(size + CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return memory[start : start + size].view(dtype).reshape(sizes)
 
 
 def _ranges(units: int, splits: int) -> list[tuple[ctypes.c_int64, ctypes.c_int64]]:
@@ -223,7 +230,7 @@ def forward(
         _pointer(stats),
         _pointer(coefficients),
     )
-    y = _empty(shape)
+    y = empty(shape)
     for begin, end in _ranges(lib.hvd_syncbn_apply_units(ref), splits):
         lib.hvd_syncbn_forward_apply(
             ref, _pointer(x), _pointer(residual), ctypes.c_int32(relu), _pointer(coefficients), begin, end, _pointer(y)
@@ -257,7 +264,7 @@ def backward(
     lib, ref = library(), ctypes.byref(shape)
     coefficients = np.empty(lib.hvd_syncbn_coefficients_size(ref), np.uint8)
     lib.hvd_syncbn_backward_finish(ref, _pointer(packet), _pointer(stats), _vector(gamma), _pointer(coefficients))
-    dx, dresidual = _empty(shape), _empty(shape)
+    dx, dresidual = empty(shape), empty(shape)
     for begin, end in _ranges(lib.hvd_syncbn_apply_units(ref), splits):
         lib.hvd_syncbn_backward_apply(
             ref,

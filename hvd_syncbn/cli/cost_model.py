@@ -48,8 +48,9 @@ def fit(points: Sequence[Point]) -> Link:
     terms *= (scale := 1 / np.linalg.norm(terms, axis=0))  # alike in size, for the solver
     # The best of the least squares solutions over every choice of terms that may differ from 0.
     best, found = float("inf"), np.zeros(3)
-    for count in (1, 2, 3):
-        for chosen in map(list, combinations(range(3), count)):
+    may = (0, 1, 2) if len({p for p, *_ in points}) > 1 else (0, 2)
+    for count in range(1, len(may) + 1):
+        for chosen in map(list, combinations(may, count)):
             part, _, rank, _ = np.linalg.lstsq(terms[:, chosen], np.ones(len(points)), rcond=1e-9)
             error = float(np.linalg.norm(terms[:, chosen] @ part - 1))
             if rank == count and (part >= 0).all() and error < best * (1 - 1e-9):
