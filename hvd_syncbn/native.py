@@ -78,6 +78,11 @@ def adapter(name: str, framework: str, version: str) -> str:
     return str(path)
 
 
+def is_older(version: str, oldest: tuple[int, int]) -> bool:
+    """Whether a framework's version comes before ``oldest``, by its first two numbers."""
+    return tuple(map(int, version.split(".")[:2])) < oldest
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The core library.

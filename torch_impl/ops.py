@@ -20,7 +20,7 @@ _process_sets: dict[int, Any] = {}
 
 def warn_if_older(version: str) -> None:
     """Warns of a PyTorch in which a layer may be local without a word."""
-    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+    if native.is_older(version, _OLDEST):
         warnings.warn(
             f"hvd-syncbn is tried with PyTorch {'.'.join(map(str, _OLDEST))} and newer. In older ones (seen in 2.4) "
             "torch.compile takes its own batch norm for a converted layer that has a forward of its own: it is not "

@@ -248,7 +248,7 @@ def test_layers_that_cannot_hold_a_state() -> None:
             call(layers.LayerNormalization())
         with pytest.raises(TypeError, match="Received: BatchNorm2d of torch"):
             call(nn.BatchNorm2d(3))
-    if hasattr(layers.BatchNormalization(), "renorm"):  # newer than Keras 3.8
+    if hasattr(layers.BatchNormalization(), "renorm"):  # newer than Keras 3.12
         with pytest.raises(ValueError, match=r"renormalization has more state.*Received: layer 're'"):
             hvd_syncbn.keras.set_state(keras_layer(layers.BatchNormalization, renorm=True, name="re"), want)
     with pytest.raises(TypeError, match=r"expected a BatchNormState. Received: dict"):

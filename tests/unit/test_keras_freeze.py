@@ -281,7 +281,7 @@ def test_wrong_calls() -> None:
             call(layers.Dense(2))
     with pytest.raises(TypeError, match="affine='yes'"):
         freeze_batchnorm(model(), "yes")
-    if hasattr(layers.BatchNormalization(), "renorm"):  # newer than Keras 3.8
+    if hasattr(layers.BatchNormalization(), "renorm"):  # newer than Keras 3.12
         network = keras.Sequential(
             [keras.Input((3,)), layers.BatchNormalization(), layers.BatchNormalization(renorm=True, name="re")]
         )

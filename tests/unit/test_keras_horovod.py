@@ -48,7 +48,7 @@ OPTIMIZERS = {
     "scaled": lambda: LossScaleOptimizer(keras.optimizers.RMSprop(0.01), initial_scale=4.0),
     "custom": lambda: Halved(0.1),
 }
-if hasattr(keras.optimizers, "MultiOptimizer"):  # newer than Keras 3.8
+if hasattr(keras.optimizers, "MultiOptimizer"):  # newer than Keras 3.12
     OPTIMIZERS["several"] = lambda: keras.optimizers.MultiOptimizer(
         keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), {".*bias": keras.optimizers.Adam(0.01)})
     )

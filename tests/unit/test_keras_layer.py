@@ -418,7 +418,7 @@ def test_convert_what_it_cannot() -> None:
 @pytest.mark.skipif(not hasattr(layers.BatchNormalization(), "renorm"), reason="needs a Keras that knows batch renormalization")
 def test_convert_no_batch_renormalization() -> None:
     model = keras.Sequential([layers.BatchNormalization(), layers.BatchNormalization(renorm=True)])
-    with pytest.raises(ValueError, match="with renorm=True"):
+    with pytest.raises(ValueError, match="'batch_normalization_1' with renorm=True"):
         convert_sync_batchnorm(model)
     assert type(model.layers[0]) is layers.BatchNormalization
 

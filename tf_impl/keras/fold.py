@@ -349,6 +349,7 @@ class _Folder:
             new = keras.Sequential([_input(model.inputs[0]), *pieces], name=model.name)
         else:
             inputs = keras.tree.map_structure(_input, model._inputs_struct)
+            # Up to Keras 3.12 operation_fn has no default.
             outputs = model._run_through_graph(inputs, operation_fn=lambda operation: operation, call_fn=self._call)
             new = keras.Model(inputs, outputs, name=model.name)
         for layer in model.operations if isinstance(model, keras.Function) else model.layers:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from hvd_syncbn import horovod
+from hvd_syncbn import horovod, native
 from hvd_syncbn.horovod import ranks_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _OLDEST = (3, 10)  # that was tried and found right in everything: docs/versions
 
 def warn_if_older(version: str) -> None:
     """Warns of a Keras in which a layer may become local without a word."""
-    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+    if native.is_older(version, _OLDEST):
         warnings.warn(
             f"hvd-syncbn is tried with Keras {'.'.join(map(str, _OLDEST))} and newer. Older ones (seen in 3.8 and 3.9) make "
             "Keras's own layers of converted and frozen ones where a saved model with a class of its own is loaded: they "
