@@ -129,6 +129,26 @@ def test_step_equals_reference(isa: str, sizes: tuple[int, int, int], dtype: str
     check(*sizes, dtype, layout, seed, relu=bool(seed % 2), masked=seed % 4 == 1, splits=1 + seed % 3)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("c", "s"), [(2100, 129), (2100, 300), (600, 1300), (37, 3000)])
+def test_layouts_have_equal_packets(isa: str, c: int, s: int, masked: bool) -> None:
+    """Channels last of more than one tile and pieces of several blocks of rows (kRows in csrc/cpu/moments.h), which take
+    the reference minutes; channels first is held to it above."""
+    rng = np.random.default_rng(c + s)
+    x, dy = (usual(rng, (2, c, s), "float32", outliers=True) for _ in range(2))
+    mask = (rng.random((2, s)) < 0.7).astype(np.uint8) if masked else None
+    forward, backward = [], []
+    for layout in native.LAYOUTS:
+        shape = native.shape(2, c, s, "float32", layout)
+        xs, dys = storage(x, "float32", layout), storage(dy, "float32", layout)
+        packet = native.forward_packet(shape, xs, 1e-5, mask, splits=3)
+        y, stats = native.forward(shape, xs, packet, 1e-5, relu=True)
+        forward.append(packet)
+        backward.append(native.backward_packet(shape, xs, dys, stats, 1e-5, y))
+    assert same_bits(*forward)
+    assert same_bits(*backward)
+
+
 @pytest.mark.parametrize(("splits", "masked"), [(1, False), (3, True)])
 def test_rows_of_many_pieces_equal_reference(isa: str, splits: int, masked: bool) -> None:
     """More than are read one after the other (kRun in csrc/cpu/moments.h); the parts of 3 begin and end within a row."""

@@ -27,10 +27,11 @@ struct BackwardTerms {
     *g = load_part(dy + i, count);
     if (kRelu) *g = keep_where_positive(*g, load_part(y + i, count));
   }
+  template <int kLevel>
   HVD_SYNCBN_INLINE void prefetch(int64_t i) const {
-    __builtin_prefetch(x + i);
-    __builtin_prefetch(dy + i);
-    if (kRelu) __builtin_prefetch(y + i);
+    __builtin_prefetch(x + i, 0, kLevel);
+    __builtin_prefetch(dy + i, 0, kLevel);
+    if (kRelu) __builtin_prefetch(y + i, 0, kLevel);
   }
   HVD_SYNCBN_INLINE bool masked() const { return false; }
   HVD_SYNCBN_INLINE bool counts(int64_t) const { return true; }

@@ -22,7 +22,10 @@ struct ForwardTerms {
   HVD_SYNCBN_INLINE void load_first(int64_t i, int count, F64, F64* g, F64* d) const {
     *g = *d = load_part(x + i, count);
   }
-  HVD_SYNCBN_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
+  template <int kLevel>
+  HVD_SYNCBN_INLINE void prefetch(int64_t i) const {
+    __builtin_prefetch(x + i, 0, kLevel);
+  }
   HVD_SYNCBN_INLINE bool masked() const { return mask != nullptr; }
   HVD_SYNCBN_INLINE bool counts(int64_t row) const { return mask == nullptr || mask[row] != 0; }
 };

@@ -7,7 +7,9 @@
 //                       of the element (or vector of elements) at offset i
 //   terms.load_first(i, count, mean, &g, &d)
 //                       of a vector of which `count` elements are there, and the others count as 0
-//   terms.prefetch(i)   asks for the cache line of the element at offset i
+//   terms.prefetch<kLevel>(i)
+//                       asks for the cache line of the element at offset i: kFirstLevel, or kSecondLevel, past which
+//                       the processor's own look-ahead along addresses goes on
 //   terms.masked(), counts(row)
 //                       whether there is a mask; false: this position is masked (channels last only; channels first
 //                       masks beforehand)
@@ -17,12 +19,17 @@
 #ifndef HVD_SYNCBN_CPU_MOMENTS_H_
 #define HVD_SYNCBN_CPU_MOMENTS_H_
 
+#include <vector>
+
 #include "tile_sums.h"
 
 namespace hvd_syncbn {
 namespace HVD_SYNCBN_PATH {
 
-// How far ahead of the sums memory is asked for. Without it a core with fast memory reads at half its speed here.
+// Arguments of __builtin_prefetch.
+constexpr int kFirstLevel = 3, kSecondLevel = 2;
+// Channels first: how far ahead of the sums memory is asked for. Without it a core with fast memory reads at half its
+// speed here.
 constexpr int kAheadBytes = 4096;
 
 // What the fold of a piece's lanes leaves when a vector of them is left; fold_rows does the rest, for V::N pieces at
@@ -115,7 +122,9 @@ HVD_SYNCBN_INLINE LaneSums row_piece(const Terms& terms, int64_t offset, int len
       }
       for (int64_t i = offset + start + pass; i < offset + stop; i += kLanes) {
         if (pass == 0) {
-          for (int line = 0; line < kLanes; line += kLine) terms.prefetch(i + kAheadBytes / Terms::kItem + line);
+          for (int line = 0; line < kLanes; line += kLine) {
+            terms.template prefetch<kFirstLevel>(i + kAheadBytes / Terms::kItem + line);
+          }
         }
 #pragma GCC unroll 32
         for (int v = 0; v < kVectors; ++v) add_element(terms, i + v * F64::N, mean_vector, &a[v], &b[v]);
@@ -143,14 +152,17 @@ HVD_SYNCBN_INLINE LaneSums row_piece(const Terms& terms, int64_t offset, int len
   return {fold(lane_a), fold(lane_b)};
 }
 
-// Channels last: positions [row, row + length) of channels [first, first + width). One lane at a time takes up to kRows
-// of its positions, so the sums of a lane travel between cache and registers once per kRows elements, and memory is
-// read in kRows streams.
-constexpr int kRows = 4;
+// Channels last: positions [row, row + length) of channels [first, first + width). One lane at a time takes up to
+// kRows of its positions, so the sums of a lane travel between cache and registers once per kRows elements. The rows of
+// a lane lie far apart; so the kLanes * kRows rows that come next are asked for meanwhile, in the order of addresses,
+// which is the only one in which a core reads memory at speed. Whole rows, even where their sums (512 bytes a channel)
+// leave the second-level cache: narrower tiles read half as fast.
+template <class Terms>
+constexpr int kRows = Terms::kSquare ? 8 : 4;
 
 template <class V, int kVectors, class Terms>
-HVD_SYNCBN_INLINE int lane_columns(const Terms& terms, const int64_t* offsets, int rows, int64_t ahead, bool start,
-                                   int c, int width, const double* mean, double* a, double* b) {
+HVD_SYNCBN_INLINE int lane_columns(const Terms& terms, const int64_t* offsets, int rows, int64_t ahead, int64_t stride,
+                                   bool start, int c, int width, const double* mean, double* a, double* b) {
   constexpr int kStep = kVectors * V::N, kLine = 64 / Terms::kItem;
   for (; c + kStep <= width; c += kStep) {
     V sum_a[kVectors], sum_b[kVectors], mean_vector[kVectors] = {};
@@ -161,8 +173,8 @@ HVD_SYNCBN_INLINE int lane_columns(const Terms& terms, const int64_t* offsets, i
       if (!Terms::kSquare) mean_vector[v] = V::load(mean + at);
     }
     for (int r = 0; r < rows; ++r) {
-      if (Terms::kSquare) {  // two tensors' streams gain nothing
-        for (int line = 0; line < kStep; line += kLine) terms.prefetch(offsets[r] + ahead + c + line);
+      for (int line = 0; line < kStep; line += kLine) {
+        terms.template prefetch<kSecondLevel>(ahead + r * stride + c + line);
       }
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
@@ -179,9 +191,9 @@ HVD_SYNCBN_INLINE int lane_columns(const Terms& terms, const int64_t* offsets, i
 
 // A piece of at most kShort positions keeps its lanes in registers. They are visited in the order of the fold, for all
 // channels of the tile: lanes j, j + 8, j + 16 and j + 24 are added up while their rows are read along, for j = 0, 4,
-// 2, 6, 1, 5, 3, 7. What waits for its right-hand side in level l of that tree lies in a and b from l * kPitch on.
-constexpr int kShort = kLanes * kRows;
-constexpr int kStrands = 8;
+// 2, 6, 1, 5, 3, 7. What waits for its right-hand side in level l of that tree lies in a and b from l * pitch on.
+constexpr int kShort = 4 * kLanes;
+constexpr int kStrands = 8, kLevels = 3;
 constexpr int kStrandOrder[kStrands] = {0, 4, 2, 6, 1, 5, 3, 7};
 // Pieces of one element are taken this many samples at a time, while the bins of a channel are in registers.
 constexpr int kSingles = 8;
@@ -230,7 +242,7 @@ HVD_SYNCBN_INLINE void strand(const Terms& terms, int64_t offset, int64_t step, 
 
 template <class V, int kVectors, class Terms>
 HVD_SYNCBN_INLINE int strand_columns(const Terms& terms, int64_t offset, int64_t step, int count, int k, int c,
-                                     int width, const double* mean, double* a, double* b, TileSums* tile) {
+                                     int width, const double* mean, double* a, double* b, int pitch, TileSums* tile) {
   constexpr int kStep = kVectors * V::N;
   for (; c + kStep <= width; c += kStep) {
     V mean_vector[kVectors] = {};
@@ -246,15 +258,15 @@ HVD_SYNCBN_INLINE int strand_columns(const Terms& terms, int64_t offset, int64_t
     int level = 0;
     for (; (k >> level) & 1; ++level) {
       for (int v = 0; v < kVectors; ++v) {
-        const int at = level * kPitch + c + v * V::N;
+        const int at = level * pitch + c + v * V::N;
         sums.a[v] = V::load(a + at) + sums.a[v];
         sums.b[v] = V::load(b + at) + sums.b[v];
       }
     }
     for (int v = 0; v < kVectors; ++v) {
       if (k + 1 < kStrands) {
-        sums.a[v].keep(a + level * kPitch + c + v * V::N);
-        sums.b[v].keep(b + level * kPitch + c + v * V::N);
+        sums.a[v].keep(a + level * pitch + c + v * V::N);
+        sums.b[v].keep(b + level * pitch + c + v * V::N);
       } else {
         tile->add<V, 1>(c + v * V::N, [&](int, V* value) {
           value[0] = sums.a[v];
@@ -269,12 +281,12 @@ HVD_SYNCBN_INLINE int strand_columns(const Terms& terms, int64_t offset, int64_t
 // Strand k of the piece, in the widest vectors. Without branches for the counts that images of 7 x 7 and less have.
 template <class Terms>
 HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t stride, int length, int k, int width,
-                                    const double* mean, double* a, double* b, TileSums* tile) {
+                                    const double* mean, double* a, double* b, int pitch, TileSums* tile) {
   const int j = kStrandOrder[k];
   const int count = j < length ? (length - j + kStrands - 1) / kStrands : 0;
   const auto columns = [&](int constant) {
     return strand_columns<F64, 2>(terms, offset + j * stride, kStrands * stride, constant, k, 0, width, mean, a, b,
-                                  tile);
+                                  pitch, tile);
   };
   int c;
   switch (count) {
@@ -293,7 +305,8 @@ HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t 
     default:
       c = columns(count);
   }
-  return strand_columns<S64, 1>(terms, offset + j * stride, kStrands * stride, count, k, c, width, mean, a, b, tile);
+  return strand_columns<S64, 1>(terms, offset + j * stride, kStrands * stride, count, k, c, width, mean, a, b, pitch,
+                                tile);
 }
 
 // Pieces of one element: kCount rows from the offset on.
@@ -322,71 +335,88 @@ HVD_SYNCBN_INLINE int single_columns(const Terms& terms, int64_t offset, int64_t
 
 // Pieces that lie in arrays, one per channel from c on.
 template <class V>
-HVD_SYNCBN_INLINE int add_vectors(const double* a, const double* b, int i, int width, int c, TileSums* tile) {
-  for (; i + V::N <= width; i += V::N) {
-    tile->add<V, 1>(c + i, [&](int, V* value) {
-      value[0] = V::load(a + i);
-      value[1] = V::load(b + i);
+HVD_SYNCBN_INLINE int add_vectors(const double* a, const double* b, int c, int width, TileSums* tile) {
+  for (; c + V::N <= width; c += V::N) {
+    tile->add<V, 1>(c, [&](int, V* value) {
+      value[0] = V::load(a + c);
+      value[1] = V::load(b + c);
     });
   }
-  return i;
+  return c;
 }
 
-HVD_SYNCBN_INLINE void add_pieces(const double* a, const double* b, int width, int c, TileSums* tile) {
-  const int i = add_vectors<F64>(a, b, 0, width, c, tile);
-  if (F64::N > 1) add_vectors<S64>(a, b, i, width, c, tile);
+HVD_SYNCBN_INLINE void add_pieces(const double* a, const double* b, int width, TileSums* tile) {
+  const int c = add_vectors<F64>(a, b, 0, width, tile);
+  if (F64::N > 1) add_vectors<S64>(a, b, c, width, tile);
 }
 
-// The lanes of this many channels are summed at a time: 2 * 128 KiB, which stays in the second-level cache.
-constexpr int kLaneTile = 512;
-constexpr int kScratch = kLanes * kLaneTile;
 // Channels first: pieces of a row that are read one after the other, at most.
 constexpr int kRun = 16;
-static_assert(3 * kPitch <= kScratch && kRun * kRowTile <= kScratch,
-              "short_columns keeps three levels in it, rows a run");
+
+// What a walk adds up in: two arrays of rows, `pitch` apart.
+struct Scratch {
+  double *a, *b;
+  int pitch;
+};
+
+// This thread's, kept from call to call, as fresh pages would cost more than a small layer's sums. Not on the stack: it
+// takes up to 1 MiB. A pitch of a power of two would put one channel's rows into one set of the cache.
+inline Scratch scratch_of(int rows, int width) {
+  constexpr int kLine = 64 / sizeof(double);
+  static thread_local std::vector<double> room;
+  const int pitch = (width + kLine - 1) / kLine * kLine + kLine;
+  const size_t size = static_cast<size_t>(rows) * pitch;
+  if (room.size() < 2 * size + kLine) room.resize(2 * size + kLine);
+  const size_t past = reinterpret_cast<uintptr_t>(room.data()) / sizeof(double) % kLine;
+  double* const a = room.data() + (past ? kLine - past : 0);
+  return {a, a + size, pitch};
+}
+
+template <class Terms>
+HVD_SYNCBN_INLINE bool stays_in_registers(const Terms& terms, int64_t length) {
+  return length <= kShort && !terms.masked();
+}
 
 template <class Terms>
 HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length, int64_t channels, int64_t first,
-                                    int width, const double* mean, double* a, double* b, TileSums* tile) {
-  if (length <= kShort && !terms.masked()) {
+                                    int width, const double* mean, const Scratch& scratch, TileSums* tile) {
+  double *const a = scratch.a, *const b = scratch.b;
+  const int pitch = scratch.pitch;
+  if (stays_in_registers(terms, length)) {
     const int64_t offset = row * channels + first;
     for (int k = 0; k < kStrands; ++k) {
-      short_columns(terms, offset, channels, length, k, width, mean, a, b, tile);
+      short_columns(terms, offset, channels, length, k, width, mean, a, b, pitch, tile);
     }
     return;
   }
-  // The block of rows that comes next, where it is small; else the next rows of each stream.
-  const int64_t row_bytes = channels * Terms::kItem;
-  const bool block = kLanes * kRows * row_bytes <= 8 * kAheadBytes;
-  const int64_t ahead = channels * (block ? kLanes * kRows : (kAheadBytes + row_bytes - 1) / row_bytes);
+  constexpr int kBlock = kLanes * kRows<Terms>;
   const int lanes = length < kLanes ? length : kLanes;  // adding the +0.0 of a lane without positions changes nothing
-  for (int start = 0; start < width; start += kLaneTile) {
-    const int part = width - start < kLaneTile ? width - start : kLaneTile;
-    const double* const part_mean = Terms::kSquare ? nullptr : mean + start;
-    for (int base = 0; base < length; base += kLanes * kRows) {
-      for (int j = 0; j < lanes; ++j) {
-        int64_t offsets[kRows];
-        int rows = 0;
-        for (int r = base + j; r < length && r < base + kLanes * kRows; r += kLanes) {
-          if (terms.counts(row + r)) offsets[rows++] = (row + r) * channels + first + start;
-        }
-        if (rows == 0 && base != 0) continue;
-        double *const lane_a = a + j * kLaneTile, *const lane_b = b + j * kLaneTile;
-        int c = 0;
-        c = lane_columns<F64, 4>(terms, offsets, rows, ahead, base == 0, c, part, part_mean, lane_a, lane_b);
-        c = lane_columns<F64, 1>(terms, offsets, rows, ahead, base == 0, c, part, part_mean, lane_a, lane_b);
-        if (F64::N > 1)
-          lane_columns<S64, 1>(terms, offsets, rows, ahead, base == 0, c, part, part_mean, lane_a, lane_b);
+  for (int base = 0; base < length; base += kBlock) {
+    const int next = base + kBlock < length ? base + kBlock : length;
+    for (int j = 0; j < lanes; ++j) {
+      int64_t offsets[kRows<Terms>];
+      int rows = 0;
+      for (int r = base + j; r < next; r += kLanes) {
+        if (terms.counts(row + r)) offsets[rows++] = (row + r) * channels + first;
+      }
+      if (rows == 0 && base != 0) continue;
+      const int64_t ahead = (row + next + j * kRows<Terms>)*channels + first;
+      double *const lane_a = a + j * pitch, *const lane_b = b + j * pitch;
+      int c = 0;
+      c = lane_columns<F64, 4>(terms, offsets, rows, ahead, channels, base == 0, c, width, mean, lane_a, lane_b);
+      c = lane_columns<F64, 1>(terms, offsets, rows, ahead, channels, base == 0, c, width, mean, lane_a, lane_b);
+      if (F64::N > 1) {
+        lane_columns<S64, 1>(terms, offsets, rows, ahead, channels, base == 0, c, width, mean, lane_a, lane_b);
       }
     }
-    for (int w = kLanes / 2; w >= 1; w /= 2) {
-      for (int j = 0; j < w && j + w < lanes; ++j) {
-        for (int c = 0; c < part; ++c) a[j * kLaneTile + c] += a[(j + w) * kLaneTile + c];
-        for (int c = 0; c < part; ++c) b[j * kLaneTile + c] += b[(j + w) * kLaneTile + c];
-      }
-    }
-    add_pieces(a, b, part, start, tile);
   }
+  for (int w = kLanes / 2; w >= 1; w /= 2) {
+    for (int j = 0; j < w && j + w < lanes; ++j) {
+      for (int c = 0; c < width; ++c) a[j * pitch + c] += a[(j + w) * pitch + c];
+      for (int c = 0; c < width; ++c) b[j * pitch + c] += b[(j + w) * pitch + c];
+    }
+  }
+  add_pieces(a, b, width, tile);
 }
 
 // Walks units [begin, end). `mean` is NULL where the terms do not use it; `row(n, c, piece)` hands over the piece's
@@ -398,7 +428,9 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
   const int tile_channels = tile_width(shape);
   const int64_t units_of_tile = shape.n * pieces;
   TileSums sums;
-  double a[kScratch], b[kScratch];
+  const bool rows_of_channels = shape.layout == HVD_SYNCBN_CHANNELS_LAST || shape.s == 1;
+  const int rows = !rows_of_channels ? kRun : stays_in_registers(terms, shape.s) ? kLevels : kLanes;
+  const Scratch scratch = scratch_of(rows, static_cast<int>(shape.c < tile_channels ? shape.c : tile_channels));
   while (begin < end) {
     const int64_t tile = begin / units_of_tile;
     const int64_t stop = end < (tile + 1) * units_of_tile ? end : (tile + 1) * units_of_tile;
@@ -432,7 +464,7 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
       if (shape.layout == HVD_SYNCBN_CHANNELS_LAST) {
         ++begin;
         sums.expect(1);
-        column_piece(terms, n * shape.s + piece * kPiece, length_of(piece), shape.c, first, width, tile_mean, a, b,
+        column_piece(terms, n * shape.s + piece * kPiece, length_of(piece), shape.c, first, width, tile_mean, scratch,
                      &sums);
         continue;
       }
@@ -452,13 +484,13 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
           }
         }
         for (int p = 0; p < run; ++p) {
-          fold_rows(rows_a[p]).keep(a + p * kRowTile + i);
-          fold_rows(rows_b[p]).keep(b + p * kRowTile + i);
+          fold_rows(rows_a[p]).keep(scratch.a + p * scratch.pitch + i);
+          fold_rows(rows_b[p]).keep(scratch.b + p * scratch.pitch + i);
         }
       }
       for (int p = 0; p < run; ++p) {
         sums.expect(1);
-        add_pieces(a + p * kRowTile, b + p * kRowTile, width, 0, &sums);
+        add_pieces(scratch.a + p * scratch.pitch, scratch.b + p * scratch.pitch, width, &sums);
       }
     }
     sums.finish();
