@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks import accuracy, kernels, layer, overhead, settings, soak, synchronized
 from benchmarks.measure import Framework, Record
+from hvd_syncbn.progress import launched_rank
 
 MEASURE: dict[str, Callable[..., Record]] = {
     "layer": layer.measure,
@@ -41,7 +42,7 @@ def main() -> None:
     """Runs the job's cases in order."""
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text())
-    rank = int(os.environ.get("HOROVOD_RANK", "0"))
+    rank = launched_rank()
     cores = sorted(os.sched_getaffinity(0))
     if job["pin"]:
         os.sched_setaffinity(0, cores[: job["threads"]] if job["ranks"] == 1 else {cores[rank % len(cores)]})

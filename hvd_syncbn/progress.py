@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator, Iterable
 from typing import TypeVar
@@ -12,6 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 PATIENCE = 1.0  # seconds without a bar
+
+RANK_VARIABLES = "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"
+"""Set by `horovodrun`, and, as it sets none over MPI, by Open MPI and MPICH."""
+
+
+def launched_rank() -> int:
+    """This process's rank by what its launcher says, for those who need no Horovod to know it; 0 without a launcher."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
 
 
 def track(items: Iterable[T], description: str, shown: bool, total: int | None = None) -> Generator[T]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from hvd_syncbn.exchange import scale_and_shift
-from hvd_syncbn.progress import track
+from hvd_syncbn.progress import launched_rank, track
 from hvd_syncbn.torch_impl.convert import _is_plain
 from hvd_syncbn.torch_impl.functional import ACTIVATIONS
 from hvd_syncbn.torch_impl.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
@@ -323,9 +322,7 @@ class _Folder:
             except _Refused as reason:
                 self.reasons[name] = str(reason)
         # Folding needs no Horovod, so it is not asked which rank this is.
-        for name in track(
-            list(self.affine), "Folding batch norms", os.environ.get("HOROVOD_RANK", "0") == "0", len(self.affine)
-        ):
+        for name in track(list(self.affine), "Folding batch norms", launched_rank() == 0, len(self.affine)):
             self._fold(name)
 
     def _fold(self, name: str) -> None:

@@ -490,9 +490,10 @@ def test_a_trace_sees_through_scripted_code_of_others() -> None:
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_progress(rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("variable", progress.RANK_VARIABLES)
+def test_progress(variable: str, rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A bar where it takes long, on the first rank."""
     monkeypatch.setattr(progress, "PATIENCE", -1.0)
-    monkeypatch.setenv("HOROVOD_RANK", rank)
+    monkeypatch.setenv(variable, rank)
     fold_batchnorm(randomize(Net()).eval())
     assert ("Folding batch norms" in capsys.readouterr().err) == (rank == "0")

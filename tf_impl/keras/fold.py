@@ -6,7 +6,6 @@ configs of the old one's layers.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_syncbn.exchange import scale_and_shift
-from hvd_syncbn.progress import track
+from hvd_syncbn.progress import launched_rank, track
 from hvd_syncbn.tf_impl.keras.convert import _walk
 from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization
 
@@ -183,7 +182,7 @@ class _Folder:
         self.copies: dict[int, Any] = {}
         # Building is what takes time. Folding needs no Horovod, so it is not asked which rank this is.
         total = len(self.calls)
-        self.bar = track(range(total), "Folding batch norms", os.environ.get("HOROVOD_RANK", "0") == "0", total)
+        self.bar = track(range(total), "Folding batch norms", launched_rank() == 0, total)
 
     # --- What becomes a part of what
 
