@@ -38,6 +38,9 @@ class Framework(Protocol):
     def barrier(self) -> None:
         """Returns when every rank is here."""
 
+    def shutdown(self) -> None:
+        """Leaves Horovod: `mpirun` takes a process that has not for one that failed."""
+
     def step(self, name: str, shape: tuple[int, ...], layout: str, dtype: str) -> Step:
         """One forward and backward of a contestant's layer on random values; `shape` is (N, C, ...) in either layout."""
 

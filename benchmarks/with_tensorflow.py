@@ -78,10 +78,9 @@ class TensorFlow:
     layout = "channels last"
     depth = 20
 
-    def __init__(self, threads: int, ports: list[int]) -> None:
+    def __init__(self, ranks: int, threads: int, ports: list[int]) -> None:
         """With `ports`, one for each rank, the ranks also make a `MultiWorkerMirroredStrategy`."""
         self.threads = threads
-        ranks = int(os.environ.get("HOROVOD_SIZE", "1"))
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(2 if ranks > 1 else 1)
         alone = [hvd.ProcessSet([rank]) for rank in range(ranks)] if ranks > 1 else []  # every rank has to know every set
@@ -101,6 +100,9 @@ class TensorFlow:
     def barrier(self) -> None:
         if hvd.size() > 1:
             _barrier()
+
+    def shutdown(self) -> None:
+        hvd.shutdown()
 
     def layer(self, name: str, layout: str = "channels last", dtype: str = "float32") -> Any:
         """A contestant's layer."""

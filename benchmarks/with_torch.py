@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -105,11 +104,10 @@ class Torch:
     layout = "channels first"
     depth = 20
 
-    def __init__(self, threads: int, ports: list[int]) -> None:
+    def __init__(self, ranks: int, threads: int, ports: list[int]) -> None:
         """`ports` are for TensorFlow's own strategy."""
         self.threads = threads
         torch.set_num_threads(threads)
-        ranks = int(os.environ.get("HOROVOD_SIZE", "1"))
         alone = [hvd.ProcessSet([rank]) for rank in range(ranks)] if ranks > 1 else []  # every rank has to know every set
         hvd.init(process_sets=alone)
         self.rank = hvd.rank()
@@ -120,6 +118,9 @@ class Torch:
     def barrier(self) -> None:
         if hvd.size() > 1:
             hvd.allreduce_(self._token, name="barrier", op=hvd.Sum)
+
+    def shutdown(self) -> None:
+        hvd.shutdown()
 
     def layer(self, name: str, channels: int) -> nn.Module:
         """A contestant's layer."""

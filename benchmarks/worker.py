@@ -28,14 +28,14 @@ MEASURE: dict[str, Callable[..., Record]] = {
 }
 
 
-def _framework(name: str, threads: int, ports: list[int]) -> Framework:
+def _framework(name: str, ranks: int, threads: int, ports: list[int]) -> Framework:
     if name == "torch":
         from benchmarks.with_torch import Torch
 
-        return Torch(threads, ports)
+        return Torch(ranks, threads, ports)
     from benchmarks.with_tensorflow import TensorFlow
 
-    return TensorFlow(threads, ports)
+    return TensorFlow(ranks, threads, ports)
 
 
 def main() -> None:
@@ -47,13 +47,14 @@ def main() -> None:
     if job["pin"]:
         os.sched_setaffinity(0, cores[: job["threads"]] if job["ranks"] == 1 else {cores[rank % len(cores)]})
     with open(folder / f"{rank}.jsonl", "w", buffering=1) as log:
-        framework = _framework(job["framework"], job["threads"], job["ports"])
+        framework = _framework(job["framework"], job["ranks"], job["threads"], job["ports"])
         for case in job["cases"]:
             options, start = dict(case), time.monotonic()
             record = MEASURE[options.pop("kind")](framework, **options)
             log.write(json.dumps({"case": case, "seconds": time.monotonic() - start, **record}) + "\n")
     # Not through the frameworks' farewells: TensorFlow's strategy waits there for workers that have gone.
     framework.barrier()
+    framework.shutdown()
     sys.stdout.flush()
     os._exit(0)
 
