@@ -13,11 +13,8 @@ constexpr int kMaxTile = 2048;
 // Of arrays of that many float64: a power of two would put one channel's values into one set of the cache.
 constexpr int kPitch = kMaxTile + 56;
 
-// Channels first, at most.
-constexpr int kRowTile = 64;
-
 inline int tile_width(const hvd_syncbn_shape& shape) {
-  if (shape.layout != HVD_SYNCBN_CHANNELS_LAST && shape.s != 1) return shape.s < 1024 ? kRowTile : 16;
+  if (shape.layout != HVD_SYNCBN_CHANNELS_LAST && shape.s != 1) return shape.s < 1024 ? 64 : 16;
   // Few samples: narrower tiles, so that there is something for every thread.
   const int64_t pieces = shape.n * ((shape.s + kPiece - 1) / kPiece);
   int64_t tiles = shape.c > kMaxTile ? (shape.c + kMaxTile - 1) / kMaxTile : 1;

@@ -189,11 +189,31 @@ HVD_SYNCBN_INLINE int lane_columns(const Terms& terms, const int64_t* offsets, i
   return c;
 }
 
+// What a walk adds up in: two arrays of kLanes rows, `pitch` apart.
+struct Scratch {
+  double *a, *b;
+  int pitch;
+};
+
+// This thread's, for tiles of `width` channels; kept from call to call, as fresh pages would cost more than a small
+// layer's sums. Not on the stack: it takes up to 1 MiB. A pitch of a power of two would put one channel's rows into one
+// set of the cache.
+inline Scratch scratch_of(int width) {
+  constexpr int kLine = 64 / sizeof(double);
+  static thread_local std::vector<double> room;
+  const int pitch = (width + kLine - 1) / kLine * kLine + kLine;
+  const int size = kLanes * pitch;
+  if (room.size() < static_cast<size_t>(2 * size + kLine)) room.resize(2 * size + kLine);
+  const size_t past = reinterpret_cast<uintptr_t>(room.data()) / sizeof(double) % kLine;
+  double* const a = room.data() + (past ? kLine - past : 0);
+  return {a, a + size, pitch};
+}
+
 // A piece of at most kShort positions keeps its lanes in registers. They are visited in the order of the fold, for all
 // channels of the tile: lanes j, j + 8, j + 16 and j + 24 are added up while their rows are read along, for j = 0, 4,
-// 2, 6, 1, 5, 3, 7. What waits for its right-hand side in level l of that tree lies in a and b from l * pitch on.
+// 2, 6, 1, 5, 3, 7. What waits for its right-hand side in level l of that tree lies in row l of the scratch.
 constexpr int kShort = 4 * kLanes;
-constexpr int kStrands = 8, kLevels = 3;
+constexpr int kStrands = 8;
 constexpr int kStrandOrder[kStrands] = {0, 4, 2, 6, 1, 5, 3, 7};
 // Pieces of one element are taken this many samples at a time, while the bins of a channel are in registers.
 constexpr int kSingles = 8;
@@ -242,7 +262,7 @@ HVD_SYNCBN_INLINE void strand(const Terms& terms, int64_t offset, int64_t step, 
 
 template <class V, int kVectors, class Terms>
 HVD_SYNCBN_INLINE int strand_columns(const Terms& terms, int64_t offset, int64_t step, int count, int k, int c,
-                                     int width, const double* mean, double* a, double* b, int pitch, TileSums* tile) {
+                                     int width, const double* mean, const Scratch& scratch, TileSums* tile) {
   constexpr int kStep = kVectors * V::N;
   for (; c + kStep <= width; c += kStep) {
     V mean_vector[kVectors] = {};
@@ -258,15 +278,15 @@ HVD_SYNCBN_INLINE int strand_columns(const Terms& terms, int64_t offset, int64_t
     int level = 0;
     for (; (k >> level) & 1; ++level) {
       for (int v = 0; v < kVectors; ++v) {
-        const int at = level * pitch + c + v * V::N;
-        sums.a[v] = V::load(a + at) + sums.a[v];
-        sums.b[v] = V::load(b + at) + sums.b[v];
+        const int at = level * scratch.pitch + c + v * V::N;
+        sums.a[v] = V::load(scratch.a + at) + sums.a[v];
+        sums.b[v] = V::load(scratch.b + at) + sums.b[v];
       }
     }
     for (int v = 0; v < kVectors; ++v) {
       if (k + 1 < kStrands) {
-        sums.a[v].keep(a + level * pitch + c + v * V::N);
-        sums.b[v].keep(b + level * pitch + c + v * V::N);
+        sums.a[v].keep(scratch.a + level * scratch.pitch + c + v * V::N);
+        sums.b[v].keep(scratch.b + level * scratch.pitch + c + v * V::N);
       } else {
         tile->add<V, 1>(c + v * V::N, [&](int, V* value) {
           value[0] = sums.a[v];
@@ -281,12 +301,12 @@ HVD_SYNCBN_INLINE int strand_columns(const Terms& terms, int64_t offset, int64_t
 // Strand k of the piece, in the widest vectors. Without branches for the counts that images of 7 x 7 and less have.
 template <class Terms>
 HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t stride, int length, int k, int width,
-                                    const double* mean, double* a, double* b, int pitch, TileSums* tile) {
+                                    const double* mean, const Scratch& scratch, TileSums* tile) {
   const int j = kStrandOrder[k];
   const int count = j < length ? (length - j + kStrands - 1) / kStrands : 0;
   const auto columns = [&](int constant) {
-    return strand_columns<F64, 2>(terms, offset + j * stride, kStrands * stride, constant, k, 0, width, mean, a, b,
-                                  pitch, tile);
+    return strand_columns<F64, 2>(terms, offset + j * stride, kStrands * stride, constant, k, 0, width, mean, scratch,
+                                  tile);
   };
   int c;
   switch (count) {
@@ -305,8 +325,7 @@ HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t 
     default:
       c = columns(count);
   }
-  return strand_columns<S64, 1>(terms, offset + j * stride, kStrands * stride, count, k, c, width, mean, a, b, pitch,
-                                tile);
+  return strand_columns<S64, 1>(terms, offset + j * stride, kStrands * stride, count, k, c, width, mean, scratch, tile);
 }
 
 // Pieces of one element: kCount rows from the offset on.
@@ -352,43 +371,20 @@ HVD_SYNCBN_INLINE void add_pieces(const double* a, const double* b, int width, T
 
 // Channels first: pieces of a row that are read one after the other, at most.
 constexpr int kRun = 16;
-
-// What a walk adds up in: two arrays of rows, `pitch` apart.
-struct Scratch {
-  double *a, *b;
-  int pitch;
-};
-
-// This thread's, kept from call to call, as fresh pages would cost more than a small layer's sums. Not on the stack: it
-// takes up to 1 MiB. A pitch of a power of two would put one channel's rows into one set of the cache.
-inline Scratch scratch_of(int rows, int width) {
-  constexpr int kLine = 64 / sizeof(double);
-  static thread_local std::vector<double> room;
-  const int pitch = (width + kLine - 1) / kLine * kLine + kLine;
-  const size_t size = static_cast<size_t>(rows) * pitch;
-  if (room.size() < 2 * size + kLine) room.resize(2 * size + kLine);
-  const size_t past = reinterpret_cast<uintptr_t>(room.data()) / sizeof(double) % kLine;
-  double* const a = room.data() + (past ? kLine - past : 0);
-  return {a, a + size, pitch};
-}
-
-template <class Terms>
-HVD_SYNCBN_INLINE bool stays_in_registers(const Terms& terms, int64_t length) {
-  return length <= kShort && !terms.masked();
-}
+static_assert(kRun <= kLanes, "each has a row of the scratch");
 
 template <class Terms>
 HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length, int64_t channels, int64_t first,
                                     int width, const double* mean, const Scratch& scratch, TileSums* tile) {
-  double *const a = scratch.a, *const b = scratch.b;
-  const int pitch = scratch.pitch;
-  if (stays_in_registers(terms, length)) {
+  if (length <= kShort && !terms.masked()) {
     const int64_t offset = row * channels + first;
     for (int k = 0; k < kStrands; ++k) {
-      short_columns(terms, offset, channels, length, k, width, mean, a, b, pitch, tile);
+      short_columns(terms, offset, channels, length, k, width, mean, scratch, tile);
     }
     return;
   }
+  double *const a = scratch.a, *const b = scratch.b;
+  const int pitch = scratch.pitch;
   constexpr int kBlock = kLanes * kRows<Terms>;
   const int lanes = length < kLanes ? length : kLanes;  // adding the +0.0 of a lane without positions changes nothing
   for (int base = 0; base < length; base += kBlock) {
@@ -400,7 +396,7 @@ HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length,
         if (terms.counts(row + r)) offsets[rows++] = (row + r) * channels + first;
       }
       if (rows == 0 && base != 0) continue;
-      const int64_t ahead = (row + next + j * kRows<Terms>)*channels + first;
+      const int64_t next_rows = row + next + j * kRows<Terms>, ahead = next_rows * channels + first;
       double *const lane_a = a + j * pitch, *const lane_b = b + j * pitch;
       int c = 0;
       c = lane_columns<F64, 4>(terms, offsets, rows, ahead, channels, base == 0, c, width, mean, lane_a, lane_b);
@@ -428,9 +424,7 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
   const int tile_channels = tile_width(shape);
   const int64_t units_of_tile = shape.n * pieces;
   TileSums sums;
-  const bool rows_of_channels = shape.layout == HVD_SYNCBN_CHANNELS_LAST || shape.s == 1;
-  const int rows = !rows_of_channels ? kRun : stays_in_registers(terms, shape.s) ? kLevels : kLanes;
-  const Scratch scratch = scratch_of(rows, static_cast<int>(shape.c < tile_channels ? shape.c : tile_channels));
+  const Scratch scratch = scratch_of(static_cast<int>(shape.c < tile_channels ? shape.c : tile_channels));
   while (begin < end) {
     const int64_t tile = begin / units_of_tile;
     const int64_t stop = end < (tile + 1) * units_of_tile ? end : (tile + 1) * units_of_tile;
