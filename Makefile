@@ -43,7 +43,6 @@ launchers: $(LAUNCHERS)/.installed
 
 # The documentation, as pages in site/; needs the tools, not the build. A broken link is an error.
 docs: $(VENV)/.docs
-	$(BIN)/python tools/messages.py
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build -q
 
 # On a machine with a GPU, CUDA and a Python that has PyTorch; sets nothing up (see benchmarks/gpu).

@@ -51,14 +51,6 @@ def test_tables_are_tables() -> None:
 
 
 @pytest.mark.sources
-def test_every_message_has_its_line() -> None:
-    """In docs/troubleshooting.md: `python tools/messages.py` writes the index anew."""
-    messages = load("messages", "tools")
-    assert messages.index().count("\n| ") > 150
-    assert messages.PAGE.read_text().endswith(f"{messages.START}\n{messages.INTRODUCTION}{messages.index()}")
-
-
-@pytest.mark.sources
 @pytest.mark.parametrize("face", ["torch", "keras", "tensorflow"])
 def test_every_public_name_is_in_the_reference(face: str) -> None:
     module = importlib.import_module(f"hvd_syncbn.{face}")

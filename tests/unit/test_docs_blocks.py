@@ -28,7 +28,6 @@ LIMIT = 120
 BLOCKS = blocks()
 MESSAGES = ("hvd-syncbn was built", "hvd-syncbn does not")  # no commands
 OWN = {"train.py", "job.py"}  # a reader's scripts
-INDEX = "## Every message\n"  # below it docs/troubleshooting.md quotes them
 
 
 @cache
@@ -77,7 +76,7 @@ def commands() -> list[tuple[str, str]]:
     """(page, command): lines of blocks without a language, and code within the text."""
     found = []
     for page in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]:
-        text = page.read_text().partition(INDEX)[0]
+        text = page.read_text()
         fenced = re.findall(r"^ *```\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
         text = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
         spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
