@@ -1,24 +1,27 @@
-"""`make demo`: the main job, three ways from one seed, in PyTorch and in Keras.
+"""`make demo`: one training job, run three ways from one seed, in PyTorch and in Keras.
 
-(a) one process with the global batch of 4 images
-(b) two ranks with 2 images each, every rank normalising its own (what happens without this project)
-(c) two ranks with 2 images each and synchronized batch normalization
+1. One process with the global batch of 4 images.
+2. Two ranks with 2 images each and synchronized batch norm.
+3. Two ranks with 2 images each and plain batch norm: each rank normalizes its own 2 images.
 
-What to see: (c) lies on (a), (b) does not. Results go to out/.
+Prints one table and one sha256, and writes out/demo.png.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 
 import matplotlib
 import numpy as np
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 matplotlib.use("Agg")
@@ -26,118 +29,98 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "out"
-EPOCHS = 4
+EPOCHS = 3
 FRAMEWORKS = {"torch": "PyTorch", "keras": "Keras"}
-WAYS = {
-    "a": ("1 process x 4 images", 1, "sync"),
-    "b": ("2 ranks x 2, plain batch norm", 2, "local"),
-    "c": ("2 ranks x 2, hvd-syncbn", 2, "sync"),
-}
 TIME_LIMIT = 600  # seconds per run
-
-console = Console()
-
-
-@dataclass
-class Run:
-    """What one way of training gave."""
-
-    losses: np.ndarray
-    accuracies: np.ndarray
-    weights: np.ndarray
-    parts: dict[str, np.ndarray]
+ENVIRONMENT = os.environ | {
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 
 
-def train(framework: str, way: str) -> Run:
-    """Runs one way as a user would, printing its progress."""
-    label, ranks, layer = WAYS[way]
-    path = OUT / f"{framework}_{way}.npz"
-    path.unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / f"digits_{framework}.py")]
-    if ranks > 1:
-        horovodrun = str(Path(sys.executable).parent / "horovodrun")
+@dataclass(frozen=True)
+class Way:
+    """One way to run the job."""
+
+    label: str
+    ranks: int
+    layer: str
+    style: tuple[str, str, int]  # color, line style and line width in the plot
+
+
+WAYS = (
+    Way("1 process x 4", 1, "sync", ("black", "-", 5)),
+    Way("2 ranks x 2, hvd-syncbn", 2, "sync", ("tab:cyan", "-", 2)),
+    Way("2 ranks x 2, plain norms", 2, "local", ("tab:red", "--", 2)),
+)
+
+console = Console(highlight=False)
+
+
+def train(framework: str, way: Way, progress: Progress) -> list[tuple[float, float]]:
+    """Run one way as a user would. Return the training loss and the test accuracy of each epoch."""
+    command = [sys.executable, str(HERE / f"digits_{framework}.py"), "--layer", way.layer, "--epochs", str(EPOCHS)]
+    if way.ranks > 1:
         # As many slots as ranks: horovodrun starts one process per slot.
-        command = [horovodrun, "--gloo", "-np", str(ranks), "-H", f"localhost:{ranks}", *command]
-    command += ["--layer", layer, "--epochs", str(EPOCHS), "--out", str(path)]
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-    console.print(f"[bold]{FRAMEWORKS[framework]} ({way})[/bold] {label}")
-    start = time.monotonic()
+        command = ["horovodrun", "--gloo", "-np", str(way.ranks), "-H", f"localhost:{way.ranks}", *command]
+    bar = progress.add_task(f"{FRAMEWORKS[framework]:7}  {way.label:25}  starting", total=EPOCHS)
+    lines, epochs = [], []
     with subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        lines = []
+        limit = Timer(TIME_LIMIT, process.terminate)
+        limit.start()
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
-            if "epoch " in line:
-                console.print("   ", line[line.index("epoch ") :].strip(), highlight=False)
-            if time.monotonic() - start > TIME_LIMIT:
-                process.terminate()
-    if process.returncode != 0 or not path.exists():
-        console.print("".join(lines[-40:]), markup=False, highlight=False)
-        sys.exit(f"{' '.join(command)} failed with code {process.returncode}")
-    with np.load(path) as data:
-        parts = {name.split("/")[2]: data[name] for name in sorted(data.files) if name.startswith("part/")}
-        return Run(data["losses"], data["accuracies"], data["weights"], parts)
+            if found := re.search(r"epoch \d+/\d+ loss ([\d.]+) accuracy ([\d.]+)", line):
+                epochs.append((float(found[1]), float(found[2])))
+                text = f"{FRAMEWORKS[framework]:7}  {way.label:25}  accuracy {epochs[-1][1]:.3f}"
+                progress.update(bar, description=text, completed=len(epochs))
+        limit.cancel()
+    if process.returncode != 0 or len(epochs) != EPOCHS:
+        progress.stop()
+        console.print("".join(lines[-40:]), markup=False)
+        sys.exit(f"{' '.join(command)} failed with exit status {process.returncode}")
+    return epochs
 
 
-def curves(framework: str, runs: dict[str, Run]) -> None:
-    """The table of losses and accuracies, and how far (b) and (c) end from (a)."""
-    table = Table(title=f"{FRAMEWORKS[framework]}: training loss / test accuracy after each epoch", title_justify="left")
-    table.add_column("")
-    for way in runs:
-        table.add_column(f"({way}) {WAYS[way][0]}", justify="right")
-    for epoch in range(EPOCHS):
-        cells = [f"{run.losses[epoch]:.4f} / {run.accuracies[epoch]:.3f}" for run in runs.values()]
-        table.add_row(f"epoch {epoch + 1}", *cells)
-    for what in ("losses", "weights"):
-        distances = [np.abs(getattr(run, what) - getattr(runs["a"], what)).max() for run in runs.values()]
-        table.add_row(f"{what} from (a)", "", *(f"{distance:.2g}" for distance in distances[1:]))
+def verify(progress: Progress) -> tuple[bool, str]:
+    """Return whether one step has the same bytes in both frameworks and for every split over 2 ranks, and a sentence."""
+    bar = progress.add_task("Bytes of one step, both frameworks, 2 ranks", total=1)
+    command = [sys.executable, "-m", "hvd_syncbn.cli", "verify", "-np", "2", "--json"]
+    result = subprocess.run(command, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=TIME_LIMIT)
+    progress.advance(bar)
+    found = json.loads(result.stdout)
+    count = len(found["results"])
+    if found["equal"]:
+        return True, f"One sha256 over {count} ways to run a training step and the reference: {found['reference'][:16]}..."
+    return False, "The bytes differ. Run `hvd-syncbn verify -np 2`, which shows where."
+
+
+def show(runs: dict[str, list[list[tuple[float, float]]]]) -> None:
+    """Print losses and accuracies, a row for each way."""
+    table = Table(title=f"After {EPOCHS} epochs", title_justify="left")
+    table.add_column("images per step")
+    for framework in runs:
+        table.add_column(f"{FRAMEWORKS[framework]} loss", justify="right")
+        table.add_column("accuracy", justify="right", style="bold")
+    for index, way in enumerate(WAYS):
+        last = [results[index][-1] for results in runs.values()]
+        table.add_row(way.label, *(text for loss, accuracy in last for text in (f"{loss:.3f}", f"{accuracy:.1%}")))
     console.print(table)
 
 
-def first_step(runs: dict[str, Run]) -> None:
-    """Where in the first step (a) and (c) part, from the recorded parts of the PyTorch runs."""
-    table = Table(title="First step, PyTorch, identical weights: (c) against (a), in the order of computation")
-    table.title_justify = "left"
-    for column in ("part of the step", "largest difference", "equal bits", "(b), for comparison"):
-        table.add_column(column, justify="left" if column.startswith("part") else "right")
-    first = None
-    for name, expected in runs["a"].parts.items():
-        got, local = runs["c"].parts[name], runs["b"].parts[name]
-        equal = got.tobytes() == expected.tobytes()
-        if not equal and first is None:
-            first = name
-        table.add_row(
-            name, f"{np.abs(got - expected).max():.2g}", "yes" if equal else "no", f"{np.abs(local - expected).max():.2g}"
-        )
-    console.print(table)
-    if first is None:
-        console.print("Every part of the step is equal in every bit.")
-    else:
-        console.print(
-            f"The first part that is not equal is [bold]{first}[/bold]. The layers before it gave equal bits for equal input, "
-            "so the cause is the framework's own arithmetic there (a matrix product or convolution of 2 rows adds in another "
-            "order than one of 4), and after it Horovod's averaging of float gradients. Rounding differences of 1e-7 then grow "
-            "over the steps, as in any training; that is the whole distance between (a) and (c)."
-        )
-
-
-def plot(everything: dict[str, dict[str, Run]], path: Path) -> None:
-    """Loss and accuracy per epoch of every run."""
-    figure, axes = plt.subplots(2, len(everything), figsize=(5 * len(everything), 7), squeeze=False, layout="constrained")
+def plot(runs: dict[str, list[list[tuple[float, float]]]], path: Path) -> None:
+    """Draw loss and accuracy per epoch of every run."""
+    figure, axes = plt.subplots(2, len(runs), figsize=(5 * len(runs), 7), squeeze=False, layout="constrained")
     epochs = np.arange(1, EPOCHS + 1)
-    styles = {"a": ("black", "-", 5), "b": ("tab:red", "--", 2), "c": ("tab:cyan", "-", 2)}
-    for column, (framework, runs) in enumerate(everything.items()):
-        for way, run in runs.items():
-            color, line, width = styles[way]
-            label = f"({way}) {WAYS[way][0]}"
-            axes[0, column].plot(epochs, run.losses, line, color=color, linewidth=width, label=label)
-            axes[1, column].plot(epochs, run.accuracies, line, color=color, linewidth=width, label=label)
+    for column, (framework, results) in enumerate(runs.items()):
+        for way, result in zip(WAYS, results, strict=True):
+            color, line, width = way.style
+            for row, values in enumerate(zip(*result, strict=True)):
+                axes[row, column].plot(epochs, values, line, color=color, linewidth=width, label=way.label)
         axes[0, column].set(title=FRAMEWORKS[framework], ylabel="training loss", xticks=epochs)
         axes[1, column].set(xlabel="epoch", ylabel="test accuracy", xticks=epochs)
         axes[0, column].legend()
@@ -146,16 +129,21 @@ def plot(everything: dict[str, dict[str, Run]], path: Path) -> None:
 
 
 def main() -> None:
-    """Runs everything."""
+    """Run everything."""
     OUT.mkdir(exist_ok=True)
-    everything = {framework: {way: train(framework, way) for way in WAYS} for framework in FRAMEWORKS}
-    for framework, runs in everything.items():
-        curves(framework, runs)
-    first_step(everything["torch"])
+    console.print("Training a small network on handwritten digits, with a global batch of 4 images.")
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        runs = {framework: [train(framework, way, progress) for way in WAYS] for framework in FRAMEWORKS}
+        equal, hashes = verify(progress)
     picture = OUT / "demo.png"
-    plot(everything, picture)
-    console.print(f"Plot: {picture}")
-    sys.exit(subprocess.run([sys.executable, "-m", "hvd_syncbn.cli", "verify"]).returncode)
+    plot(runs, picture)
+    show(runs)
+    console.print("Plain batch norm on 2 images learns worse: the statistics of 2 images are noise.")
+    console.print("hvd-syncbn normalizes the 4 images of both ranks together and learns like one process.")
+    console.print(hashes, style=None if equal else "red")
+    console.print(f"The curves: {picture}", soft_wrap=True)
+    sys.exit(not equal)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What both frameworks' demos share: the data, the order in which it is seen, and what a run leaves for demo.py."""
+"""What the demo's jobs share in both frameworks: the arguments, the data and its order."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layer", choices=("sync", "local"), required=True)
     parser.add_argument("--epochs", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
 
@@ -45,21 +43,3 @@ def share(batch: NDArray[Any], rank: int, size: int) -> NDArray[Any]:
     """This rank's samples of a global batch (or of many: the last axis is the batch)."""
     each = GLOBAL_BATCH // size
     return batch[..., rank * each : (rank + 1) * each]
-
-
-class Recorder:
-    """The parts of one training step, by name, in the order in which they are computed."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, NDArray[Any]] = {}
-
-    def add(self, name: str, value: Any, scale: float = 1.0) -> None:
-        """Keeps a copy, multiplied by a power of two, which is exact: gradients of a mean over fewer samples are larger."""
-        self.parts[name] = np.array(value, copy=True) * np.float32(scale)
-
-
-def save(path: Path, losses: list[float], accuracies: list[float], weights: list[Any], parts: dict[str, Any]) -> None:
-    """Leaves a run's results in an .npz file."""
-    arrays = {f"part/{i:03d}/{name}": value for i, (name, value) in enumerate(parts.items())}
-    flat = np.concatenate([np.asarray(w, np.float64).reshape(-1) for w in weights])
-    np.savez(path, losses=losses, accuracies=accuracies, weights=flat, **arrays)

@@ -1,6 +1,6 @@
 """The same as digits_torch.py in Keras 3, with `model.fit`; `demo.py` runs it three ways.
 
-    horovodrun -np 2 -H localhost:2 python examples/digits_keras.py --layer sync --epochs 3 --out out/run.npz
+    horovodrun -np 2 -H localhost:2 python examples/digits_keras.py --layer sync --epochs 3
 
 A Keras 3 job under Horovod needs three things of hvd-syncbn: the layer (or `convert_sync_batchnorm(model)`), the
 `DistributedOptimizer`, and the callbacks.
@@ -43,21 +43,17 @@ def build(layer: str) -> keras.Model:
     return keras.Model(image, layers.Dense(digits.CLASSES)(x))
 
 
-class Results(keras.callbacks.Callback):
-    """Loss of the training set as it was seen, accuracy on the test set, after every epoch."""
+class Report(keras.callbacks.Callback):
+    """Print the training loss and the test accuracy after every epoch, on rank 0."""
 
     def __init__(self, epochs: int) -> None:
         super().__init__()
         self.epochs = epochs
-        self.losses: list[float] = []
-        self.accuracies: list[float] = []
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Keeps and prints them."""
-        self.losses.append(float((logs or {})["loss"]))
-        self.accuracies.append(float((logs or {})["val_accuracy"]))
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Print one line."""
         if hvd.rank() == 0:
-            print(f"epoch {epoch + 1}/{self.epochs} loss {self.losses[-1]:.4f} accuracy {self.accuracies[-1]:.4f}", flush=True)
+            print(f"epoch {epoch + 1}/{self.epochs} loss {logs['loss']:.4f} accuracy {logs['val_accuracy']:.4f}", flush=True)
 
 
 def main() -> None:
@@ -78,19 +74,16 @@ def main() -> None:
     stream = tf.data.Dataset.from_tensor_slices(mine).map(
         lambda samples: (tf.gather(x_train, samples), tf.gather(y_train, samples))
     )
-    results = Results(args.epochs)
     model.fit(
         stream,
         epochs=args.epochs,
         steps_per_epoch=len(batches) // args.epochs,
         validation_data=(x_test, y_test),
         validation_batch_size=256,
-        callbacks=[BroadcastVariablesCallback(), MetricAverageCallback(), results],
+        callbacks=[BroadcastVariablesCallback(), MetricAverageCallback(), Report(args.epochs)],
         shuffle=False,
         verbose=0,
     )
-    if hvd.rank() == 0:
-        digits.save(args.out, results.losses, results.accuracies, model.get_weights(), {})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
 """Trains a small network on handwritten digits with PyTorch and Horovod; `demo.py` runs it three ways.
 
-    horovodrun -np 2 -H localhost:2 python examples/digits_torch.py --layer sync --epochs 3 --out out/run.npz
+    horovodrun -np 2 -H localhost:2 python examples/digits_torch.py --layer sync --epochs 3
 
 What a job changes to use hvd-syncbn is one line: `model = convert_sync_batchnorm(model)`, or the layer itself.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import digits
 import horovod.torch as hvd
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,19 +38,6 @@ class Net(nn.Module):
         return self.fc2(self.bn4(self.fc1(x.flatten(1))))
 
 
-def record(model: nn.Module, recorder: digits.Recorder, scale: float) -> list[Any]:
-    """Hooks that keep what comes out of every layer, and the gradient that comes back to it."""
-
-    def hook(name: str) -> Any:
-        def forward(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            recorder.add(f"output of {name}", output.detach())
-            output.register_hook(lambda grad: recorder.add(f"gradient at the output of {name}", grad, scale))
-
-        return forward
-
-    return [module.register_forward_hook(hook(name)) for name, module in model.named_children()]
-
-
 def main() -> None:
     """One rank."""
     args = digits.arguments()
@@ -70,44 +54,23 @@ def main() -> None:
     optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 
-    recorder = digits.Recorder()
-    losses, accuracies = [], []
     for epoch in range(args.epochs):
         model.train()
         total = 0.0
         for batch in digits.epoch_order(epoch, len(images)):
             mine = torch.from_numpy(digits.share(batch, hvd.rank(), hvd.size()))
-            first = not recorder.parts
-            hooks = record(model, recorder, 1 / hvd.size()) if first else []
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images[mine]), labels[mine])
             loss.backward()
-            optimizer.synchronize()
-            if first:
-                for name, parameter in model.named_parameters():
-                    recorder.add(f"averaged gradient of {name}", parameter.grad)
-            for hook in hooks:
-                hook.remove()
-            with optimizer.skip_synchronize():
-                optimizer.step()
+            optimizer.step()
             total += loss.item()
         model.eval()
         with torch.no_grad():
             accuracy = (model(torch.from_numpy(x_test).movedim(-1, 1)).argmax(1).numpy() == y_test).mean()
         steps = len(images) // digits.GLOBAL_BATCH
-        losses.append(float(hvd.allreduce(torch.tensor(total / steps), name="loss")))
-        accuracies.append(float(accuracy))
+        loss = hvd.allreduce(torch.tensor(total / steps), name="loss")
         if hvd.rank() == 0:
-            print(f"epoch {epoch + 1}/{args.epochs} loss {losses[-1]:.4f} accuracy {accuracies[-1]:.4f}", flush=True)
-
-    parts = hvd.allgather_object(recorder.parts)
-    if hvd.rank() == 0:
-        # The global batch again: samples one rank after another; averaged gradients are the same on all.
-        whole = {
-            name: parts[0][name] if name.startswith("averaged") else np.concatenate([rank[name] for rank in parts])
-            for name in parts[0]
-        }
-        digits.save(args.out, losses, accuracies, [p.detach().numpy() for p in model.parameters()], whole)
+            print(f"epoch {epoch + 1}/{args.epochs} loss {loss:.4f} accuracy {accuracy:.4f}", flush=True)
 
 
 if __name__ == "__main__":
