@@ -53,7 +53,7 @@ gpu:
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy hvd_syncbn torch_impl tf_impl benchmarks
+	$(BIN)/mypy hvd_syncbn benchmarks
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cc)
 
 clean:

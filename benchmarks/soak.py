@@ -115,7 +115,7 @@ class TorchLayers:
         y = layer(tensors[0])
         y.backward(tensors[1])
         gradient = tensors[0].grad
-        assert gradient is not None
+        assert gradient is not None and layer.running_mean is not None and layer.running_var is not None
         return [y.detach().numpy(), gradient.numpy(), layer.running_mean.numpy(), layer.running_var.numpy()]
 
 

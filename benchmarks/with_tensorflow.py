@@ -106,7 +106,7 @@ class TensorFlow:
 
     def layer(self, name: str, layout: str = "channels last", dtype: str = "float32") -> Any:
         """A contestant's layer."""
-        options = {
+        options: dict[str, Any] = {
             "axis": -1 if layout == "channels last" else 1,
             "epsilon": EPS,
             "dtype": dtype if dtype == "float32" else f"mixed_{dtype}",

@@ -81,8 +81,7 @@ def build(out: Path, _carried: Path | None) -> Result:
 def lay_out(package: Path) -> None:
     """Copies what is not compiled: Python, and Horovod's patches."""
     not_these = shutil.ignore_patterns("csrc", "CMakeLists.txt", "__pycache__")
-    for folder, target in (("hvd_syncbn", package), ("torch_impl", package / "torch_impl"), ("tf_impl", package / "tf_impl")):
-        shutil.copytree(ROOT / folder, target, ignore=not_these, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "hvd_syncbn", package, ignore=not_these, dirs_exist_ok=True)
 
 
 def _run(log: Path, *arguments: str, prefix: tuple[str, ...] = (), **environment: str) -> int:
@@ -93,7 +92,7 @@ def _run(log: Path, *arguments: str, prefix: tuple[str, ...] = (), **environment
         subprocess.Popen(
             command,
             cwd=ROOT,
-            # Safe path: the checkout's own hvd_syncbn has nothing built in it.
+            # Safe path: the package is the one in SITE, not the checkout's.
             env=os.environ | {"PYTHONPATH": str(SITE), "PYTHONSAFEPATH": "1"} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -146,7 +146,7 @@ def run(
     if hosts is not None:
         slots = ",".join(f"{host.name}:{host.slots}" for host in hosts)
         command = [horovodrun(), "-np", str(sum(host.slots for host in hosts)), "-H", slots, *command]
-    # Safe path: ranks started in a checkout would else take the package there, in which nothing is built.
+    # Safe path: ranks import the package that this process imports, not one in the current folder.
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONSAFEPATH": "1", **(environment or {})}
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     # In a session of its own, so that Ctrl-C reaches us alone and we end the job in order.

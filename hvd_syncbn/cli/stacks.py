@@ -93,7 +93,9 @@ def torch_stack(samples: list[int], layout: str, device: str = "cpu") -> Stack:
         outputs.append(layer(outputs[-1] if outputs else x, None if source is None else outputs[source]))
     outputs[-1].backward(dy)
     assert x.grad is not None
-    running = [(layer.running_mean.cpu().numpy(), layer.running_var.cpu().numpy()) for layer in layers]
+    running = [
+        (layer.get_buffer("running_mean").cpu().numpy(), layer.get_buffer("running_var").cpu().numpy()) for layer in layers
+    ]
     return outputs[-1].detach().cpu().numpy(), x.grad.cpu().numpy(), running
 
 

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import re
 import textwrap
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,10 @@ import pytest
 from tests.needs import need
 
 ROOT = Path(__file__).parents[2]
-ROOMS = {"hvd_syncbn": "hvd_syncbn", "torch_impl": "hvd_syncbn.torch_impl", "tf_impl": "hvd_syncbn.tf_impl"}
 MODULES = [
-    ".".join([name, *path.relative_to(ROOT / room).with_suffix("").parts])
-    for room, name in ROOMS.items()
-    for path in sorted((ROOT / room).rglob("*.py"))
-    if ">>> " in path.read_text()
+    name.removesuffix(".py").replace("/", ".")
+    for name in sorted(glob("hvd_syncbn/**/*.py", root_dir=ROOT, recursive=True))
+    if ">>> " in (ROOT / name).read_text()
 ]
 PAGES = [path.name for path in sorted((ROOT / "docs").glob("*.md")) if ">>> " in path.read_text()]
 
