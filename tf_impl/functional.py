@@ -10,17 +10,24 @@ import contextlib
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.core.framework import function_pb2
+from tensorflow.python.eager import context, execute
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+from tensorflow.python.saved_model.save_context import in_save_context
 
 from hvd_syncbn import horovod
 from hvd_syncbn.tf_impl import ops
 
 _FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _ACTIVATIONS = (None, "relu")
+
+# Horovod's elastic mode recognizes its own errors by "HorovodAllreduce" in their text.
+_SCOPE = "HorovodAllreduce/"
 
 # An op holds the id of its process set, and its gradient needs the set. None is the set of all ranks.
 _process_sets: dict[int, Any] = {0: None}
@@ -192,13 +199,15 @@ def frozen_batch_norm(
     residual: Any = None,
     activation: str | None = None,
     learns: bool = False,
+    name: str | None = None,
 ) -> Any:
     """Training with moving statistics: one pass forward, and one backward unless `gamma` and `beta` learn.
 
-    On a CPU it has the bytes of PyTorch's. Where there are GPUs it is plain TensorFlow.
+    On a CPU it has the bytes of PyTorch's. Where there are GPUs, where XLA compiles it and where it is exported, it is plain
+    TensorFlow.
 
     Args:
-        x, gamma, beta, moving_mean, moving_variance, epsilon, axis, residual, activation: As those of `sync_batch_norm`.
+        x, gamma, beta, moving_mean, moving_variance, epsilon, axis, residual, activation, name: As those of `sync_batch_norm`.
         learns: Whether `gamma` and `beta` have gradients.
 
     Returns:
@@ -208,7 +217,7 @@ def frozen_batch_norm(
     axis = _checked_axis(x, axis)
     gamma, beta, moving_mean, moving_variance = _checked_parameters(x, axis, gamma, beta, moving_mean, moving_variance)
     residual = None if residual is None else tf.convert_to_tensor(residual)
-    if tf.config.list_logical_devices("GPU"):
+    if tf.config.list_logical_devices("GPU") or _is_compiled_by_xla() or _is_exported():
         gamma, beta = (t if t is None or learns else tf.stop_gradient(t) for t in (gamma, beta))
         return _evaluate(x, axis, gamma, beta, moving_mean, moving_variance, epsilon, residual, activation)
     last = x.shape.rank - 1
@@ -228,12 +237,14 @@ def frozen_batch_norm(
         learns=learns,
         data_format="channels_first" if channels_first else "channels_last",
         epsilon_bits=_float64_bits(epsilon),
+        name=_node_name(name or "frozen"),
     )
     return y if to_last is None else tf.transpose(y, [to_last.index(i) for i in range(last + 1)])
 
 
 @tf.RegisterGradient("HvdSyncbnFrozenApply")
 def _frozen_gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
+    _refuse_xla_and_export("(frozen)")
     gammas, betas, residuals = (op.get_attr(name) for name in ("gammas", "betas", "residuals"))
     x, moving_mean, _, *optional = op.inputs
     y, stats = op.outputs
@@ -346,8 +357,9 @@ def _train(
     process_set: Any,
     layer: str,
 ) -> tuple[Any, Any, Any]:
+    _refuse_xla_and_export(layer)
     set_id = process_set_id(process_set)
-    common = {"data_format": data_format, "epsilon_bits": _float64_bits(epsilon)}
+    common = {"data_format": data_format, "epsilon_bits": _float64_bits(epsilon), "name": _node_name(layer)}
     with _clear_errors(layer):
         packet = ops.library().hvd_syncbn_forward_moments(x, _optional(mask), _unknown(), **common)
         packet = sum_over_ranks(packet, f"{layer}.forward", set_id)
@@ -385,7 +397,9 @@ def _gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
     common = {
         "data_format": tf.compat.as_str(op.get_attr("data_format")),
         "epsilon_bits": op.get_attr("epsilon_bits"),
+        "name": _node_name(layer),
     }
+    _refuse_xla_and_export(layer)
     with _clear_errors(layer):
         packet, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(
             x, dy, stats, [y] * relu, mask, _unknown(), U=moving_mean.dtype, **common
@@ -396,6 +410,35 @@ def _gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
         )
     dresidual = masked_dy if relu else [dy] * residuals
     return [dx, None, None, None, *[dgamma] * gammas, *[dbeta] * betas, *dresidual, *[None] * (masks + counts)]
+
+
+def _refuse_xla_and_export(layer: str) -> None:
+    """Raises where a function that trains is traced to be compiled by XLA or exported."""
+    if _is_compiled_by_xla():
+        raise RuntimeError(
+            "XLA cannot compile synchronized batch normalization in training, nor its collectives. "
+            f"Received: layer {layer!r} in a function with jit_compile=True. "
+            "Pass jit_compile=False to `tf.function` or `compile()`."
+        )
+    if _is_exported():
+        raise RuntimeError(
+            "a SavedModel with synchronized batch normalization in training mode could be loaded only where hvd-syncbn is "
+            f"installed. Received: layer {layer!r} in an exported function, with training=True. Export functions that call the "
+            "model with training=False, and keep functions that train out of the exported object."
+        )
+
+
+def _is_compiled_by_xla() -> bool:
+    return not tf.executing_eagerly() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def _is_exported() -> bool:
+    return not tf.executing_eagerly() and in_save_context()
+
+
+def _node_name(layer: str) -> str:
+    """An op's name. XLA's error says it where it meets the op in a function that was traced before: it holds the remedy."""
+    return re.sub(r"[^\w.-]", "_", f"hvd_syncbn.{layer}.set_jit_compile_False", flags=re.ASCII)
 
 
 def _optional(tensor: Any) -> list[Any]:
@@ -436,23 +479,48 @@ def sum_over_ranks(packet: Any, name: str, set_id: int) -> Any:
 def _allreduce(packet: Any, name: str, set_id: int) -> Any:
     hvd = horovod.require("tensorflow")
     # From the root scope, so that no scope gets into the name that one rank alone may have counted up; TensorFlow numbers the
-    # uses within a graph. Horovod's elastic mode knows its own errors by "HorovodAllreduce" in their text.
-    with tf.name_scope("HorovodAllreduce/"):
+    # uses within a graph.
+    with tf.name_scope(_SCOPE):
         process_set = _process_sets[set_id] or hvd.global_process_set
         packet = hvd.allreduce(packet, op=hvd.Sum, name=name, process_set=process_set)
         ops.library().hvd_syncbn_keep(packet)
         return packet
 
 
-@cache
-def _eager_allreduce(name: str, set_id: int) -> Callable[[Any], Any]:
-    """An allreduce for eager code. TensorFlow tells Horovod a name only in a graph: else all layers' would be the same."""
+class _EagerAllreduce:
+    """An allreduce for eager code, as a function of TensorFlow that holds Horovod's op under its name.
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.int64)], autograph=False)
-    def allreduce(packet: Any) -> Any:
-        return _allreduce(packet, name, set_id)
+    Horovod takes an op's name, which an op has only inside of a function: alone, all layers' would have the same. A
+    `tf.function` for each name would be slower, larger, and warn of retracing.
+    """
 
-    return allreduce
+    def __init__(self, name: str, set_id: int) -> None:
+        self.name = f"hvd_syncbn_{set_id}.{name}"
+        node = f"{_SCOPE}{name}"
+        function = function_pb2.FunctionDef()
+        function.signature.name = self.name
+        function.signature.input_arg.add(name="packet", type=tf.int64.as_datatype_enum)
+        function.signature.output_arg.add(name="sum", type=tf.int64.as_datatype_enum)
+        function.node_def.add(name=node, op="HorovodAllreduce", input=["packet"])
+        attributes = function.node_def[0].attr
+        attributes["T"].type = tf.int64.as_datatype_enum
+        attributes["reduce_op"].i = horovod.require("tensorflow").Sum
+        attributes["prescale_factor"].f = attributes["postscale_factor"].f = 1.0
+        attributes["ignore_name_scope"].b = False
+        attributes["process_set_id"].i = set_id
+        function.ret["sum"] = f"{node}:sum:0"
+        context.ensure_initialized()
+        context.context().add_function_def(function)
+
+    def __call__(self, packet: Any) -> Any:
+        return execute.execute(self.name, 1, [packet], None, context.context())[0]
+
+    def __del__(self) -> None:
+        context.context().remove_function(self.name)
+
+
+# More than the layers of a network; models that are made in a loop do not fill the memory.
+_eager_allreduce = lru_cache(maxsize=1024)(_EagerAllreduce)
 
 
 @contextlib.contextmanager

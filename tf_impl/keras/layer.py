@@ -380,6 +380,7 @@ def _train_frozen_tensorflow(layer: SyncBatchNormalization, inputs: Any, residua
         residual=residual,
         activation=layer.activation,
         learns=layer.trainable,
+        name=layer.collective_name,
     )
 
 
