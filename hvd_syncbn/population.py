@@ -24,7 +24,8 @@ Vector = tuple[NDArray[Any], str]  # as the core takes it: 16-bit floats as thei
 Take = Callable[[int, Words], Words | None]
 
 ESTIMATORS = ("pooled", "batches")
-MOVED = 0.1  # standard deviations from which on the layers behind one should be measured again
+MOVED = 0.05  # standard deviations from which on the layers behind one should be measured again
+SPREAD = 1.25  # standard deviation of all values in those of the batches, from which on the batches are too different
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class Network(Protocol):
         """Puts them back."""
 
 
-def check_arguments(batches: Any, estimator: str, forward: Any, init_affine: bool, layer_by_layer: bool, arrays: Any) -> None:
+def check_arguments(batches: Any, estimator: str | None, forward: Any, init_affine: bool, layer_by_layer: bool, arrays: Any) -> None:
     """Raises what is wrong with the arguments of ``recalibrate``; ``arrays`` are the framework's types of tensor."""
-    if estimator not in ESTIMATORS:
+    if estimator not in (None, *ESTIMATORS):
         raise ValueError(f"expected an estimator of {ESTIMATORS}. Received: {estimator!r}")
     if forward is not None and not callable(forward):
         raise TypeError(f"expected forward to be a function of the model and a batch. Received: {type(forward).__name__}")
@@ -80,7 +81,7 @@ def check_arguments(batches: Any, estimator: str, forward: Any, init_affine: boo
             "expected batches to be an iterable of batches: a list of tensors, a DataLoader, a tf.data.Dataset; for one batch "
             f"[batch]. Received: {type(batches).__name__}"
         )
-    if layer_by_layer and (estimator != "pooled" or init_affine):
+    if layer_by_layer and (estimator == "batches" or init_affine):
         raise ValueError(
             'layer_by_layer goes with estimator="pooled" and without init_affine: the others need one pass. '
             f"Received: estimator={estimator!r}, init_affine={init_affine}"
@@ -122,7 +123,7 @@ def recalibrate(
     ranks: Ranks,
     prepare: Callable[[], Network],
     batches: Iterable[Any],
-    estimator: str,
+    estimator: str | None,
     init_affine: bool,
     layer_by_layer: bool,
     progress: bool,
@@ -133,12 +134,15 @@ def recalibrate(
         ranks: those that share the data.
         prepare: checks this rank's arguments and returns its network.
         batches: this rank's.
-        estimator: one of ``ESTIMATORS``.
+        estimator: one of ``ESTIMATORS``. None is "batches", which is right in one pass whatever the stored statistics are, and
+            "pooled" with ``init_affine`` or ``layer_by_layer``, which do not use them.
         init_affine: whether gamma and beta are initialised, too.
         layer_by_layer: whether to repeat the pass until the statistics are those of the layers' inputs in the network that
             has them.
         progress: whether the first rank shows a bar.
     """
+    if estimator is None:
+        estimator = "pooled" if init_affine or layer_by_layer else "batches"
     made: list[Network] = []
 
     def agreed() -> Any:
@@ -159,7 +163,7 @@ def recalibrate(
     try:
         for number in range(passes):
             description = f"recalibrate, pass {number + 1} of at most {passes}" if layer_by_layer else "recalibrate"
-            totals, order = _measure(network, batches, ranks, estimator, track_as(description, shown))
+            totals, order, pooled = _measure(network, batches, ranks, estimator, track_as(description, shown))
             old = [network.read(i) for i in range(len(network.layers))]
             new = _finish(network, totals, estimator, old)
             for i, vectors in enumerate(new):
@@ -171,6 +175,8 @@ def recalibrate(
             network.write(i, vectors)
         raise
     _report(network, totals, order, before, new, estimator == "pooled" and not init_affine and not layer_by_layer)
+    if estimator == "batches" and not init_affine:
+        _report_spread(network, totals, pooled)
 
 
 def track_as(description: str, shown: bool) -> Callable[[Iterable[T]], Generator[T]]:
@@ -228,8 +234,8 @@ class _Steps:
             self.over = True
             mine = "no layer" if index is None else repr(self.layers[index].name)
             raise ValueError(
-                'with estimator="batches" every rank has to use the same layers in the same order. '
-                f"Received: on this rank {mine}, on others another one"
+                'with estimator="batches", the default, every rank has to use the same layers in the same order. '
+                f"Received: on this rank {mine}, on others another one. Models that branch by their data need layer_by_layer=True"
             )
         return common, words[4 : 4 + self.sizes[common]]
 
@@ -250,22 +256,27 @@ def _measure(
     ranks: Ranks,
     estimator: str,
     bar: Callable[[Iterable[Any]], Generator[Any]],
-) -> tuple[list[Words], list[int]]:
-    """One pass: the layers' totals over all ranks, and their order of use."""
+) -> tuple[list[Words], list[int], list[Words]]:
+    """One pass: the layers' totals over all ranks, their order of use, and the totals of all values."""
     layers = network.layers
-    totals = [np.zeros(native.packet_size(layer.channels), np.int64) for layer in layers]
+    totals, pooled = ([np.zeros(native.packet_size(layer.channels), np.int64) for layer in layers] for _ in range(2))
     steps = _Steps(layers, ranks)
     used: dict[int, None] = {}  # an ordered set
 
     def add_batch(index: int, reduced: Words) -> None:
-        if native.add_batch(np.ascontiguousarray(reduced), totals[index]) == native.ONE_VALUE:
+        reduced = np.ascontiguousarray(reduced)
+        if native.add_batch(reduced, totals[index]) == native.ONE_VALUE:
             steps.over = True  # on every rank: all have this packet
-            raise ValueError(_one_value(layers[index], "a global batch"))
+            raise ValueError(
+                f"{_one_value(layers[index], 'a global batch')}. Leave that batch out (often the last one: drop_last), or use "
+                "layer_by_layer=True"
+            )
+        native.add_packet(reduced, pooled[index])
 
     def take(index: int, packet: Words) -> Words | None:
         used[index] = None
         if estimator == "pooled":
-            native.add_packet(packet, totals[index])
+            native.add_packet(packet, pooled[index])
             return None
         step = steps.message(index, packet)
         assert step is not None  # this rank is active
@@ -291,8 +302,8 @@ def _measure(
     if not any(number for number, _ in everyone):
         raise ValueError("no rank has a batch: there is nothing to take statistics of. Received: batches without a batch")
     if estimator == "pooled":
-        totals = [ranks.sum(total, f"recalibrate.{layer.name}") for layer, total in zip(layers, totals, strict=True)]
-    return totals, max((order for _, order in everyone), key=len)
+        totals = pooled = [ranks.sum(total, f"recalibrate.{layer.name}") for layer, total in zip(layers, pooled, strict=True)]
+    return totals, max((order for _, order in everyone), key=len), pooled
 
 
 def _one_value(layer: Layer, where: str) -> str:
@@ -346,8 +357,29 @@ def _report(
     if moved and moved[worst] > MOVED:
         _warn(
             f"the statistics of layer {worst!r} moved by {moved[worst]:.2g} standard deviations, and the layers behind it were "
-            "measured with the old ones: pass layer_by_layer=True (a pass for every layer; exact) or "
-            'estimator="batches" (one pass; as in training)'
+            'measured with the old ones: use estimator="batches" (the default; one pass, as in training) or '
+            "layer_by_layer=True (a pass for every layer; exact)"
+        )
+
+
+def _report_spread(network: Network, totals: list[Words], pooled: list[Words]) -> None:
+    """Warns of batches that are no samples of the whole, such as batches of one class: means over them are not the data's."""
+    ratios: dict[str, float] = {}
+    for layer, total, values in zip(network.layers, totals, pooled, strict=True):
+        if total[1]:
+            deviations = []
+            for words, code in ((total, native.BATCHES), (values, native.POOLED)):
+                mean, variance = (np.zeros(layer.channels) for _ in range(2))
+                native.population(words, code, True, layer.eps, (mean, "float64"), (variance, "float64"))
+                deviations.append(np.sqrt(variance + layer.eps))
+            ratio = deviations[1] / deviations[0]
+            ratios[layer.name] = float(np.mean(ratio[np.isfinite(ratio)])) if np.isfinite(ratio).any() else 1.0
+    worst = max(ratios, key=lambda name: ratios[name])
+    if ratios[worst] > SPREAD:
+        _warn(
+            f"the batches differ from each other: over all of them, the inputs of layer {worst!r} have {ratios[worst]:.2g} times "
+            "the standard deviation that they have in a batch. Statistics of batches are those of the data only if each batch is "
+            "a random sample: shuffle the data, or use layer_by_layer=True (a pass for every layer; exact)"
         )
 
 

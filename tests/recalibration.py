@@ -78,9 +78,9 @@ def batches_shards(ranks: int, kind: str) -> list[list[list[int]]]:
 
 
 WAYS: dict[str, tuple[dict[str, Any], Callable[[int, str], list[list[list[int]]]]]] = {
-    "pooled": ({}, pooled_shards),
+    "pooled": ({"estimator": "pooled"}, pooled_shards),
     "layer by layer": ({"layer_by_layer": True}, pooled_shards),
-    "batches": ({"estimator": "batches"}, batches_shards),
+    "batches": ({}, batches_shards),
 }
 """By name, the arguments of `recalibrate` and how the data is dealt out."""
 

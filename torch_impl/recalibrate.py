@@ -30,7 +30,7 @@ def recalibrate(
     model: M,
     batches: Iterable[Any],
     *,
-    estimator: str = "pooled",
+    estimator: str | None = None,
     forward: Forward | None = None,
     process_set: Any = None,
     init_affine: bool = False,
@@ -48,16 +48,18 @@ def recalibrate(
         model: changed in place. Those of its layers take part that ``forward`` reaches.
         batches: this rank's: tensors, tuples or lists (the first element is the input) or mappings (keyword arguments, where
             ``model.forward`` takes such ones, else the input). They are moved to the model's device.
-        estimator: ``"pooled"`` for mean and unbiased variance of all values, the layers normalising by their stored statistics
-            meanwhile; ``"batches"`` for the means of the global batches' means and unbiased variances, as in Ioffe and Szegedy,
-            2015, every layer normalising each batch (of all ranks together) by its own.
+        estimator: ``"batches"`` for the means of the global batches' means and unbiased variances, as in Ioffe and Szegedy, 2015,
+            every layer normalising each batch (of all ranks together) by its own: right in one pass over shuffled batches,
+            whatever the running statistics are. ``"pooled"`` for mean and unbiased variance of all values, the layers
+            normalising by their running statistics meanwhile: right behind layers whose running statistics are right. None is
+            ``"batches"``, with ``layer_by_layer`` and ``init_affine`` ``"pooled"``.
         forward: called as ``forward(model, batch)`` in place of all that, with the batch as it comes.
         process_set: ``horovod.ProcessSet`` of the ranks that share the data; None is all of them.
         init_affine: whether to set weight and bias to standard deviation and mean, too, so that every layer becomes the
             identity: for norms that were inserted into a trained network. They are the identity during the pass.
         progress: whether the first rank shows a bar where it takes more than a second.
         layer_by_layer: whether to repeat the pass, at most once for every layer, until the statistics are those of the inputs
-            that the layers have in the recalibrated model. Only with ``"pooled"``, and batches that can be read again.
+            that the layers have in the recalibrated model: exact. Only with ``"pooled"``, and batches that can be read again.
 
     Returns:
         ``model``.
@@ -75,10 +77,10 @@ def recalibrate(
         >>> from hvd_syncbn.torch import recalibrate
         >>> hvd.init()
         >>> model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(2))
-        >>> batches = [torch.tensor([[1.0, 10.0], [2.0, 10.0]]), torch.tensor([[6.0, 10.0]])]
+        >>> batches = [torch.tensor([[1.0, 10.0], [2.0, 10.0]]), torch.tensor([[2.0, 10.0], [4.0, 10.0]])]
         >>> model = recalibrate(model, batches)
         >>> model[1].running_mean, model[1].running_var
-        (tensor([ 3., 10.]), tensor([7., 0.]))
+        (tensor([ 2.2500, 10.0000]), tensor([1.2500, 0.0000]))
     """
 
     def prepare() -> _Network:

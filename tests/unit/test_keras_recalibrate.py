@@ -63,7 +63,7 @@ def same(before: list[np.ndarray], after: list[np.ndarray]) -> bool:
 def test_types(make: Any, policy: str) -> None:
     model = sequence((4, 5), make(dtype=policy))
     x = normal(20, 4, 5).astype(NUMPY[model.layers[0].compute_dtype])
-    recalibrate(model, [x[:7], x[7:]])
+    recalibrate(model, [x[:7], x[7:]], estimator="pooled")
     rtol = {"float64": 1e-14, "bfloat16": 2**-7}.get(policy, 2e-7)
     assert_close(statistics(model.layers[0]), direct(x), rtol)
 
@@ -72,7 +72,8 @@ def test_conventions() -> None:
     """The biased variance as Keras has it; the unbiased one where the layer asks for it; always in the paper's estimator."""
     x = normal(12, 3)
     plain, unbiased = sequence((3,), SyncBatchNormalization()), sequence((3,), SyncBatchNormalization(unbiased_variance=True))
-    for model, options, ddof in ((plain, {}, 0), (unbiased, {}, 1), (plain, {"estimator": "batches"}, 1)):
+    pooled = {"estimator": "pooled"}
+    for model, options, ddof in ((plain, pooled, 0), (unbiased, pooled, 1), (plain, {}, 1)):
         recalibrate(model, [x], **options)
         assert_close(statistics(model.layers[0]), direct(x, unbiased=bool(ddof)))
 
@@ -81,13 +82,13 @@ def test_conventions() -> None:
 def test_axis_and_mask(axis: int) -> None:
     x = normal(6, 4, 5, 3)
     model = sequence((4, 5, 3), SyncBatchNormalization(axis=axis))
-    recalibrate(model, [x[:2], x[2:]])
+    recalibrate(model, [x[:2], x[2:]], estimator="pooled")
     assert_close(statistics(model.layers[0]), direct(x, axis))
     if axis == -1:
         masked = sequence((5, 3), layers.Masking(), SyncBatchNormalization(), layers.BatchNormalization())
         x = x[:, 0]
         x[:, 3:] = 0
-        recalibrate(masked, [x])
+        recalibrate(masked, [x], estimator="pooled")
         assert_close(statistics(masked.layers[1]), direct(x[:, :3]))
 
 
@@ -112,7 +113,7 @@ def test_layer_by_layer_is_what_inference_sees() -> None:
 def test_one_pass_says_when_it_is_not_enough() -> None:
     model = sequence((4,), SyncBatchNormalization(name="first"), SyncBatchNormalization())
     with pytest.warns(UserWarning, match=r"layer 'first' moved by .* standard deviations.*layer_by_layer=True"):
-        recalibrate(model, [normal(30, 4) * 50])
+        recalibrate(model, [normal(30, 4) * 50], estimator="pooled")
 
 
 def test_wherever_the_layers_are() -> None:
@@ -133,10 +134,10 @@ def test_wherever_the_layers_are() -> None:
     x = normal(9, 4)
     model = Written()
     model(x)  # traced, before
-    recalibrate(model, [x])
+    recalibrate(model, [x], estimator="pooled")
     assert_close(statistics(model.norms[0]), direct(np.concatenate([x, 2 * x])))
     nested = sequence((4,), sequence((4,), SyncBatchNormalization()))
-    recalibrate(nested, [x])
+    recalibrate(nested, [x], estimator="pooled")
     assert_close(statistics(nested.layers[0].layers[0]), direct(x))
     assert not tf.config.functions_run_eagerly()
 
@@ -278,7 +279,7 @@ def test_kinds_of_batches() -> None:
         (two_inputs(), [([x, y.astype(np.float32)[:, None]], y)]),
         (two_inputs(), [[x, y.astype(np.float32)[:, None]]]),
     ):
-        recalibrate(model, data)
+        recalibrate(model, data, estimator="pooled")
         (norm,) = (layer for layer in model.layers if layer.name == "norm")
         found = list(statistics(norm))
         assert same(want or found, found), type(data)
@@ -318,8 +319,8 @@ def norm(shape: tuple[int | None, ...] = (4,), **options: Any) -> keras.Model:
         (norm, ["text"], {}, TypeError, r"pass `forward`. Received: str"),
         (norm, tf.data.Dataset.from_tensors(normal(3, 4)).repeat(), {}, ValueError, r"without an end"),
         (norm, [normal(3, 5)], {}, ValueError, r"incompatible with the layer"),
-        (norm, [normal(1, 4)], {}, ValueError, r"more than 1 value per channel in the data.*'norm'"),
-        (norm, [normal(1, 4)] * 2, {"estimator": "batches"}, ValueError, r"in a global batch"),
+        (norm, [normal(1, 4)], {"estimator": "pooled"}, ValueError, r"1 value per channel in the data.*'norm'"),
+        (norm, [normal(1, 4)] * 2, {}, ValueError, r"in a global batch.*drop_last"),
         (norm, [normal(3, 4)], {"estimator": "mean"}, ValueError, r"\('pooled', 'batches'\). Received: 'mean'"),
         (norm, [normal(3, 4)], {"forward": 3}, TypeError, r"expected forward to be a function.*Received: int"),
         (lambda: norm(scale=False), [], {"init_affine": True}, ValueError, r"scale and center. Received: layer 'norm'"),

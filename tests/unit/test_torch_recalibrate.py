@@ -78,7 +78,7 @@ def test_equals_reference(way: str, layout: str) -> None:
 def test_types(make: Callable[..., nn.Module], dtype: torch.dtype) -> None:
     layer = make(3, dtype=dtype)
     x = randn(1, 20, 3, 4, 5, dtype=dtype) * 3 + 1
-    recalibrate(layer, x.split(7))
+    recalibrate(layer, x.split(7), estimator="pooled")
     want = [vector.to(dtype) for vector in (x.double().mean((0, 2, 3)), x.double().movedim(1, 0).flatten(1).var(1))]
     # A rounding to the dtype that may fall the other way; in float64 that of some hundred additions.
     tolerance = {"rtol": max(2 * torch.finfo(dtype).eps, 1e-14), "atol": 0.0}
@@ -108,14 +108,14 @@ def test_one_pass_says_when_it_is_not_enough() -> None:
     model = nn.Sequential(SyncBatchNorm(4), SyncBatchNorm(4))
     data = [randn(1, 30, 4) * 50]
     with pytest.warns(UserWarning, match=r"layer '0' moved by .* standard deviations.*layer_by_layer=True"):
-        recalibrate(model, data)
+        recalibrate(model, data, estimator="pooled")
     with pytest.warns(UserWarning, match="moved"):
-        recalibrate(nn.Sequential(SyncBatchNorm(4), nn.Tanh(), SyncBatchNorm(4)), data)
-    recalibrate(model, data)
+        recalibrate(nn.Sequential(SyncBatchNorm(4), nn.Tanh(), SyncBatchNorm(4)), data, estimator="pooled")
+    recalibrate(model, data, estimator="pooled")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        recalibrate(model, data)  # what it was measured with before
-        recalibrate(SyncBatchNorm(4), data)  # with nothing behind it
+        recalibrate(model, data, estimator="pooled")  # what it was measured with before
+        recalibrate(SyncBatchNorm(4), data, estimator="pooled")  # with nothing behind it
         recalibrate(nn.Sequential(SyncBatchNorm(4), SyncBatchNorm(4)), data, estimator="batches")
 
 
@@ -132,7 +132,7 @@ def test_used_twice() -> None:
 
     a, b = randn(1, 10, 3, 4), randn(2, 6, 3, 4)
     pooled, paper = Twice(), Twice()
-    recalibrate(pooled, [a, b])
+    recalibrate(pooled, [a, b], estimator="pooled")
     assert_close(statistics(pooled.norm), direct(torch.cat([a, b, 2 * a + 1, 2 * b + 1])))
     recalibrate(paper, [a, b], estimator="batches")
     means, variances = zip(*(direct(x) for x in (a, b, 2 * a + 1, 2 * b + 1)), strict=True)
@@ -158,7 +158,7 @@ def test_every_batch_norm_takes_part() -> None:
         (Scaled(3), x * 4),
         (ByHand(3), x + 1),
     ):
-        recalibrate(layer, x.split(5))
+        recalibrate(layer, x.split(5), estimator="pooled")
         assert_close(statistics(layer), direct(inputs))
 
 
@@ -200,10 +200,10 @@ def test_nan_stays_in_its_channel() -> None:
     x = randn(1, 8, 3, 2)
     x[3, 1, 0] = torch.nan
     with pytest.warns(UserWarning, match="statistics are NaN in {'SyncBatchNorm': 1} channels"):
-        recalibrate(layer, [x])
+        recalibrate(layer, [x], estimator="pooled")
     mean, variance = statistics(layer)
     assert mean.isnan().tolist() == variance.isnan().tolist() == [False, True, False]
-    recalibrate(layer, [randn(2, 8, 3, 2)])  # what was there before does not matter
+    recalibrate(layer, [randn(2, 8, 3, 2)], estimator="pooled")  # what was there before does not matter
     assert not layer.running_mean.isnan().any()
 
 
@@ -331,7 +331,7 @@ def test_kinds_of_batches() -> None:
         (Named(), [(maps[0], 1), (maps[1], 1)]),
         (Named(), [x[:0], x]),
     ):
-        recalibrate(model, data)
+        recalibrate(model, data, estimator="pooled")
         found = statistics(model.norm)
         assert_same(found, want or found)
         want = found
@@ -380,8 +380,8 @@ class Integers(nn.Module):
         (SyncBatchNorm(4), [("text", 1)], {}, TypeError, r"Received: tuple beginning with str"),
         (SyncBatchNorm(4), [randn(1, 3, 5)], {}, ValueError, r"expected an input of 4 channels.*Received: 5"),
         (Integers(), [randn(1, 3, 4)], {}, TypeError, r"Received: torch.int64"),
-        (SyncBatchNorm(4), [randn(1, 1, 4)], {}, ValueError, r"more than 1 value per channel in the data.*'SyncBatchNorm'"),
-        (SyncBatchNorm(4), [randn(1, 3, 4)[:1]] * 2, {"estimator": "batches"}, ValueError, r"in a global batch"),
+        (SyncBatchNorm(4), [randn(1, 1, 4)], {"estimator": "pooled"}, ValueError, r"1 value per channel in the data.*'SyncBatchNorm'"),
+        (SyncBatchNorm(4), [randn(1, 3, 4)[:1]] * 2, {}, ValueError, r"in a global batch.*drop_last"),
         (SyncBatchNorm(4), [randn(1, 3, 4)], {"estimator": "mean"}, ValueError, r"\('pooled', 'batches'\). Received: 'mean'"),
         (SyncBatchNorm(4), [randn(1, 3, 4)], {"forward": 3}, TypeError, r"expected forward to be a function.*Received: int"),
         (SyncBatchNorm(4, affine=False), [], {"init_affine": True}, ValueError, r"weight and bias. Received: layer"),

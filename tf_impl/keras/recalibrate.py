@@ -31,7 +31,7 @@ def recalibrate(
     model: keras.layers.Layer,
     batches: Iterable[Any],
     *,
-    estimator: str = "pooled",
+    estimator: str | None = None,
     forward: Forward | None = None,
     process_set: ProcessSet | None = None,
     init_affine: bool = False,
@@ -50,17 +50,18 @@ def recalibrate(
         model: Model or layer, built; changed in place. Those of its layers take part that `forward` reaches.
         batches: This rank's: what `fit` takes as batches. Of a tuple the first element is the input. A `tf.data.Dataset`,
             `keras.utils.PyDataset`, `torch.utils.data.DataLoader`, or any iterable.
-        estimator: `"pooled"` for mean and variance of all values (times `n / (n - 1)` where the layer has
-            `unbiased_variance`), the layers normalizing by their moving statistics meanwhile; `"batches"` for the means of the
-            global batches' means and unbiased variances, as in Ioffe and Szegedy, 2015, every layer normalizing each batch (of
-            all ranks together) by its own.
+        estimator: `"batches"` for the means of the global batches' means and unbiased variances, as in Ioffe and Szegedy, 2015,
+            every layer normalizing each batch (of all ranks together) by its own: right in one pass over shuffled batches,
+            whatever the moving statistics are. `"pooled"` for mean and variance of all values (times `n / (n - 1)` where the
+            layer has `unbiased_variance`), the layers normalizing by their moving statistics meanwhile: right behind layers
+            whose moving statistics are right. `None` is `"batches"`, with `layer_by_layer` and `init_affine` `"pooled"`.
         forward: Called as `forward(model, batch)` in place of all that, with the batch as it comes.
         process_set: Horovod process set whose ranks share the data; `None` for all.
         init_affine: Whether to set gamma and beta to standard deviation and mean, too, so that every layer becomes the
             identity: for norms that were inserted into a trained network. They are the identity during the pass.
         progress: Whether the first rank shows a bar where it takes more than a second.
         layer_by_layer: Whether to repeat the pass, at most once for every layer, until the statistics are those of the inputs
-            that the layers have in the recalibrated model. Only with `"pooled"`, and batches that can be read again.
+            that the layers have in the recalibrated model: exact. Only with `"pooled"`, and batches that can be read again.
 
     Returns:
         `model`.
@@ -78,10 +79,10 @@ def recalibrate(
     >>> from hvd_syncbn.keras import recalibrate
     >>> hvd.init()
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization()])
-    >>> batches = [np.array([[1.0, 10.0], [2.0, 10.0]]), np.array([[6.0, 10.0]])]
+    >>> batches = [np.array([[1.0, 10.0], [2.0, 10.0]]), np.array([[2.0, 10.0], [4.0, 10.0]])]
     >>> model = recalibrate(model, batches)
     >>> model.layers[0].moving_mean.numpy(), model.layers[0].moving_variance.numpy().round(3)
-    (array([ 3., 10.], dtype=float32), array([4.667, 0.   ], dtype=float32))
+    (array([ 2.25, 10.  ], dtype=float32), array([1.25, 0.  ], dtype=float32))
     """
 
     def prepare() -> _Network:
@@ -116,8 +117,7 @@ class _Ranks:
     def sum(self, words: Words, name: str) -> Words:
         if self.size == 1:
             return words
-        with _functions_run_eagerly(False):  # in a graph the collective has a name
-            return np.array(functional.sum_over_ranks(tf.constant(words), name, self.id).numpy())
+        return np.array(functional.sum_over_ranks(tf.constant(words), name, self.id).numpy())
 
 
 class _Network:
