@@ -86,9 +86,9 @@ def precise(model: nn.Sequential, batches: Sequence[Tensor], population: bool) -
 
 def ways() -> dict[str, Callable[[nn.Sequential, Sequence[Tensor]], nn.Module]]:
     return {
-        "recalibrate, pooled, one pass": lambda m, b: recalibrate(m, b, progress=False),
+        "recalibrate": lambda m, b: recalibrate(m, b, progress=False),
         "recalibrate, layer by layer": lambda m, b: recalibrate(m, b, layer_by_layer=True, progress=False),
-        'recalibrate, "batches"': lambda m, b: recalibrate(m, b, estimator="batches", progress=False),
+        'recalibrate, "pooled"': lambda m, b: recalibrate(m, b, estimator="pooled", progress=False),
         "swa_utils.update_bn, every rank its own": update_bn,
         "fvcore, naive, every rank its own": lambda m, b: precise(m, b, False),
         "fvcore, population, every rank its own": lambda m, b: precise(m, b, True),

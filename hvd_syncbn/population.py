@@ -68,7 +68,9 @@ class Network(Protocol):
         """Puts them back."""
 
 
-def check_arguments(batches: Any, estimator: str | None, forward: Any, init_affine: bool, layer_by_layer: bool, arrays: Any) -> None:
+def check_arguments(
+    batches: Any, estimator: str | None, forward: Any, init_affine: bool, layer_by_layer: bool, arrays: Any
+) -> None:
     """Raises what is wrong with the arguments of ``recalibrate``; ``arrays`` are the framework's types of tensor."""
     if estimator not in (None, *ESTIMATORS):
         raise ValueError(f"expected an estimator of {ESTIMATORS}. Received: {estimator!r}")
@@ -235,7 +237,8 @@ class _Steps:
             mine = "no layer" if index is None else repr(self.layers[index].name)
             raise ValueError(
                 'with estimator="batches", the default, every rank has to use the same layers in the same order. '
-                f"Received: on this rank {mine}, on others another one. Models that branch by their data need layer_by_layer=True"
+                f"Received: on this rank {mine}, on others another one. A model that branches by its data needs "
+                "layer_by_layer=True"
             )
         return common, words[4 : 4 + self.sizes[common]]
 
@@ -377,9 +380,9 @@ def _report_spread(network: Network, totals: list[Words], pooled: list[Words]) -
     worst = max(ratios, key=lambda name: ratios[name])
     if ratios[worst] > SPREAD:
         _warn(
-            f"the batches differ from each other: over all of them, the inputs of layer {worst!r} have {ratios[worst]:.2g} times "
-            "the standard deviation that they have in a batch. Statistics of batches are those of the data only if each batch is "
-            "a random sample: shuffle the data, or use layer_by_layer=True (a pass for every layer; exact)"
+            f"the batches differ from each other: over all of them, the inputs of layer {worst!r} have {ratios[worst]:.2g} "
+            "times the standard deviation that they have in a batch. Statistics of batches are those of the data only if each "
+            "batch is a random sample: shuffle the data, or use layer_by_layer=True (a pass for every layer; exact)"
         )
 
 

@@ -48,9 +48,9 @@ def recalibrate(
         model: changed in place. Those of its layers take part that ``forward`` reaches.
         batches: this rank's: tensors, tuples or lists (the first element is the input) or mappings (keyword arguments, where
             ``model.forward`` takes such ones, else the input). They are moved to the model's device.
-        estimator: ``"batches"`` for the means of the global batches' means and unbiased variances, as in Ioffe and Szegedy, 2015,
-            every layer normalising each batch (of all ranks together) by its own: right in one pass over shuffled batches,
-            whatever the running statistics are. ``"pooled"`` for mean and unbiased variance of all values, the layers
+        estimator: ``"batches"`` for the means of the global batches' means and unbiased variances, as in Ioffe and Szegedy,
+            2015, every layer normalising each batch (of all ranks together) by its own: right in one pass over shuffled
+            batches, whatever the running statistics are. ``"pooled"`` for mean and unbiased variance of all values, the layers
             normalising by their running statistics meanwhile: right behind layers whose running statistics are right. None is
             ``"batches"``, with ``layer_by_layer`` and ``init_affine`` ``"pooled"``.
         forward: called as ``forward(model, batch)`` in place of all that, with the batch as it comes.
