@@ -149,11 +149,12 @@ class _DistributedGradientTape:
                 names never depend on what else a rank has made.
         """
         options.pop("use_generic_names", None)
+        variables = keras.tree.flatten(sources)
         sources = keras.tree.map_structure(backing, sources)
         gradients = self._tape.gradient(target, sources, output_gradients, **options)
         averager = self._averager
         averager.prefix = _unused_name()
-        result = averager.average(_flatten_gradients(gradients), averager.places(keras.tree.flatten(sources)))
+        result = averager.average(_flatten_gradients(gradients), variables)
         return keras.tree.pack_sequence_as(sources, result) if keras.tree.is_nested(sources) else result[0]
 
     def get_local_and_global_gradients(

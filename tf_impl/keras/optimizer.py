@@ -27,7 +27,7 @@ import io
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
@@ -36,7 +36,7 @@ from keras.src.saving.keras_saveable import KerasSaveable
 
 from hvd_syncbn import horovod
 from hvd_syncbn.tf_impl.keras import ranks
-from hvd_syncbn.tf_impl.keras.convert import change_class
+from hvd_syncbn.tf_impl.keras.convert import _walk, change_class
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -158,25 +158,32 @@ class _Averager:
         hvd = ranks.require()
         return hvd.allreduce(tf.cast(condition, tf.float32), op=hvd.Min, **self._options("finite")) > 0
 
-    def average(self, gradients: Sequence[Gradient], local: Collection[int] = ()) -> list[Gradient]:
+    def average(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
         """Return the average over the ranks of each gradient; where there is none, there is none on any rank.
 
-        Those at the places `local` are this rank's own, divided by the number of ranks: as if the others had sent zeros.
+        Gradients of local variables are this rank's own, divided by the number of ranks: as if the others had sent zeros.
+        Those that overwrite their variable are the maximum over the ranks, or this rank's own if the variable is local.
         """
         averaged = list(gradients)
         if self.is_alone():
             return averaged
+        local = self.places(variables)
         groups: dict[tuple[Any, ...], list[int]] = {}  # Horovod wants one dtype in a group
-        for i, gradient in enumerate(averaged):
-            if gradient is None:
+        maxima = []
+        for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
+            if gradient is None or (i in local and overwrites(variable)):
                 continue
             if i in local:
                 averaged[i] = self._divided_by_size(gradient) if self.scale_local_gradients else gradient
+                continue
+            if overwrites(variable):
+                maxima.append(i)
                 continue
             if self.sparse_as_dense:
                 averaged[i] = gradient = tf.convert_to_tensor(gradient)
             index_dtype = gradient.indices.dtype if isinstance(gradient, tf.IndexedSlices) else None
             groups.setdefault((gradient.dtype, index_dtype), []).append(i)
+        self._maximize(averaged, maxima)
         for n, ((dtype, index_dtype), positions) in enumerate(groups.items()):
             # Horovod's TensorFlow part does not know bfloat16.
             group = [tf.cast(averaged[i], tf.float32 if dtype == tf.bfloat16 else dtype) for i in positions]
@@ -184,6 +191,16 @@ class _Averager:
             for i, gradient in zip(positions, reduced, strict=True):
                 averaged[i] = tf.cast(gradient, dtype)
         return averaged
+
+    def _maximize(self, gradients: list[Any], positions: list[int]) -> None:
+        """Replace the gradients at some positions by their maximum over the ranks."""
+        for dtype in dict.fromkeys(gradients[i].dtype for i in positions):
+            chosen = [i for i in positions if gradients[i].dtype == dtype]
+            group = [tf.cast(gradients[i], tf.float32 if dtype == tf.bfloat16 else dtype) for i in chosen]
+            options = self._options(f"maxima.{dtype.name}")
+            maxima = ranks.require().grouped_allreduce(group, op=ranks.require().Max, **options)
+            for i, maximum in zip(chosen, maxima, strict=True):
+                gradients[i] = tf.cast(maximum, dtype)
 
     def _average_dense(self, group: list[tf.Tensor], n: int) -> list[tf.Tensor]:
         hvd = ranks.require()
@@ -272,37 +289,42 @@ class _Distributed(keras.optimizers.Optimizer):
         if averager.passes > 1:
             self._accumulate(list(grads), trainable_variables)
         else:
-            super().apply(averager.average(grads, self._local_places(trainable_variables)), trainable_variables)
+            super().apply(averager.average(grads, self._variables_of(trainable_variables)), trainable_variables)
 
-    def _local_places(self, trainable_variables: Sequence[Any] | None) -> set[int]:
+    def _variables_of(self, trainable_variables: Sequence[Any] | None) -> Sequence[Any]:
+        """The variables that the gradients belong to."""
         if self._averager.local_variables and getattr(getattr(self, "inner_optimizer", self), "global_clipnorm", None):
             raise ValueError(
                 "`global_clipnorm` needs the gradients of all variables to be the same on every rank: where some are each "
                 "rank's own, ranks would scale the others differently. Take `clipnorm` or `clipvalue`. "
                 f"Received: {self!r} with local variables"
             )
-        return self._averager.places(self._trainable_variables if trainable_variables is None else trainable_variables)
+        return self._trainable_variables if trainable_variables is None else trainable_variables
 
     def _accumulate(self, grads: list[Gradient], trainable_variables: Sequence[Any] | None) -> None:
         if trainable_variables is not None and not self.built:  # creates variables, impossible in a branch
             self.build(list(trainable_variables))
         averager = self._averager
-        present = {i: tf.convert_to_tensor(g) / averager.passes for i, g in enumerate(grads) if g is not None}
+        variables = self._variables_of(trainable_variables)
+        overwriting = {i for i, variable in enumerate(variables) if overwrites(variable)}
+        present = {i: tf.convert_to_tensor(g) for i, g in enumerate(grads) if g is not None}
         if not averager.accumulators:
             with tf.init_scope():
                 zeros = [tf.zeros(g.shape, g.dtype) for g in present.values()]
                 averager.accumulators.extend(tf.Variable(z, trainable=False) for z in [*zeros, tf.constant(0)])
         *means, count = averager.accumulators
-        for mean, gradient in zip(means, present.values(), strict=True):
-            mean.assign_add(gradient)
+        for mean, (i, gradient) in zip(means, present.items(), strict=True):
+            if i in overwriting:  # as Keras accumulates them
+                mean.assign(tf.maximum(mean, gradient))
+            else:
+                mean.assign_add(gradient / averager.passes)
         count.assign_add(1)
         apply = super().apply
-        places = self._local_places(trainable_variables)
 
         def update() -> None:
             local = dict(zip(present, means, strict=True))
             gradients = [local[i].read_value() if i in local else None for i in range(len(grads))]
-            apply(averager.average(gradients, places), trainable_variables)
+            apply(averager.average(gradients, variables), trainable_variables)
             for variable in averager.accumulators:
                 variable.assign(tf.zeros_like(variable))
 
@@ -410,15 +432,66 @@ def backing(source: Any) -> Any:
     return source.value if isinstance(source, keras.Variable) else source
 
 
+def overwrites(variable: Any) -> bool:
+    """Whether a variable takes its "gradient" as its value: float8 training computes scales and largest inputs so."""
+    return bool(getattr(variable, "overwrite_with_gradient", False))
+
+
+def optimizers_of(model: keras.layers.Layer) -> list[keras.optimizers.Optimizer]:
+    """The optimizers that a model and the models in it hold: `model.optimizer` and all in other attributes.
+
+    An optimizer that is inside another one (LossScaleOptimizer, MultiOptimizer) counts with that one.
+    """
+    return list(named_optimizers(model).values())
+
+
+def named_optimizers(model: keras.layers.Layer) -> dict[str, keras.optimizers.Optimizer]:
+    """What `optimizers_of` returns, by the attributes' names: `"optimizer"`, `"generator.optimizer"`, `"optimizers.0"`."""
+    found: dict[int, tuple[str, Any]] = {}
+    for path, layer in _walk(model, "", set()):
+        for name, value in sorted(vars(layer).items(), key=lambda item: item[0].startswith("_")):
+            for place, optimizer in _held(name, value):
+                found.setdefault(id(optimizer), (f"{path}.{place}" if path else place, optimizer))
+    inner = {id(one) for _, outer in found.values() for one in members(outer)}
+    return {name: optimizer for name, optimizer in found.values() if id(optimizer) not in inner}
+
+
+def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The optimizers in an attribute of a model, a list or dictionary of them too."""
+    if isinstance(value, keras.optimizers.Optimizer):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _held(f"{name}.{key}", item)
+
+
+def members(optimizer: Any) -> list[Any]:
+    """The optimizers inside of an optimizer."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    direct = list(getattr(optimizer, "optimizers", ())) if inner is None else [inner]
+    return [one for member in direct for one in (member, *members(member))]
+
+
 def is_distributed(optimizer: object) -> bool:
-    """Whether an optimizer averages over the ranks, itself or inside a LossScaleOptimizer."""
-    return isinstance(optimizer, _Distributed) or isinstance(getattr(optimizer, "inner_optimizer", None), _Distributed)
+    """Whether an optimizer averages over the ranks: itself, or those inside of it (of a MultiOptimizer, all)."""
+    if isinstance(optimizer, _Distributed):
+        return True
+    inner = getattr(optimizer, "inner_optimizer", None)
+    direct = getattr(optimizer, "optimizers", ()) if inner is None else [inner]
+    return bool(direct) and all(map(is_distributed, direct))
 
 
 def is_new(optimizer: Any) -> bool:
     """Whether an optimizer has not been applied since it is distributed: steps that were traced before do not average."""
-    inner = optimizer if isinstance(optimizer, _Distributed) else getattr(optimizer, "inner_optimizer", None)
-    return isinstance(inner, _Distributed) and not inner._averager.applied
+    every = [optimizer, *members(optimizer)]
+    return any(isinstance(one, _Distributed) and not one._averager.applied for one in every)
+
+
+def forget_gradients(optimizer: Any) -> None:
+    """Give up the gradients of `backward_passes_per_step` that were not applied yet."""
+    for one in (optimizer, *members(optimizer)):
+        for accumulator in one._averager.accumulators if isinstance(one, _Distributed) else ():
+            accumulator.assign(tf.zeros_like(accumulator))
 
 
 def DistributedOptimizer(
@@ -487,8 +560,8 @@ def DistributedOptimizer(
             f"`optimizer` must be a `keras.optimizers.Optimizer` of Keras 3. Received: {optimizer!r} "
             f"(of type {type(optimizer)})"
         )
-    if is_distributed(optimizer):
-        raise ValueError(f"`optimizer` is a DistributedOptimizer already. Received: {optimizer!r}")
+    if any(map(is_distributed, (optimizer, *members(optimizer)))):
+        raise ValueError(f"`optimizer` is a DistributedOptimizer already, or holds one. Received: {optimizer!r}")
     if not isinstance(backward_passes_per_step, int) or backward_passes_per_step < 1:
         raise ValueError(
             f"`backward_passes_per_step` must be an integer >= 1. Received: backward_passes_per_step={backward_passes_per_step}"
