@@ -13,6 +13,7 @@ import keras as _keras
 from hvd_syncbn import horovod as _horovod
 from hvd_syncbn.keras import callbacks
 from hvd_syncbn.tf_impl.groups import groups
+from hvd_syncbn.tf_impl.keras.backup import BackupAndRestore
 from hvd_syncbn.tf_impl.keras.callbacks import (
     BestModelCheckpoint,
     BroadcastGlobalVariablesCallback,
@@ -95,6 +96,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "BackupAndRestore",
     "BestModelCheckpoint",
     "BroadcastGlobalVariablesCallback",
     "BroadcastVariablesCallback",

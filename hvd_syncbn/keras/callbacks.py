@@ -1,5 +1,6 @@
 """``hvd.callbacks``: what Horovod has under this name, for Keras 3."""
 
+from hvd_syncbn.tf_impl.keras.backup import BackupAndRestore
 from hvd_syncbn.tf_impl.keras.callbacks import (
     BestModelCheckpoint,
     BroadcastGlobalVariablesCallback,
@@ -10,6 +11,7 @@ from hvd_syncbn.tf_impl.keras.callbacks import (
 )
 
 __all__ = [
+    "BackupAndRestore",
     "BestModelCheckpoint",
     "BroadcastGlobalVariablesCallback",
     "BroadcastVariablesCallback",

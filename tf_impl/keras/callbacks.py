@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from hvd_syncbn.tf_impl.keras import ranks, start
-from hvd_syncbn.tf_impl.keras.functions import broadcast_variables
-from hvd_syncbn.tf_impl.keras.optimizer import backing, is_new
+from hvd_syncbn.tf_impl.keras import backup, ranks, start
+from hvd_syncbn.tf_impl.keras.functions import broadcast_state
+from hvd_syncbn.tf_impl.keras.optimizer import backing, is_new, optimizers_of
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 
 class BroadcastVariablesCallback(keras.callbacks.Callback):
-    """Gives all ranks the weights and the optimizer's state of one rank, whenever training starts.
+    """Gives all ranks the state of one rank's model and optimizers, whenever training starts.
 
-    Metrics and random seeds stay each rank's own: equal seeds would drop the same units everywhere. It also turns
+    That is the weights, what layers keep besides (constants of `Normalization`, vocabularies, bins: see
+    `broadcast_variables`), and the variables of every optimizer that the model holds, in `model.optimizer` and in other
+    attributes. Metrics and random seeds stay each rank's own: equal seeds would drop the same units everywhere. It also turns
     off XLA for the model, which `compile()` turns on by itself where there is a GPU and which cannot compile
     Horovod's collectives.
 
@@ -35,7 +37,8 @@ class BroadcastVariablesCallback(keras.callbacks.Callback):
         local_variables: A variable, or several, that stay each rank's own.
 
     Raises:
-        ValueError: When training starts, on every rank, if the ranks' models or optimizers differ.
+        ValueError: When training starts, on every rank, if the ranks' models or optimizers differ; if layers have state that
+            differs and cannot be broadcast; if `keras.callbacks.BackupAndRestore` is used where it cannot resume all ranks.
 
     Example:
 
@@ -63,11 +66,12 @@ class BroadcastVariablesCallback(keras.callbacks.Callback):
         """Turn off XLA, and see to it that gradients are averaged: `fit()` calls this before it makes the training function."""
         super().set_model(model)
         model.jit_compile = False
-        if is_new(model.optimizer):  # and the step, if it was traced before, does not know that
+        if any(map(is_new, optimizers_of(model))):  # and the step, if it was traced before, does not know that
             model.train_function = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Broadcast, or leave it to the first step if the model waits for data to be built."""
+        backup.check_plain(self.process_set)
         model, layers = self.model, self.model.layers
         if model.built or (layers and all(layer.built for layer in layers)):
             self._broadcast()
@@ -79,21 +83,21 @@ class BroadcastVariablesCallback(keras.callbacks.Callback):
             x, _, _ = keras.utils.unpack_x_y_sample_weight(iterator.element_spec)
             model(tf.nest.map_structure(lambda spec: keras.KerasTensor((None, *spec.shape[1:]), spec.dtype.name), x))
             self._broadcast()
-            return train_function(iterator)
+            return model.train_function(iterator)
 
         # Not after that step: its gradients would be those of different models.
         model.train_function = build_first
 
     def _broadcast(self) -> None:
-        variables = list(self.model.weights)
-        if self.model.optimizer is not None:
-            if not self.model.optimizer.built:
-                self.model.optimizer.build(self.model.trainable_variables)
-            variables += self.model.optimizer.variables
+        model = self.model
+        if model.optimizer is not None and not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        variables = [*model.weights, *(v for optimizer in optimizers_of(model) for v in optimizer.variables)]
         local = {id(backing(variable)) for variable in self._local_variables}
-        variables = [variable for variable in variables if id(variable.value) not in local]
-        broadcast_variables(variables, self.root_rank, self.process_set)
-        start.look_if_several(self.model, self.process_set)
+        broadcast_state(variables, [model], self.root_rank, self.process_set, local)
+        if model.train_function is None:  # the step that was traced had other constants
+            model.make_train_function()
+        start.look_if_several(model, self.process_set)
 
 
 class BroadcastGlobalVariablesCallback(BroadcastVariablesCallback):

@@ -17,8 +17,10 @@ import tensorflow as tf
 from horovod.common.elastic import ObjectState, run_fn
 from horovod.common.exceptions import HorovodInternalError
 
-from hvd_syncbn.tf_impl.keras import ranks, start
-from hvd_syncbn.tf_impl.keras.functions import broadcast_variables
+from hvd_syncbn.tf_impl.keras import layer_state, ranks, start
+from hvd_syncbn.tf_impl.keras.convert import forget_traces
+from hvd_syncbn.tf_impl.keras.functions import broadcast_state
+from hvd_syncbn.tf_impl.keras.optimizer import forget_gradients, optimizers_of, require_built
 
 
 @contextlib.contextmanager
@@ -64,20 +66,22 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class KerasState(ObjectState):
-    """A Keras 3 model and its optimizer, as last committed, in memory.
+    """A Keras 3 model and its optimizers, as last committed, in memory.
 
-    The model's weights, its random seeds and the optimizer's variables (a LossScaleOptimizer's, too) are saved and restored.
-    When ranks come together they get those of rank 0; seeds stay each rank's own, as equal seeds would drop the same units
-    everywhere. Metrics start anew with `fit()`. Gradients that `backward_passes_per_step` has not applied yet are given up, on
-    all ranks alike.
+    The model's weights, its random seeds, what layers keep besides (constants of `Normalization`, vocabularies: see
+    `broadcast_variables`) and the variables of every optimizer that the model holds are saved and restored. When ranks come
+    together they get those of rank 0; seeds stay each rank's own, as equal seeds would drop the same units everywhere. Metrics
+    start anew with `fit()`. Gradients that `backward_passes_per_step` has not applied yet are given up, on all ranks alike.
 
     Args:
         model: Keras model, built and, unless `optimizer` is given, compiled.
         optimizer: Optimizer, if it is not the model's.
-        kwargs: More values to keep, which become attributes: `batch=0, epoch=0`.
+        kwargs: More values to keep, which become attributes: `batch=0, epoch=0`. More models, layers and optimizers, built, are
+            kept likewise: `discriminator=d, d_optimizer=optimizer`.
 
     Raises:
-        ValueError: The model is not built, or there is no optimizer.
+        TypeError: `model` or `optimizer` is a list; or a keyword is a list of models, layers or optimizers.
+        ValueError: The model or an optimizer is not built, or there is no optimizer.
 
     Example:
 
@@ -88,6 +92,9 @@ class KerasState(ObjectState):
     """
 
     def __init__(self, model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None, **kwargs: Any) -> None:
+        _refuse_lists({"model": model, "optimizer": optimizer} | kwargs)
+        if not isinstance(model, keras.layers.Layer):
+            raise TypeError(f"`model` has to be one model of Keras 3. Received: {model!r}")
         if not model.built:
             raise ValueError(
                 f"the model has to be built first: `model.build(input_shape)`. Received: {model.name!r}, not built"
@@ -100,8 +107,19 @@ class KerasState(ObjectState):
             optimizer.build(model.trainable_variables)
         self.model = model
         self.optimizer = optimizer
+        kept = {name: value for name, value in kwargs.items() if isinstance(value, _KERAS)}
+        for name, value in kept.items():
+            if not value.built:
+                raise ValueError(f"{name!r} has to be built first: call its `build()`. Received: {value!r}, not built")
+            setattr(self, name, value)
+        self._roots = [model, *(value for value in kept.values() if isinstance(value, keras.layers.Layer))]
+        self._optimizers = [optimizer, *(value for value in kept.values() if isinstance(value, keras.optimizers.Optimizer))]
+        for root in self._roots:
+            if isinstance(root, keras.Model):
+                require_built(root)
         self._save_variables()
-        super().__init__(bcast_object=hvd.broadcast_object, get_rank=hvd.rank, **kwargs)
+        others = {name: value for name, value in kwargs.items() if name not in kept}
+        super().__init__(bcast_object=hvd.broadcast_object, get_rank=hvd.rank, **others)
 
     def save(self) -> None:
         """Keep what is now."""
@@ -110,33 +128,55 @@ class KerasState(ObjectState):
 
     def restore(self) -> None:
         """Go back to what was kept."""
-        for variable, value in zip(self._variables(), self._values, strict=True):
+        for variable, value in self._values:
             variable.assign(value)
+        layer_state.restore(self._layers, self._layer_states)
+        for root in self._roots if self._layers else ():
+            forget_traces(root)
         self._forget_gradients()
         super().restore()
 
     def sync(self) -> None:
         """Take what rank 0 has, and keep it."""
-        seeds = {id(variable) for variable in self.model.variables} - {id(variable) for variable in self.model.weights}
+        seeds = {id(v) for root in self._roots for v in root.variables} - {id(v) for root in self._roots for v in root.weights}
         with _internal_errors():  # somebody may die right now
-            broadcast_variables([variable for variable in self._variables() if id(variable) not in seeds], 0)
+            variables = [variable for variable in self._variables() if id(variable) not in seeds]
+            broadcast_state(variables, self._roots, 0, None)
         self._forget_gradients()
         self._save_variables()
         with _internal_errors():
             super().sync()
         start.look_if_several(self.model)
 
+    def _every_optimizer(self) -> list[Any]:
+        held = [optimizer for root in self._roots for optimizer in optimizers_of(root)]
+        return list({id(optimizer): optimizer for optimizer in [*self._optimizers, *held]}.values())
+
     def _variables(self) -> list[Any]:
-        return [*self.model.variables, *self.optimizer.variables]
+        variables = [v for root in self._roots for v in root.variables]
+        variables += [v for optimizer in self._every_optimizer() for v in optimizer.variables]
+        return list({id(variable): variable for variable in variables}.values())
 
     def _save_variables(self) -> None:
-        self._values = [np.array(keras.ops.convert_to_numpy(variable)) for variable in self._variables()]
+        self._values = [(variable, np.array(keras.ops.convert_to_numpy(variable))) for variable in self._variables()]
+        self._layers = [named for named in layer_state.all_layers(self._roots) if layer_state.is_stateful(named[1])]
+        self._layer_states = layer_state.capture(self._layers)
 
     def _forget_gradients(self) -> None:
-        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        for one in {id(o): o for o in (self.optimizer, optimizer)}.values():
-            for accumulator in one._averager.accumulators if hasattr(one, "_averager") else ():
-                accumulator.assign(tf.zeros_like(accumulator))
+        for optimizer in self._every_optimizer():
+            forget_gradients(optimizer)
+
+
+_KERAS = (keras.layers.Layer, keras.optimizers.Optimizer)
+
+
+def _refuse_lists(arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, _KERAS) and any(isinstance(item, _KERAS) for item in keras.tree.flatten(value)):
+            raise TypeError(
+                "a state takes models, layers and optimizers one by one, each by a name: `KerasState(model, d_optimizer=first, "
+                f"g_optimizer=second)`; those in attributes of the model need not be passed. Received: {name}={value!r}"
+            )
 
 
 TensorFlowKerasState = KerasState

@@ -6,13 +6,15 @@ Horovod's own ask variables for `.ref()` and `.op`, which only `tf.Variable` has
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
-from hvd_syncbn.tf_impl.keras import ranks
+from hvd_syncbn.tf_impl.keras import layer_state, ranks
+from hvd_syncbn.tf_impl.keras.convert import forget_traces
 from hvd_syncbn.tf_impl.keras.optimizer import _Averager, backing, local_variables
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
@@ -23,49 +25,158 @@ if TYPE_CHECKING:
 
 
 def broadcast_variables(
-    variables: Iterable[Any], root_rank: int = 0, process_set: ProcessSet | None = None, inplace: bool = False
+    variables: Any, root_rank: int = 0, process_set: ProcessSet | None = None, inplace: bool = False
 ) -> None:
-    """Give all ranks the values that one rank's variables have.
+    """Give all ranks the state of one rank's models, layers, optimizers and variables.
+
+    Of a model or layer that is all that Keras would save: its weights, the constants of `Normalization`, the vocabularies of
+    `StringLookup`, `IntegerLookup` and `TextVectorization`, the bins of `Discretization`, and what a custom layer writes in
+    `save_own_variables()` and `save_assets()`. Compiled models trace their next step anew if they have such state. Seeds and
+    metrics stay each rank's own: equal seeds would drop the same units everywhere. A `model` does not bring its optimizer.
+
+    Pass `model`, not `model.variables`, where it has layers that were adapted: variables do not bring a vocabulary. A
+    `tf.function` or `dataset.map` of your own keeps the constants that it was traced with, so broadcast before it is traced.
 
     Args:
-        variables: Variables of Keras or TensorFlow, as `model.variables` or `optimizer.variables` (in Keras 3 no method), the
-            same on all ranks.
+        variables: Models, layers, optimizers, and variables of Keras or TensorFlow (as `model.variables`), one or several,
+            built, and the same on all ranks.
         root_rank: The rank whose values are taken.
         process_set: The `hvd.ProcessSet` to broadcast in. Defaults to all ranks.
         inplace: What Horovod takes to save memory; this goes through the host's memory, one variable after the other.
 
     Raises:
-        ValueError: On every rank, if the ranks' variables differ in number, shape or dtype.
+        ValueError: On every rank, if the ranks' variables or layers differ in number, shape or dtype; if a layer with a method
+            `adapt` has state that is not broadcast and differs; if variables of a `Normalization` differ and come without it.
         RuntimeError: In a `tf.function`, or if Horovod is missing or not initialized.
+
+    Warns:
+        UserWarning: On every rank: tensors, arrays or tables that are attributes of a layer differ between ranks.
 
     Example:
 
     ```python
     if first_batch:  # the model and the optimizer are built
-        broadcast_variables(model.variables, root_rank=0)
-        broadcast_variables(optimizer.variables, root_rank=0)
+        broadcast_variables([model, optimizer], root_rank=0)
     ```
     """
     if not tf.executing_eagerly():
         raise RuntimeError("broadcast_variables() has to be called outside of a tf.function. Received: a call in a graph")
-    variables = list(variables)
-    layout = [(tuple(v.shape), keras.backend.standardize_dtype(v.dtype)) for v in variables]
-    layouts, hvd, process_set = ranks.gather(layout, "layout", process_set)
+    single = isinstance(variables, keras.layers.Layer | keras.optimizers.Optimizer | keras.Variable | tf.Variable)
+    items = [variables] if single else list(variables)
+    roots = [item for item in items if isinstance(item, keras.layers.Layer)]
+    given: list[Any] = []
+    for item in items:
+        if isinstance(item, keras.layers.Layer):
+            given += item.weights
+        elif isinstance(item, keras.optimizers.Optimizer):
+            given += item.variables
+        else:
+            given.append(item)
+    broadcast_state(given, roots, root_rank, process_set)
+
+
+def broadcast_state(
+    variables: Iterable[Any],
+    roots: Sequence[keras.layers.Layer],
+    root_rank: int,
+    process_set: ProcessSet | None,
+    local: Collection[int] = (),
+) -> None:
+    """Give all ranks one rank's variables, and the other state of models or layers; see `broadcast_variables`.
+
+    Layers with a variable whose backing `tf.Variable` has its id in `local` are left to each rank.
+    """
+    variables = list({id(v): v for v in variables if id(backing(v)) not in local}.values())
+    layers = [
+        (path, layer)
+        for path, layer in layer_state.all_layers(roots)
+        if not any(id(backing(v)) in local for v in layer._trainable_variables + layer._non_trainable_variables)
+    ]
+    stateful = [(path, layer) for path, layer in layers if layer_state.is_stateful(layer)]
+    owned = {id(v) for root in roots for v in root.weights}
+    adapted = _normalizations([v for v in variables if id(v) not in owned])
+    layout = [(tuple(v.shape), keras.backend.standardize_dtype(v.dtype), getattr(v, "path", v.name)) for v in variables]
+    kinds = [(path, type(layer).__name__) for path, layer in stateful]
+    gathered, hvd, process_set = ranks.gather((layout, kinds, adapted), "layout", process_set)
+    _check_layouts([layout for layout, _, _ in gathered])
+    if any([kind for _, kind in kinds] != [kind for _, kind in gathered[0][1]] for _, kinds, _ in gathered):
+        raise ValueError(
+            "The model must have the same layers that keep a vocabulary, constants or assets on all ranks. "
+            f"Received: by rank: {[kinds for _, kinds, _ in gathered]}"
+        )
+    if any(values != gathered[0][2] for _, _, values in gathered):
+        raise ValueError(
+            "The variables of Normalization layers differ between ranks, and the layers compute with constants made of them, "
+            "which broadcasting variables does not change. Pass the models or layers instead of their variables: "
+            f"`broadcast_variables(model)`. Received: variables of {[layer for layer, _ in adapted]}"
+        )
+    if len(gathered) > 1:
+        with tf.device("CPU:0"):
+            for variable in variables:
+                # As signed integers, since Horovod's TensorFlow part knows neither bfloat16 nor uint32.
+                value = np.asarray(tf.convert_to_tensor(variable).numpy())
+                bits = hvd.broadcast(value.view(f"i{value.itemsize}"), root_rank, process_set=process_set)
+                variable.assign(np.asarray(bits.numpy()).view(value.dtype))
+        if layers:
+            _broadcast_layers(layers, stateful, root_rank, hvd, process_set)
+    if stateful:  # also on one rank: its layers may have been adapted since
+        for root in roots:
+            forget_traces(root)
+
+
+def _check_layouts(layouts: list[list[tuple[Any, ...]]]) -> None:
     for by_rank in itertools.zip_longest(*layouts):
-        if any(layout != by_rank[0] for layout in by_rank):
+        if any(one is None or one[:2] != (by_rank[0] or ())[:2] for one in by_rank):
             raise ValueError(
-                "The model and its optimizer must have the same variables on all ranks. "
-                f"Received: {[len(layout) for layout in layouts]} variables by rank, the first that differs has "
-                f"(shape, dtype) {list(by_rank)}"
+                "The model and its optimizer must have the same variables on all ranks: build models, layers and optimizers on "
+                f"every rank first. Received: {[len(layout) for layout in layouts]} variables by rank, the first that differs "
+                f"has (shape, dtype, path) {list(by_rank)}"
             )
-    if len(layouts) == 1:
-        return
-    with tf.device("CPU:0"):
-        for variable in variables:
-            # As signed integers, since Horovod's TensorFlow part knows neither bfloat16 nor uint32.
-            value = np.asarray(tf.convert_to_tensor(variable).numpy())
-            bits = hvd.broadcast(value.view(f"i{value.itemsize}"), root_rank, process_set=process_set)
-            variable.assign(np.asarray(bits.numpy()).view(value.dtype))
+
+
+def _broadcast_layers(layers: Any, stateful: Any, root_rank: int, hvd: Any, process_set: Any) -> None:
+    """Give all ranks what one rank's layers keep outside of their variables; raise on every rank if one cannot take it."""
+    error = None
+    if stateful:
+        here = hvd.rank() == root_rank
+        state = layer_state.capture(stateful) if here else None
+        state = hvd.broadcast_object(state, root_rank, name="hvd_syncbn.layer_state", process_set=process_set)
+        try:
+            layer_state.restore(stateful, state)
+        except ValueError as failure:
+            error = str(failure)
+    outcome = (error, layer_state.constants(layers))
+    everyone, _, _ = ranks.gather(outcome, "layer_state", process_set)
+    errors = {rank: error for rank, (error, _) in enumerate(everyone) if error}
+    if errors:
+        raise ValueError(f"The layers' state was not broadcast. Received: by rank: {errors}")
+    found = [constants for _, constants in everyone]
+    names = dict.fromkeys(name for constants in found for name in constants)
+    differing = [name for name in names if len({constants.get(name) for constants in found}) > 1]
+    adapting = [f"{path}." for path, layer in layers if callable(getattr(layer, "adapt", None))]
+    refused = [name for name in differing if name.startswith(tuple(adapting))]
+    if refused:
+        raise ValueError(
+            "Layers that can be adapted keep state that cannot be broadcast, and it differs between ranks. Adapt them to the "
+            "same data on all ranks, keep the state in weights (`add_weight()`) with a method `finalize_state()`, or write "
+            f"`save_assets()` and `load_assets()`. Received: {refused}"
+        )
+    if differing:
+        warnings.warn(
+            "layers hold tensors, arrays or tables that differ between ranks and are not broadcast. If that is not meant, keep "
+            f"them as weights (`add_weight()`) or write `save_assets()` and `load_assets()`. Received: {differing}",
+            stacklevel=4,
+        )
+
+
+def _normalizations(variables: Iterable[Any]) -> list[tuple[str, list[bytes]]]:
+    """The values of variables that are those of `Normalization` layers, by the layers' paths."""
+    found: dict[str, dict[str, Any]] = {}
+    for variable in variables:
+        layer, _, name = str(getattr(variable, "path", "")).rpartition("/")
+        if name in ("mean", "variance", "count") and not variable.trainable:
+            found.setdefault(layer, {})[name] = np.asarray(variable.numpy())
+    return [(layer, [v.tobytes() for v in values.values()]) for layer, values in found.items() if len(values) == 3]
 
 
 def allreduce(

@@ -438,26 +438,40 @@ def overwrites(variable: Any) -> bool:
 
 
 def optimizers_of(model: keras.layers.Layer) -> list[keras.optimizers.Optimizer]:
-    """The optimizers that a model and the models in it hold: `model.optimizer` and all in other attributes.
+    """Return the optimizers that a model and the models in it hold: `model.optimizer` and all in other attributes.
 
     An optimizer that is inside another one (LossScaleOptimizer, MultiOptimizer) counts with that one.
     """
-    return list(named_optimizers(model).values())
+    found = {id(one): one for _, layer in _walk(model, "", set()) for one in _own_optimizers(layer).values()}
+    inner = {id(one) for outer in found.values() for one in members(outer)}
+    return [optimizer for optimizer in found.values() if id(optimizer) not in inner]
 
 
-def named_optimizers(model: keras.layers.Layer) -> dict[str, keras.optimizers.Optimizer]:
-    """What `optimizers_of` returns, by the attributes' names: `"optimizer"`, `"generator.optimizer"`, `"optimizers.0"`."""
-    found: dict[int, tuple[str, Any]] = {}
-    for path, layer in _walk(model, "", set()):
-        for name, value in sorted(vars(layer).items(), key=lambda item: item[0].startswith("_")):
-            for place, optimizer in _held(name, value):
-                found.setdefault(id(optimizer), (f"{path}.{place}" if path else place, optimizer))
-    inner = {id(one) for _, outer in found.values() for one in members(outer)}
-    return {name: optimizer for name, optimizer in found.values() if id(optimizer) not in inner}
+def require_built(model: Any) -> None:
+    """Build `model.optimizer`, and raise if the model holds another optimizer that is not built: its state cannot be kept."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    outer = {id(one) for one in optimizers_of(model)}
+    unbuilt = [name for name, one in _own_optimizers(model).items() if not one.built and id(one) in outer]
+    if unbuilt:
+        raise ValueError(
+            "the model holds optimizers that are not built, so that their state cannot be kept. Build each with the variables "
+            f"that it trains: `model.{unbuilt[0]}.build(variables)`. Received: model {model.name!r} with {unbuilt}, not built"
+        )
+
+
+def _own_optimizers(layer: keras.layers.Layer) -> dict[str, Any]:
+    """The optimizers in a layer's attributes, also in lists and dictionaries, by name: "d_optimizer", "optimizers.0"."""
+    held: dict[int, tuple[str, Any]] = {}
+    # Public names first: Keras and TensorFlow hold some objects under private names, too.
+    for name, value in sorted(vars(layer).items(), key=lambda item: item[0].startswith("_")):
+        for place, optimizer in _held(name, value):
+            held.setdefault(id(optimizer), (place, optimizer))
+    return dict(held.values())
 
 
 def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The optimizers in an attribute of a model, a list or dictionary of them too."""
     if isinstance(value, keras.optimizers.Optimizer):
         yield name, value
     elif isinstance(value, dict | list | tuple):
@@ -544,7 +558,7 @@ def DistributedOptimizer(
 
     Raises:
         TypeError: If `optimizer` is not a Keras 3 optimizer.
-        ValueError: If it is distributed already, or `backward_passes_per_step` is less than 1.
+        ValueError: If it or an optimizer in it is distributed already, or `backward_passes_per_step` is less than 1.
         RuntimeError: If Horovod is missing or not initialized, or Keras does not run on TensorFlow.
 
     Example:
@@ -561,7 +575,7 @@ def DistributedOptimizer(
             f"(of type {type(optimizer)})"
         )
     if any(map(is_distributed, (optimizer, *members(optimizer)))):
-        raise ValueError(f"`optimizer` is a DistributedOptimizer already, or holds one. Received: {optimizer!r}")
+        raise ValueError(f"`optimizer` is a DistributedOptimizer already. Received: {optimizer!r}")
     if not isinstance(backward_passes_per_step, int) or backward_passes_per_step < 1:
         raise ValueError(
             f"`backward_passes_per_step` must be an integer >= 1. Received: backward_passes_per_step={backward_passes_per_step}"

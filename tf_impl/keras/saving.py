@@ -18,7 +18,7 @@ import keras
 
 from hvd_syncbn.tf_impl.keras.convert import batch_norms, change_class, forget_traces, synchronize
 from hvd_syncbn.tf_impl.keras.layer import RECORD, BatchNormalization
-from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer
+from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer, optimizers_of
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
@@ -40,14 +40,15 @@ def load_model(
     """Load a model as `keras.models.load_model` does, synchronized where it was when it was saved, its optimizer distributed.
 
     Synchronized layers of a custom class, which `keras.models.load_model` gives back as plain ones, are synchronized again,
-    with the process sets (by their ranks) and collective names that they had, and frozen ones are frozen again. The optimizer
-    of a compiled model is wrapped by `DistributedOptimizer`, whatever it was when the model was saved, and keeps its state.
+    with the process sets (by their ranks) and collective names that they had, and frozen ones are frozen again. Every optimizer
+    that the model holds, as `model.optimizer` or in another attribute, is wrapped by `DistributedOptimizer`, whatever it was
+    when the model was saved, and keeps its state.
 
     Args:
         filepath: A `.keras` file, the folder of `save(..., zipped=False)`, or a legacy `.h5` file. The last has no record of
             what was synchronized inside custom classes: a warning names the layers that may have been.
         custom_objects: Names to classes and functions, as in Keras.
-        compile: Whether to compile the model, if it was, and wrap its optimizer.
+        compile: Whether to compile the model, if it was, and wrap its optimizers.
         safe_mode: As in Keras.
         custom_optimizers: Classes of optimizers of your own, as in Horovod.
         name: See `DistributedOptimizer`, as for the arguments that follow.
@@ -84,9 +85,9 @@ def load_model(
         _warn_of_no_record(filepath, plain)
     elif plain and model.built:
         _restore(model, filepath, [norm for _, norm in plain])
-    if compile and getattr(model, "optimizer", None) is not None:
+    for optimizer in optimizers_of(model) if compile else ():
         DistributedOptimizer(
-            model.optimizer,
+            optimizer,
             name,
             process_set=process_set,
             backward_passes_per_step=backward_passes_per_step,

@@ -16,7 +16,7 @@ from hvd_syncbn import horovod
 from hvd_syncbn.tf_impl.keras import ranks
 from hvd_syncbn.tf_impl.keras.convert import batch_norms
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
-from hvd_syncbn.tf_impl.keras.optimizer import is_distributed
+from hvd_syncbn.tf_impl.keras.optimizer import is_distributed, members
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
@@ -40,6 +40,9 @@ def look(model: keras.layers.Layer, names_local: bool = False) -> None:
         names_local: Whether to warn of a model whose norms are all plain. That may be meant. But it is also all that can be
             seen of a synchronized model that Keras has loaded or cloned: so one rank says it.
 
+    Raises:
+        RuntimeError: A LossScaleOptimizer is around a MultiOptimizer whose optimizers average by themselves.
+
     Warns:
         UserWarning: The model has layers that are not synchronized, or is trained by `fit()` or `train_on_batch()` with an
             optimizer that does not average. Loops of one's own, and a `train_step` of one's own, may average by themselves
@@ -49,7 +52,21 @@ def look(model: keras.layers.Layer, names_local: bool = False) -> None:
     seen = _looked.setdefault(model, set())
     if (optimizer and id(optimizer)) in seen:
         return
-    if optimizer is not None and not is_distributed(optimizer):
+    inner = members(optimizer)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and any(map(is_distributed, inner[1:])):
+        raise RuntimeError(
+            "optimizers of a MultiOptimizer inside a LossScaleOptimizer were made distributed: ranks would not agree which "
+            "steps to skip. Use `DistributedOptimizer(multi_optimizer)` with plain optimizers in it. "
+            f"Received: model {model.name!r} with optimizer={optimizer!r}"
+        )
+    if not is_distributed(optimizer) and any(map(is_distributed, inner)):
+        warnings.warn(
+            f"model {model.name!r} trains on several ranks with optimizers of which some do not average: each rank applies its "
+            "own gradients with those, and the weights go apart. Make all of them distributed, or the MultiOptimizer around "
+            f"plain ones. Received: not distributed: {[one.name for one in inner if not is_distributed(one)]}",
+            stacklevel=2,
+        )
+    elif optimizer is not None and not is_distributed(optimizer):
         warnings.warn(
             f"model {model.name!r} trains on several ranks with an optimizer that does not average: each rank applies its own "
             "gradients, and the weights go apart. Compile with `hvd_syncbn.keras.DistributedOptimizer(optimizer)`, or load "

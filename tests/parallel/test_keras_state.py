@@ -1,0 +1,12 @@
+"""State of layers, several optimizers and backups on two ranks: see checks_keras_state.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parallel.job import checks, run
+
+
+@pytest.mark.parametrize("check", checks("keras_state"))
+def test_keras_state(check: str) -> None:
+    run("keras_state", 2, timeout=500).values(check)

@@ -1,0 +1,157 @@
+"""``BackupAndRestore`` for several ranks, and a check for Keras's own, which knows nothing of other ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from hvd_syncbn.tf_impl.keras import ranks
+from hvd_syncbn.tf_impl.keras.functions import broadcast_state
+from hvd_syncbn.tf_impl.keras.optimizer import forget_gradients, optimizers_of, require_built
+
+if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+if TYPE_CHECKING:
+    from horovod.common.process_sets import ProcessSet
+
+
+class BackupAndRestore(keras.callbacks.BackupAndRestore):
+    """`keras.callbacks.BackupAndRestore` for several ranks: one rank writes and reads, all resume in one epoch and state.
+
+    Give it to all ranks. Only `root_rank` needs the folder. What the others get from it when training starts is the model's
+    weights and layer state, and the state of every optimizer that the model holds. Seeds (`Dropout`) and gradients that
+    `backward_passes_per_step` has not applied are not restored on the other ranks.
+
+    A backup is written beside the last one and renamed, so a job that is killed while it writes leaves a whole one. With
+    `save_freq` in batches, training resumes at the beginning of the epoch of the backup, as in Keras: its batches so far are
+    trained on again.
+
+    Args:
+        backup_dir: Folder for the backup, for nothing else.
+        save_freq: `"epoch"`, or a number of batches.
+        double_checkpoint: Whether to keep the backup before the last one, too, and use it where the last one cannot be read.
+        delete_checkpoint: Whether to delete the backup when training ends.
+        root_rank: The rank that writes and reads.
+        process_set: The `hvd.ProcessSet` that trains. Defaults to all ranks.
+
+    Raises:
+        ValueError: When training starts, on every rank: the model, or an optimizer other than `model.optimizer`, is not built.
+        RuntimeError: When training starts, on every rank: `root_rank` cannot read the backup.
+
+    Example:
+
+    ```python
+    model.fit(data, epochs=90, callbacks=[BackupAndRestore("backup"), MetricAverageCallback()])  # again after an interruption
+    ```
+    """
+
+    def __init__(
+        self,
+        backup_dir: Any,
+        save_freq: str | int = "epoch",
+        double_checkpoint: bool = False,
+        delete_checkpoint: bool = True,
+        *,
+        root_rank: int = 0,
+        process_set: ProcessSet | None = None,
+    ) -> None:
+        super().__init__(str(backup_dir), save_freq, delete_checkpoint=delete_checkpoint)
+        self.double_checkpoint = double_checkpoint
+        self.root_rank = root_rank
+        self.process_set = process_set
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Restore the backup, if there is one, on all ranks."""
+        model = self.model
+        self._current_epoch = self._last_batch_seen = self._batches_seen_since_last_saving = 0
+        model._initial_epoch = None  # Keras keeps what a backup has set, for every fit() to come
+        error, found = None, False
+        try:
+            if not model.built:
+                raise ValueError(f"BackupAndRestore needs a model that is built before `fit()`. Received: {model.name!r}")
+            require_built(model)
+            if self._writes():
+                found = tf.io.gfile.exists(self._weights_path)
+                self._load()
+        except Exception as failure:
+            error = failure
+        mine = (error and f"{type(error).__name__}: {error}", found, model._initial_epoch)
+        everyone, _, _ = ranks.gather(mine, "backup", self.process_set)
+        errors = {rank: message for rank, (message, _, _) in enumerate(everyone) if message}
+        if isinstance(error, ValueError):
+            raise error
+        if errors:
+            raise RuntimeError(f"the backup in {self.backup_dir!r} was not restored. Received: by rank: {errors}") from error
+        if any(found for _, found, _ in everyone):
+            optimizers = optimizers_of(model)
+            for optimizer in optimizers:
+                forget_gradients(optimizer)
+            variables = [*model.weights, *(v for optimizer in optimizers for v in optimizer.variables)]
+            broadcast_state(variables, [model], self.root_rank, self.process_set)
+            model._initial_epoch = next((epoch for _, found, epoch in everyone if found), None)
+            if model.train_function is None:  # the step that was traced had other constants
+                model.make_train_function()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Take note of the epoch, which a backup in its middle names."""
+        self._current_epoch = epoch
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Delete the backup when all ranks are here."""
+        ranks.gather(None, "backup", self.process_set)
+        self.model._initial_epoch = None
+        if self._writes():
+            super().on_train_end(logs)
+
+    def _writes(self) -> bool:
+        return bool(ranks.require().rank() == self.root_rank)
+
+    def _load(self) -> None:
+        before = f"{self._weights_path}.bkp", f"{self._training_metadata_path}.bkp"
+        try:
+            self._load_model()
+        except OSError:
+            if not all(map(tf.io.gfile.exists, before)):
+                raise
+            for path in before:
+                tf.io.gfile.copy(path, path.removesuffix(".bkp"), overwrite=True)
+            self._load_model()
+
+    def _save_model(self) -> None:
+        if not self._writes():
+            return
+        files = tf.io.gfile
+        files.makedirs(self.backup_dir)
+        part = files.join(self.backup_dir, "part.weights.h5")
+        self.model.save_weights(part, overwrite=True)
+        with files.GFile(f"{part}.json", "w") as file:
+            file.write(json.dumps({"epoch": self._current_epoch, "batch": self._last_batch_seen}))
+        if self.double_checkpoint and files.exists(self._weights_path):
+            files.rename(self._weights_path, f"{self._weights_path}.bkp", overwrite=True)
+            files.rename(self._training_metadata_path, f"{self._training_metadata_path}.bkp", overwrite=True)
+        files.rename(part, self._weights_path, overwrite=True)
+        files.rename(f"{part}.json", self._training_metadata_path, overwrite=True)
+
+
+def check_plain(process_set: ProcessSet | None = None) -> None:
+    """Raise on every rank if Keras's own BackupAndRestore is among the callbacks and cannot resume several ranks.
+
+    It can where every rank has one, with a folder of its own. Called from a callback's `on_train_begin`.
+    """
+    frame: Any = sys._getframe(1)  # a callback does not know the others
+    while frame is not None and not isinstance(frame.f_locals.get("self"), keras.callbacks.CallbackList):
+        frame = frame.f_back
+    callbacks = [] if frame is None else frame.f_locals["self"].callbacks
+    plain = [c for c in callbacks if isinstance(c, keras.callbacks.BackupAndRestore) and not isinstance(c, BackupAndRestore)]
+    by_rank, _, _ = ranks.gather([str(callback.backup_dir) for callback in plain], "plain_backup", process_set)
+    folders = [folder for folders in by_rank for folder in folders]
+    if len(by_rank) > 1 and folders and (not all(by_rank) or len(set(folders)) < len(folders)):
+        raise ValueError(
+            "keras.callbacks.BackupAndRestore cannot resume several ranks: on one rank it resumes that rank alone, in another "
+            "epoch than the others, and with one folder ranks spoil each other's files. Use "
+            f"`hvd_syncbn.keras.callbacks.BackupAndRestore` on all ranks. Received: folders by rank: {by_rank}"
+        )
