@@ -407,6 +407,20 @@ def check_wrapped_after_tracing() -> None:
     assert all_equal(gan_state(gan))
 
 
+def check_learning_rates_of_several_optimizers() -> None:
+    """A callback sets the optimizer that it is given, and does not guess."""
+    gan = built_gan(0, hvd.DistributedOptimizer)
+    warmup = hvd.callbacks.LearningRateWarmupCallback
+    with pytest.raises(ValueError, match=r"Say which to set: LearningRateWarmupCallback\(..., optimizer=optimizer\)"):
+        gan.fit(X, batch_size=4, verbose=0, callbacks=[warmup(0.5, 1)])
+    unused = float(gan.optimizer.learning_rate.numpy())
+    chosen = [warmup(0.5, 1, optimizer=gan.d_optimizer)]
+    chosen.append(hvd.callbacks.LearningRateScheduleCallback(0.25, lambda epoch: 0.5, optimizer=gan.sides.optimizers["g"]))
+    gan.fit(X, batch_size=4, verbose=0, callbacks=chosen)
+    rates = [gan.d_optimizer, gan.sides.optimizers["g"], gan.optimizer]
+    assert [float(one.learning_rate.numpy()) for one in rates] == [0.5, 0.125, unused]
+
+
 def check_load_model_wraps_all() -> None:
     with shared_folder() as folder:
         path = folder / f"{hvd.rank()}.keras"

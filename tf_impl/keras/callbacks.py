@@ -214,8 +214,11 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         staircase: Whether to adjust per epoch and not per batch.
         momentum_correction: Whether to correct the momentum of an optimizer that has one.
         steps_per_epoch: The number of batches per epoch. Defaults to what `fit()` knows.
+        optimizer: The optimizer to set. Defaults to `model.optimizer`; required where a model with a `train_step()` of its own
+            holds several.
 
     Raises:
+        ValueError: When training starts, if the model has several optimizers and none was chosen.
         TypeError: When training starts, if the optimizer's learning rate is not a number that can be set: a
             `LearningRateSchedule` or a function, or the optimizer is a `MultiOptimizer`, which has several.
         ValueError: If `initial_lr` is `None`; when training starts, if the number of steps is needed and not known.
@@ -240,6 +243,8 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         staircase: bool = True,
         momentum_correction: bool = True,
         steps_per_epoch: int | None = None,
+        *,
+        optimizer: keras.optimizers.Optimizer | None = None,
     ) -> None:
         super().__init__()
         if initial_lr is None:
@@ -250,13 +255,21 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         self.staircase = staircase
         self.momentum_correction = momentum_correction
         self.steps_per_epoch: Any = steps_per_epoch
+        self.optimizer = optimizer
         self.current_epoch: int | None = None
         self.multiplier: Callable[[float], float] = (
             multiplier if callable(multiplier) else lambda epoch: multiplier ** (epoch - start_epoch)
         )
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Look at the optimizer and at the number of steps."""
+        """Look at the optimizers and at the number of steps."""
+        held = optimizers_of(self.model)
+        if self.optimizer is None and len(held) > 1 and type(self.model).train_step is not keras.Model.train_step:
+            raise ValueError(
+                f"model {self.model.name!r} holds several optimizers, and its own `train_step()` may apply any of them. Say "
+                f"which to set: {type(self).__name__}(..., optimizer=optimizer), one callback for each. "
+                f"Received: optimizer=None, with {[one.name for one in held]}"
+            )
         self._optimizer()
         if not self.staircase and not self.steps_per_epoch:
             self.steps_per_epoch = self.params.get("steps")
@@ -287,7 +300,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
 
     def _optimizer(self) -> keras.optimizers.Optimizer:
         """The optimizer that holds the learning rate."""
-        optimizer = self.model.optimizer
+        optimizer = self.model.optimizer if self.optimizer is None else self.optimizer
         while hasattr(optimizer, "inner_optimizer"):
             optimizer = optimizer.inner_optimizer
         rate = "several" if hasattr(optimizer, "optimizers") else getattr(optimizer, "_learning_rate", None)
@@ -333,6 +346,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         warmup_epochs: The number of epochs that warming up takes.
         momentum_correction: Whether to correct the momentum of an optimizer that has one.
         steps_per_epoch: The number of batches per epoch. Defaults to what `fit()` knows.
+        optimizer: See `LearningRateScheduleCallback`.
         verbose: 1 to have rank 0 print a line when warming up is done.
 
     Example:
@@ -350,6 +364,8 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         momentum_correction: bool = True,
         steps_per_epoch: int | None = None,
         verbose: int = 0,
+        *,
+        optimizer: keras.optimizers.Optimizer | None = None,
     ) -> None:
         def multiplier(epoch: float) -> float:
             # An elastic job has another size tomorrow.
@@ -364,6 +380,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
             staircase=False,
             momentum_correction=momentum_correction,
             steps_per_epoch=steps_per_epoch,
+            optimizer=optimizer,
         )
         self.verbose = verbose
 

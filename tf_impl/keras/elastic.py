@@ -109,7 +109,7 @@ class KerasState(ObjectState):
         self.optimizer = optimizer
         kept = {name: value for name, value in kwargs.items() if isinstance(value, _KERAS)}
         for name, value in kept.items():
-            if not value.built:
+            if not value.built and not isinstance(value, layer_state.NEVER_BUILT):
                 raise ValueError(f"{name!r} has to be built first: call its `build()`. Received: {value!r}, not built")
             setattr(self, name, value)
         self._roots = [model, *(value for value in kept.values() if isinstance(value, keras.layers.Layer))]

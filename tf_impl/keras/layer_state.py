@@ -25,6 +25,8 @@ State: TypeAlias = list[tuple[str, dict[str, Any]]]
 
 # `TextVectorization` holds a `StringLookup`.
 _LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
+NEVER_BUILT = (*_LOOKUPS, keras.layers.TextVectorization, keras.layers.Discretization)
+"""Layers that have their state before they are built."""
 _exported: WeakKeyDictionary[keras.layers.Layer, tuple[Any, list[Any]]] = WeakKeyDictionary()
 
 
