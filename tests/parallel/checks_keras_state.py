@@ -89,6 +89,25 @@ def seen_by_new(model: keras.Model) -> tuple[bytes, bytes, bytes]:
     return seen_by(model)
 
 
+def check_resumed_as_in_the_template() -> None:
+    """Rank 0 reads a checkpoint, the others get it by `KerasState.sync`."""
+    with shared_folder() as folder:
+        if hvd.rank() == 0:
+            adapted_model(5).save_weights(folder / "checkpoint.weights.h5")
+        reference, model = adapted_model(5), adapted_model(hvd.rank())
+        for one in (reference, model):
+            one.compile(sgd(), "mse")
+        expected = seen_by(reference)
+        state = hvd.elastic.KerasState(model, epoch=0)
+        if hvd.rank() == 0:
+            model.load_weights(folder / "checkpoint.weights.h5")
+            state.epoch = 3
+        state.save()
+        state.sync()
+    assert state.epoch == 3
+    assert seen_by(model) == expected
+
+
 def check_normalization_restored() -> None:
     """An elastic state that goes back, and forward to another rank's."""
     model = adapted_model(hvd.rank())
