@@ -104,7 +104,9 @@ def broadcast_state(
             "The model must have the same layers that keep a vocabulary, constants or assets on all ranks. "
             f"Received: by rank: {[kinds for _, kinds, _ in gathered]}"
         )
-    if any(values != gathered[0][2] for _, _, values in gathered):
+    # Names may differ: Keras counts the objects of a process.
+    by_rank = [[values for _, values in adapted] for _, _, adapted in gathered]
+    if any(values != by_rank[0] for values in by_rank):
         raise ValueError(
             "The variables of Normalization layers differ between ranks, and the layers compute with constants made of them, "
             "which broadcasting variables does not change. Pass the models or layers instead of their variables: "
@@ -151,10 +153,13 @@ def _broadcast_layers(layers: Any, stateful: Any, root_rank: int, hvd: Any, proc
     if errors:
         raise ValueError(f"The layers' state was not broadcast. Received: by rank: {errors}")
     found = [constants for _, constants in everyone]
-    names = dict.fromkeys(name for constants in found for name in constants)
-    differing = [name for name in names if len({constants.get(name) for constants in found}) > 1]
-    adapting = [f"{path}." for path, layer in layers if callable(getattr(layer, "adapt", None))]
-    refused = [name for name in differing if name.startswith(tuple(adapting))]
+    places = dict.fromkeys(place for constants in found for place in constants)
+    differing = {
+        f"{layers[i][0]}.{name}": callable(getattr(layers[i][1], "adapt", None))
+        for i, name in places
+        if len({constants.get((i, name)) for constants in found}) > 1
+    }
+    refused = [name for name, adapts in differing.items() if adapts]
     if refused:
         raise ValueError(
             "Layers that can be adapted keep state that cannot be broadcast, and it differs between ranks. Adapt them to the "
@@ -164,7 +169,7 @@ def _broadcast_layers(layers: Any, stateful: Any, root_rank: int, hvd: Any, proc
     if differing:
         warnings.warn(
             "layers hold tensors, arrays or tables that differ between ranks and are not broadcast. If that is not meant, keep "
-            f"them as weights (`add_weight()`) or write `save_assets()` and `load_assets()`. Received: {differing}",
+            f"them as weights (`add_weight()`) or write `save_assets()` and `load_assets()`. Received: {list(differing)}",
             stacklevel=4,
         )
 

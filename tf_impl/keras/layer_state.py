@@ -59,16 +59,16 @@ def restore(layers: Sequence[tuple[str, keras.layers.Layer]], state: State) -> N
             raise ValueError(f"layer {path!r} does not take the state of another rank: {error}") from error
 
 
-def constants(layers: Sequence[tuple[str, keras.layers.Layer]]) -> dict[str, str]:
-    """Return a digest of each tensor, array and table that is an attribute of a layer, by the layer's path and its name."""
+def constants(layers: Sequence[tuple[str, keras.layers.Layer]]) -> dict[tuple[int, str], str]:
+    """Return a digest of each tensor, array and table that is an attribute of a layer, by the layer's number and its name."""
     found = {}
-    for path, layer in layers:
+    for i, (_, layer) in enumerate(layers):
         if isinstance(layer, _LOOKUPS):  # compared as vocabularies
             continue
         for name, value in vars(layer).items():
             content = _content(value)
             if content is not None:
-                found[f"{path}.{name}"] = hashlib.sha256(content).hexdigest()
+                found[i, name] = hashlib.sha256(content).hexdigest()
     return found
 
 
