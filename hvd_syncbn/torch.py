@@ -1,6 +1,7 @@
 """PyTorch's face: ``from hvd_syncbn.torch import SyncBatchNorm``."""
 
 from hvd_syncbn.torch_impl.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from hvd_syncbn.torch_impl.drift import check_ranks_agree
 from hvd_syncbn.torch_impl.fold import Scale, fold_batchnorm
 from hvd_syncbn.torch_impl.freeze import freeze_batchnorm, unfreeze_batchnorm
 from hvd_syncbn.torch_impl.functional import sync_batch_norm
@@ -17,6 +18,7 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "check_device_errors",
+    "check_ranks_agree",
     "convert_sync_batchnorm",
     "fold_batchnorm",
     "freeze_batchnorm",

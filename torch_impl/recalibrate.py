@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from hvd_syncbn import horovod, population, protocol
 from hvd_syncbn.population import Take, Vector, Words
-from hvd_syncbn.torch_impl import ops
+from hvd_syncbn.torch_impl import ops, ranks
 from hvd_syncbn.torch_impl.freeze import is_frozen
 from hvd_syncbn.torch_impl.functional import check_input
 from hvd_syncbn.torch_impl.module import BatchNorm
@@ -103,21 +102,14 @@ def _gpus(model: Any) -> list[int]:
 
 class _Ranks:
     def __init__(self, process_set: Any) -> None:
-        self.hvd = horovod.require("torch")
-        self.size = horovod.size(self.hvd, process_set)
-        self.process_set = process_set or self.hvd.global_process_set
-        self.rank = self.hvd.rank() if process_set is None else process_set.rank()
+        hvd = horovod.require("torch")
+        self.size = horovod.size(hvd, process_set)
+        self.process_set = process_set
+        self.rank = hvd.rank() if process_set is None else process_set.rank()
         self.id = ops.process_set_id(process_set)
 
     def gather(self, value: Any) -> list[Any]:
-        if self.size == 1:
-            return [value]
-        # Horovod's allgather_object knows no process sets in PyTorch.
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        options = {"process_set": self.process_set}
-        sizes = self.hvd.allgather(torch.tensor([len(data)]), name="hvd_syncbn.recalibrate.sizes", **options)
-        everyone = self.hvd.allgather(data, name="hvd_syncbn.recalibrate", **options)
-        return [pickle.loads(part.numpy().tobytes()) for part in everyone.split(sizes.tolist())]
+        return ranks.gather(value, "recalibrate", self.process_set)[0]
 
     def sum(self, words: Words, name: str) -> Words:
         packet = torch.from_numpy(words)

@@ -23,6 +23,7 @@ from hvd_syncbn.tf_impl.keras.callbacks import (
     MetricAverageCallback,
 )
 from hvd_syncbn.tf_impl.keras.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from hvd_syncbn.tf_impl.keras.drift import check_ranks_agree
 from hvd_syncbn.tf_impl.keras.fold import Scale, fold_batchnorm
 from hvd_syncbn.tf_impl.keras.freeze import freeze_batchnorm, unfreeze_batchnorm
 from hvd_syncbn.tf_impl.keras.functions import (
@@ -114,6 +115,7 @@ __all__ = [
     "broadcast",
     "broadcast_variables",
     "callbacks",
+    "check_ranks_agree",
     "convert_sync_batchnorm",
     "fold_batchnorm",
     "freeze_batchnorm",

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
-from hvd_syncbn.tf_impl.keras import backup, ranks, start
+from hvd_syncbn import horovod
+from hvd_syncbn.tf_impl.keras import backup, drift, ranks, start
 from hvd_syncbn.tf_impl.keras.functions import broadcast_state
 from hvd_syncbn.tf_impl.keras.optimizer import backing, is_new, optimizers_of
 
@@ -115,10 +118,15 @@ class BroadcastGlobalVariablesCallback(BroadcastVariablesCallback):
 
 
 class MetricAverageCallback(keras.callbacks.Callback):
-    """Averages the logs of an epoch over all ranks.
+    """Averages the logs of an epoch over all ranks, and has ranks agree on what other callbacks decide by them.
 
-    Must come before the callbacks that decide by them: `EarlyStopping`, `ModelCheckpoint`, `ReduceLROnPlateau`.
-    Otherwise ranks decide differently, and one that stops alone leaves the others waiting.
+    Comes before the callbacks that decide: `EarlyStopping`, `ModelCheckpoint`, `ReduceLROnPlateau`. At the end of every epoch:
+
+    - If `stop_training` is set on some ranks only, all ranks stop, with a warning. With a `TerminateOnNaN` they agree on that
+      after every batch.
+    - All ranks must hold the same weights, optimizer state, learning rates and layer state (`check_ranks_agree`). What differs
+      by rounding, and buffers of layers that are not known, are a warning. What `BroadcastVariablesCallback` or the optimizer
+      leave to each rank is left out.
 
     Args:
         process_set: The `hvd.ProcessSet` to average over. Defaults to all ranks.
@@ -128,8 +136,10 @@ class MetricAverageCallback(keras.callbacks.Callback):
             where ranks have different numbers of them. Defaults to `False`, as in Horovod.
 
     Raises:
-        ValueError: At the end of an epoch, on every rank, if not all of them have logged the same names; or if `weighted`
-            and the model does not count its samples, because it has a `train_step()` of its own.
+        ValueError: When training starts, on every rank, if a callback that decides comes before it. At the end of an epoch, on
+            every rank, if not all of them have logged the same names; or if `weighted` and the model does not count its
+            samples, because it has a `train_step()` of its own.
+        RuntimeError: On every rank, if ranks are in different epochs, or have drifted apart.
 
     Example:
 
@@ -144,10 +154,30 @@ class MetricAverageCallback(keras.callbacks.Callback):
         self.device = device
         self.weighted = weighted
         self._samples: list[float | None] = [None, None]  # of training, of validation
+        self._callbacks: list[Any] = [self]  # of the `fit()` that runs
+
+    def set_model(self, model: keras.Model) -> None:
+        """Take note of the other callbacks, and add one that comes after all of them."""
+        super().set_model(model)
+        # Keras tells a callback nothing of the others; their list is what calls this.
+        frame: Any = sys._getframe(1)
+        while frame is not None and not isinstance(frame.f_locals.get("self"), keras.callbacks.CallbackList):
+            frame = frame.f_back
+        if frame is not None:
+            self._callbacks = frame.f_locals["self"].callbacks
+            if not any(isinstance(other, _Agreement) and other.average is self for other in self._callbacks):
+                self._callbacks.append(_Agreement(self))
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Look at what trains."""
+        """Look at what trains, and at the order of the callbacks."""
         start.look_if_several(self.model, self.process_set)
+        too_early = [type(other).__name__ for other in self._callbacks[: self._callbacks.index(self)] if _decides(other)]
+        everyone = self.meet("the start of fit()", too_early)
+        if any(everyone) and len(everyone) > 1:
+            raise ValueError(
+                "callbacks that decide by the logs have to come after MetricAverageCallback: before it they see the metrics of "
+                f"their rank alone. Received: before it, by rank: {everyone}. Put MetricAverageCallback before them."
+            )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Forget the samples of the epoch before."""
@@ -167,7 +197,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
         logs = {} if logs is None else logs
         if self._samples[0] is None:
             self._samples[0] = self._count()
-        everyone, _, _ = ranks.gather((logs, self._samples), "metrics", self.process_set)
+        everyone = self.meet(f"the end of epoch {epoch}", (logs, self._samples))
         if any(other.keys() != logs.keys() for other, _ in everyone):
             raise ValueError(
                 "All ranks must log the same metrics (is there validation data on all of them?). "
@@ -186,10 +216,89 @@ class MetricAverageCallback(keras.callbacks.Callback):
             mean = np.average(np.asarray([other[key] for other, _ in everyone], "float64"), axis=0, weights=weights)
             logs[key] = mean if np.ndim(mean) else float(mean)
 
+    def meet(self, place: str, value: Any = None) -> list[Any]:
+        """Return the values of all ranks, which have to be at the same place in `fit()`.
+
+        Raises:
+            RuntimeError: On every rank, if they are not.
+        """
+        everyone, _, _ = ranks.gather((place, value), "MetricAverageCallback", self.process_set)
+        if len({there for there, _ in everyone}) > 1:
+            raise RuntimeError(
+                f"the ranks are at different places of `fit()`. Received: by rank: {[there for there, _ in everyone]}. Call it "
+                "with the same `initial_epoch`, `epochs`, number of steps and callbacks on every rank."
+            )
+        return [one for _, one in everyone]
+
     def _count(self) -> float | None:
         # Keras weighs the loss of a batch by the number of its samples. A metric named "loss" of a user's own may not.
         tracker = getattr(self.model, "_loss_tracker", None) if self.weighted else None
         return None if tracker is None else float(keras.ops.convert_to_numpy(tracker.count))
+
+
+def _decides(callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback decides by the logs at the end of an epoch."""
+    if isinstance(callback, keras.callbacks.ModelCheckpoint):
+        return bool(callback.save_best_only)
+    return hasattr(callback, "monitor")
+
+
+class _Agreement(keras.callbacks.Callback):
+    """What a `MetricAverageCallback` adds after all other callbacks: there ranks agree on what the others have done."""
+
+    def __init__(self, average: MetricAverageCallback) -> None:
+        super().__init__()
+        self.average = average
+        self._every_batch = False
+        self._epoch = 0
+        self._warned = False
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Find out whether any rank may stop in the middle of an epoch."""
+        may_stop = any(isinstance(other, keras.callbacks.TerminateOnNaN) for other in self.average._callbacks)
+        self._every_batch = any(self.average.meet("the start of fit()", may_stop))
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Refuse ranks in different epochs, and one that goes on where others have ended."""
+        self._epoch = epoch
+        self.average.meet(f"the start of epoch {epoch}")
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Stop where one rank does."""
+        if self._every_batch:
+            self._agree_to_stop(f"batch {batch} of epoch {self._epoch}")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Stop where one rank does, and compare the ranks."""
+        self._agree_to_stop(f"the end of epoch {epoch}")
+        self._compare()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Compare the ranks once more: other callbacks may have restored weights."""
+        self.average.meet("the end of fit()")
+        self._compare()
+
+    def _agree_to_stop(self, place: str) -> None:
+        stops = self.average.meet(place, bool(self.model.stop_training))
+        if any(stops) and not all(stops):
+            self.model.stop_training = True
+            members = horovod.ranks_of(self.average.process_set) or range(len(stops))
+            warnings.warn(
+                f"all ranks stop training at {place}, because a callback has set `stop_training` on some of them. "
+                f"Received: stop_training on ranks {[rank for rank, stop in zip(members, stops, strict=True) if stop]} only. "
+                "Give every rank the same callbacks, after MetricAverageCallback.",
+                stacklevel=2,
+            )
+
+    def _compare(self) -> None:
+        callbacks = self.average._callbacks
+        local = [v for one in callbacks if isinstance(one, BroadcastVariablesCallback) for v in one._local_variables]
+        difference = drift.find_difference(self.model, None, local, self.average.process_set)
+        if difference is not None and difference.is_fault:
+            raise RuntimeError(difference.message)
+        if difference is not None and not self._warned:
+            self._warned = True
+            warnings.warn(difference.message, stacklevel=2)
 
 
 class LearningRateScheduleCallback(keras.callbacks.Callback):

@@ -1,0 +1,179 @@
+"""`check_ranks_agree`: whether all ranks still hold the same model and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from hvd_syncbn import drift, horovod
+from hvd_syncbn.drift import Difference, Entry
+from hvd_syncbn.tf_impl.keras import ranks
+from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
+from hvd_syncbn.tf_impl.keras.optimizer import backing
+
+if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+if TYPE_CHECKING:
+    from horovod.common.process_sets import ProcessSet
+
+
+def check_ranks_agree(
+    model: keras.Model, optimizer: Any = None, *, local: Iterable[Any] = (), process_set: ProcessSet | None = None
+) -> None:
+    """Raise an error on every rank if the ranks do not hold the same weights, optimizer state, learning rates and layer state.
+
+    All ranks have to call it together, for example at the end of every epoch; under `fit()`, `MetricAverageCallback` does. They
+    compare digests: one small allgather, and about 30 ms for 25 million parameters and their momentum. Equality is that of
+    bytes. The state of a layer is also the vocabulary or the constants that it was adapted to. What is each rank's own by
+    design is left out: metrics, random seeds, the states of RNNs, the statistics of norms that are not synchronized, the
+    variables that an optimizer leaves to each rank, and `local`. A norm that is synchronized in a process set, and an optimizer
+    that averages in one, are compared inside that set.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer, or several. Defaults to those of the model.
+        local: Layers and variables that differ between ranks by design.
+        process_set: The `hvd.ProcessSet` of the ranks that compare. Defaults to all ranks.
+
+    Raises:
+        TypeError: If `model` is no model, `optimizer` no optimizer, or `local` holds anything else.
+        RuntimeError: If the ranks differ: the message names the first value that does, the ranks, and likely causes. Or if
+            Horovod is missing or not initialized.
+
+    Example:
+
+    ```python
+    for epoch in range(epochs):
+        for x, y in batches:
+            train_step(x, y)
+        check_ranks_agree(model, optimizer)
+    ```
+    """
+    difference = find_difference(model, optimizer, local, process_set)
+    if difference is not None:
+        raise RuntimeError(difference.message)
+
+
+def find_difference(model: Any, optimizer: Any, local: Iterable[Any], process_set: ProcessSet | None) -> Difference | None:
+    """Return what `check_ranks_agree` raises an error for."""
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"expected a model or layer of Keras 3. Received: {type(model).__module__}.{type(model).__name__}")
+    if optimizer is None:
+        tracked = [value for value in vars(model).values() if isinstance(value, keras.optimizers.Optimizer)]
+        optimizers = list({id(one): one for one in tracked}.values())
+    else:
+        optimizers = [optimizer] if isinstance(optimizer, keras.optimizers.Optimizer) else list(optimizer)
+    for one in optimizers:
+        if not isinstance(one, keras.optimizers.Optimizer):
+            raise TypeError(f"expected a keras.optimizers.Optimizer or a list of them. Received: {type(one).__name__}")
+    own = _own(model, optimizers, local)
+    hvd = ranks.require()
+    if horovod.size(hvd, process_set) == 1:
+        return None
+    return drift.find_difference(
+        lambda: _entries(model, optimizers, own),
+        hvd.rank(),
+        horovod.ranks_of(process_set) or range(hvd.size()),
+        lambda value: ranks.gather(value, "check_ranks_agree", process_set)[0],
+    )
+
+
+def _own(model: keras.layers.Layer, optimizers: Iterable[Any], local: Iterable[Any]) -> dict[int, Any]:
+    """Return the variables that are each rank's own, by the ids of the TensorFlow variables behind them."""
+    found: list[Any] = []
+    for one in local:
+        if isinstance(one, keras.layers.Layer):
+            found += one.variables
+        elif hasattr(one, "assign"):
+            found.append(one)
+        else:
+            raise TypeError(f"expected layers and variables in `local`. Received: {type(one).__name__}")
+    for optimizer in optimizers:
+        averager = _averager(optimizer)
+        found += averager.local_variables.values() if averager else ()
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization) and not isinstance(layer, SyncBatchNormalization):
+            found += layer.non_trainable_variables if layer.trainable else ()
+        elif isinstance(layer, keras.layers.RNN) and layer.stateful:
+            found += keras.tree.flatten(layer.states)
+    return {id(backing(variable)): variable for variable in found}
+
+
+def _entries(model: Any, optimizers: Sequence[Any], own: dict[int, Any]) -> Iterator[Entry]:
+    """List what ranks have to hold alike: what causes differences before what they lead to."""
+    for optimizer in optimizers:
+        for variable in optimizer.variables:
+            if _is_rate(variable):
+                yield Entry(drift.LEARNING_RATE, variable.path, _value(variable), _scope(optimizer))
+    layers = list(model._flatten_layers())
+    # What was made to be learned, also where it is frozen.
+    learned = {id(variable.value) for layer in layers for variable in layer._trainable_variables}
+    known = set(own)
+    for layer in layers:
+        if hasattr(layer, "adapt"):
+            known.update(id(variable.value) for variable in layer.weights)
+            for name, value in _adapted(layer):
+                yield Entry(drift.LAYER_STATE, f"{layer.path}.{name}", value)
+    statistics = []
+    for layer in layers:
+        if isinstance(layer, SyncBatchNormalization):
+            members = horovod.ranks_of(layer.process_set)
+            of_layer = [variable for variable in layer.weights if id(variable.value) not in known | learned]
+            statistics += [(variable, None if members is None else tuple(members)) for variable in of_layer]
+            known.update(id(variable.value) for variable in of_layer)
+    others = [variable for variable in model.weights if id(variable.value) not in known]
+    scope = _scope(getattr(model, "optimizer", None) or (optimizers[0] if optimizers else None))
+    for variable in others:
+        if id(variable.value) in learned:
+            yield Entry(drift.WEIGHT, variable.path, _value(variable), scope)
+    prefixes = tuple(f"{v.path.replace('/', '_')}_" for v in own.values() if hasattr(v, "path"))
+    for optimizer in optimizers:
+        for variable in optimizer.variables:
+            # The name of a slot begins with the path of the variable that it belongs to.
+            if not _is_rate(variable) and not variable.name.startswith(prefixes):
+                yield Entry(drift.OPTIMIZER_STATE, variable.path, _value(variable), _scope(optimizer))
+    for variable, among in statistics:
+        yield Entry(drift.STATISTICS, variable.path, _value(variable), among)
+    for variable in others:
+        if id(variable.value) not in learned:
+            yield Entry(drift.OTHER, variable.path, _value(variable))
+
+
+def _adapted(layer: Any) -> Iterator[tuple[str, Any]]:
+    """List what a preprocessing layer computes with: variables, and what they or its data were made into."""
+    for variable in layer.weights:
+        yield variable.name, _value(variable)
+    if hasattr(layer, "get_vocabulary"):
+        yield "get_vocabulary()", layer.get_vocabulary()
+    for name in ("mean", "variance", "bin_boundaries"):
+        value = getattr(layer, name, None)
+        if value is not None:
+            yield name, np.asarray(keras.ops.convert_to_numpy(value))
+
+
+def _is_rate(variable: Any) -> bool:
+    return bool(variable.name == "learning_rate")
+
+
+def _averager(optimizer: Any) -> Any:
+    """How a distributed optimizer averages, itself or inside a LossScaleOptimizer; None for another one."""
+    return getattr(optimizer, "_averager", None) or getattr(getattr(optimizer, "inner_optimizer", None), "_averager", None)
+
+
+def _scope(optimizer: Any) -> tuple[int, ...] | None:
+    averager = _averager(optimizer)
+    members = None if averager is None else horovod.ranks_of(averager.given_process_set)
+    return None if members is None else tuple(members)
+
+
+def _value(variable: Any) -> Any:
+    """Return a variable's value as an array of NumPy's dtypes, without a copy where there is no need."""
+    array = np.asarray(tf.convert_to_tensor(backing(variable)))
+    return array.astype(np.float32) if array.dtype.kind == "V" else array  # bfloat16, float8: exact
+
+
+__all__ = ["check_ranks_agree"]
