@@ -184,7 +184,7 @@ def _distance(value: Any, reference: Any) -> tuple[float, float] | None:
 
 def _text(value: Any) -> str:
     if isinstance(value, np.ndarray):
-        return repr(value.item()) if value.size == 1 else f"{value.dtype} of shape {value.shape}"
+        return str(value.reshape(-1)[0]) if value.size == 1 else f"{value.dtype} of shape {value.shape}"
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
 
