@@ -82,8 +82,8 @@ def find_difference(model: Any, optimizer: Any, local: Iterable[Any], process_se
     )
 
 
-def _own(model: keras.layers.Layer, optimizers: Iterable[Any], local: Iterable[Any]) -> dict[int, Any]:
-    """Return the variables that are each rank's own, by the ids of the TensorFlow variables behind them."""
+def _own(model: keras.layers.Layer, optimizers: Iterable[Any], local: Iterable[Any]) -> set[int]:
+    """Return the ids of the TensorFlow variables that are each rank's own."""
     found: list[Any] = []
     for one in local:
         if isinstance(one, keras.layers.Layer):
@@ -100,10 +100,10 @@ def _own(model: keras.layers.Layer, optimizers: Iterable[Any], local: Iterable[A
             found += layer.non_trainable_variables if layer.trainable else ()
         elif isinstance(layer, keras.layers.RNN) and layer.stateful:
             found += keras.tree.flatten(layer.states)
-    return {id(backing(variable)): variable for variable in found}
+    return {id(backing(variable)) for variable in found}
 
 
-def _entries(model: Any, optimizers: Sequence[Any], own: dict[int, Any]) -> Iterator[Entry]:
+def _entries(model: Any, optimizers: Sequence[Any], own: set[int]) -> Iterator[Entry]:
     """List what ranks have to hold alike: what causes differences before what they lead to."""
     for optimizer in optimizers:
         for variable in optimizer.variables:
@@ -117,7 +117,7 @@ def _entries(model: Any, optimizers: Sequence[Any], own: dict[int, Any]) -> Iter
         if hasattr(layer, "adapt"):
             known.update(id(variable.value) for variable in layer.weights)
             for name, value in _adapted(layer):
-                yield Entry(drift.LAYER_STATE, f"{layer.path}.{name}", value)
+                yield Entry(drift.LAYER_STATE, f"{layer.path or layer.name}.{name}", value)
     statistics = []
     for layer in layers:
         if isinstance(layer, SyncBatchNormalization):
@@ -130,7 +130,7 @@ def _entries(model: Any, optimizers: Sequence[Any], own: dict[int, Any]) -> Iter
     for variable in others:
         if id(variable.value) in learned:
             yield Entry(drift.WEIGHT, variable.path, _value(variable), scope)
-    prefixes = tuple(f"{v.path.replace('/', '_')}_" for v in own.values() if hasattr(v, "path"))
+    prefixes = tuple(f"{v.path.replace('/', '_')}_" for v in model.weights if id(v.value) in own)
     for optimizer in optimizers:
         for variable in optimizer.variables:
             # The name of a slot begins with the path of the variable that it belongs to.
