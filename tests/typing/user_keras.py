@@ -42,6 +42,7 @@ def main() -> None:
         model.fit(x, x[:, :1], callbacks=[*callbacks, elastic.CommitStateCallback(state, batches_per_commit=2)])
 
     train(state)
+    hvd.check_ranks_agree(model, optimizer, local=[model.layers[0]])
     hvd.recalibrate(model, [np.ones((4, 8), np.float32)], layer_by_layer=True)
     found = get_state(model.layers[0])
     assert_type(found, BatchNormState)

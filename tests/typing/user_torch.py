@@ -13,6 +13,7 @@ from hvd_syncbn.torch import (
     SyncBatchNorm,
     SyncBatchNorm2d,
     check_device_errors,
+    check_ranks_agree,
     convert_sync_batchnorm,
     fold_batchnorm,
     freeze_batchnorm,
@@ -61,6 +62,7 @@ def main() -> None:
     assert_type(freeze_batchnorm(model, affine=True), Block)
     assert_type(unfreeze_batchnorm(model), Block)
     assert_type(recalibrate(model, batches(), estimator="batches", progress=False), Block)
+    check_ranks_agree(model, torch.optim.SGD(model.parameters(), lr=0.1), local=[model.local])
     fold_batchnorm(model.eval())(torch.ones(2, 8, 4, 4))
     state = get_state(model.norm)
     assert_type(state, BatchNormState)
