@@ -35,8 +35,8 @@ _MAY_BE_ROUNDING = (
     "differently): broadcast the model now and then."
 )
 
-# 64-bit words are summed over the rows of blocks, and the sums hashed: every change of one word is found, and every exchange of
-# two but those in one column of one block. A prime, so that no rows or channels of a weight are there.
+# 64-bit words are summed over the rows of each block, and the sums are hashed. That finds every change of one word, and every
+# exchange of two that are not in one column of one block. 251 is prime, so that rows and channels of weights are not.
 _COLUMNS, _ROWS = 251, 64
 # Largest difference, relative to the largest value, that roundings explain: gradients are averaged, so it does not grow.
 _ROUNDING = 1e-3
