@@ -59,7 +59,7 @@ _BUILD_VARIABLE = re.compile(
 _PLACE = re.compile(r"HOROVOD_(NCCL|CUDA)_(HOME|INCLUDE|LIB)")
 _PARTS = ("PYTORCH", "TENSORFLOW", "MXNET", "MPI", "GLOO")
 _TOOLS = ("rich", "setuptools", "wheel", "packaging")
-_MAKE_STEP = re.compile(r"^\s*\[\s*(\d+)%\] (.+)$")
+_STEP = re.compile(r"^\s*\[\s*(\d+)%\] (.+)$")
 _PLAIN_PROGRESS_S = 15.0
 _GIB_PER_COMPILER = 2
 
@@ -224,9 +224,10 @@ def check_tools(environ: Mapping[str, str]) -> None:
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.exists():
         raise BuildError(f"Python's headers are missing ({header}). Install them: apt-get install python3-dev")
-    for tool in ("make", "patch"):
-        if not shutil.which(tool, path=environ.get("PATH")):
-            raise BuildError(f"{tool} is missing. Install it: apt-get install {tool}")
+    if not shutil.which("patch", path=environ.get("PATH")):
+        raise BuildError("patch is missing. Install it: apt-get install patch")
+    if not shutil.which("ninja", path=environ.get("PATH")):
+        raise BuildError(f"Ninja is missing. Install it: {sys.executable} -m pip install ninja")
     if not environ.get("HOROVOD_CMAKE") and not shutil.which("cmake", path=environ.get("PATH")):
         raise BuildError(f"CMake is missing. Install it: {sys.executable} -m pip install cmake")
     if importlib.util.find_spec("pip") is None:
@@ -263,8 +264,8 @@ def build_environment(settings: Mapping[str, str], environ: Mapping[str, str]) -
         **env,
         **settings,
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
-        "CMAKE_GENERATOR": "Unix Makefiles",
-        "MAKEFLAGS": f"-j{jobs}",
+        "CMAKE_GENERATOR": "Ninja",
+        "NINJA_STATUS": "[%p] ",
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
         # Horovod asks TensorFlow for its paths in a process of its own, which logs to the same place.
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -326,8 +327,8 @@ def first_error(lines: Sequence[str], before: int = 2, after: int = 5) -> list[s
 
 
 def parse_step(line: str) -> tuple[int, str] | None:
-    """Return (percent, what is made) from a line of make's output, if it is a progress line."""
-    match = _MAKE_STEP.match(line)
+    """Return (percent, what is made) from a line of Ninja's output, if it is a progress line."""
+    match = _STEP.match(line)
     if match is None:
         return None
     return int(match[1]), match[2].split()[-1].rpartition("/")[2].removesuffix(".o")
@@ -396,7 +397,7 @@ def run_logged(
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """End a process and its descendants, asking first: make then removes what is half written."""
+    """End a process and its descendants, asking first: Ninja then removes what is half written."""
     for request in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, request)
@@ -503,13 +504,19 @@ HOROVOD_GPU_ALLREDUCE, ...) are passed on from the environment. Wheels are kept 
 ~/.cache/hvd-syncbn."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the command."""
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what decides the build."""
     parser.add_argument("--with-mpi", action="store_true", dest="mpi", help="build the MPI operations, too")
     nccl = parser.add_mutually_exclusive_group()
     through = "GPU collectives through NCCL, or fail (by default where they can be built)"
     nccl.add_argument("--with-nccl", dest="nccl", action="store_const", const=True, help=through)
     nccl.add_argument("--without-nccl", dest="nccl", action="store_const", const=False, help="GPU tensors through host memory")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    add_build_arguments(parser)
+    parser.add_argument("--wheel-dir", type=Path, metavar="DIR", help="also copy the wheel into this folder")
     parser.add_argument("--no-install", action="store_true", help="only build the wheel and print its path")
     parser.add_argument("--list", action="store_true", help="list our changes to Horovod and build nothing")
 
@@ -539,7 +546,10 @@ def run(args: argparse.Namespace) -> int:
         if args.list:
             list_patches()
             return 0
-        build(mpi=args.mpi, nccl=args.nccl, install=not args.no_install)
+        wheel = build(mpi=args.mpi, nccl=args.nccl, install=not args.no_install)
+        if args.wheel_dir is not None:
+            args.wheel_dir.mkdir(parents=True, exist_ok=True)
+            print(f"Copied to {shutil.copy(wheel, args.wheel_dir)}")
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1
