@@ -1,4 +1,4 @@
-"""The command line: ``hvd-syncbn doctor | verify | bench | build-horovod``, one file a command.
+"""The command line: ``hvd-syncbn doctor | verify | bench | build-horovod | bundle``, one file a command.
 
 Beside the commands: ``job.py`` starts ``rank.py`` on the ranks of a cluster, for ``verify`` and ``doctor``; ``stacks.py`` is
 what ``verify`` runs, ``cost_model.py`` with ``networks.py`` what ``doctor`` reckons with.
@@ -12,9 +12,15 @@ import sys
 from collections.abc import Sequence
 
 from hvd_syncbn import __version__
-from hvd_syncbn.cli import bench, build_horovod, doctor, verify
+from hvd_syncbn.cli import bench, build_horovod, bundle, doctor, verify
 
-_COMMANDS = {"doctor": doctor, "verify": verify, "bench": bench, "build-horovod": build_horovod}
+_COMMANDS = {
+    "doctor": doctor,
+    "verify": verify,
+    "bench": bench,
+    "build-horovod": build_horovod,
+    "bundle": bundle,
+}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -36,10 +36,17 @@ def framework_versions() -> dict[str, str]:
         match = re.search(r"^__version__ = '(.+)'$", torch, re.MULTILINE)
         versions["torch"] = match[1] if match else importlib.metadata.version("torch")
     if importlib.util.find_spec("tensorflow") is not None:
-        # tensorflow, tensorflow-cpu, tf-nightly, ...: whoever owns the module.
-        owner = importlib.metadata.packages_distributions()["tensorflow"][0]
-        versions["tensorflow"] = importlib.metadata.version(owner)
+        versions["tensorflow"] = importlib.metadata.version(_owner_of("tensorflow"))
     return versions
+
+
+def framework_owners() -> list[str]:
+    """Return the packages that the installed frameworks came with: tensorflow, tensorflow-cpu, tf-nightly, ..."""
+    return [_owner_of(name) for name in ("torch", "tensorflow") if importlib.util.find_spec(name) is not None]
+
+
+def _owner_of(module: str) -> str:
+    return importlib.metadata.packages_distributions()[module][0]
 
 
 def cuda_frameworks() -> list[str]:
