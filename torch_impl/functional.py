@@ -84,7 +84,7 @@ def normalize(
         unbiased,
         eps,
         activation == "relu",
-        ops.process_set_id(process_set),
+        None if x.is_meta else ops.process_set_id(process_set),  # shapes alone need no other rank
         name,
     )
     return y

@@ -118,7 +118,14 @@ def _forward_moments(x: Tensor, eps: float) -> Tensor:
 
 
 @torch.library.register_fake("hvd_syncbn::forward_apply")
-def _forward_apply(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _forward_apply(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    # Reached with a CPU input, too, where another tensor is on meta: `recalibrate` calls the operator by itself.
+    devices = {tensor.device for tensor in (x, *others) if isinstance(tensor, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(
+            f"expected all tensors of layer {others[-1]!r} on one device. Received: {sorted(map(str, devices))}. Move them with "
+            ".to(device); from meta, call .to_empty(device=...) on the layer and load its state."
+        )
     return _like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
 
 

@@ -203,6 +203,11 @@ class FrozenBatchNorm : public torch::autograd::Function<FrozenBatchNorm> {
 Tensor frozen_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                          const OptionalTensor& residual, const Tensor& running_mean, const Tensor& running_var,
                          double eps, bool relu) {
+  const OptionalTensor mean = running_mean, var = running_var;
+  check_devices(
+      x,
+      {{"weight", &weight}, {"bias", &bias}, {"residual", &residual}, {"running_mean", &mean}, {"running_var", &var}},
+      "");
   return FrozenBatchNorm::apply(x, weight, bias, residual, running_mean, running_var, eps, relu);
 }
 
@@ -212,6 +217,14 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
                        std::optional<double> old_weight, std::optional<double> new_weight, bool unbiased, double eps,
                        bool relu, std::optional<int64_t> process_set, const std::string& name) {
   check_no_transform(name);
+  check_devices(x,
+                {{"weight", &weight},
+                 {"bias", &bias},
+                 {"residual", &residual},
+                 {"running_mean", &running_mean},
+                 {"running_var", &running_var},
+                 {"num_batches_tracked", &batches}},
+                name);
   const bool average = !new_weight.has_value();
   TORCH_CHECK_VALUE(old_weight.has_value() && (!average || batches.has_value()),
                     "expected two weights, or that of the old statistics and the number of batches");

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -107,6 +108,23 @@ inline std::pair<double, double> weights(const OptionalTensor& batches, double o
     hvd_syncbn_average_weights(old_weight, batches->item<int64_t>(), &old_weight, &new_weight);
   }
   return {old_weight, new_weight};
+}
+
+// Raises where a layer's tensors are on more than one device: one on meta among CPU tensors would select the shape
+// functions, whose results are uninitialized memory. `layer` is empty for a frozen one.
+inline void check_devices(const Tensor& x, std::initializer_list<std::pair<const char*, const OptionalTensor*>> others,
+                          const std::string& layer) {
+  const c10::Device device = x.device();
+  std::string received;
+  for (const auto& [label, tensor] : others) {
+    if (tensor->has_value() && (*tensor)->defined() && (*tensor)->device() != device) {
+      received += std::string(", ") + label + " on " + (*tensor)->device().str();
+    }
+  }
+  TORCH_CHECK_VALUE(
+      received.empty(), "expected all tensors of ", layer.empty() ? "a frozen layer" : "layer '" + layer + "'",
+      " on one device. Received: input on ", device, received,
+      ". Move them with .to(device); from meta, call .to_empty(device=...) on the layer and load its state.");
 }
 
 inline const void* data(const OptionalTensor& tensor) {
