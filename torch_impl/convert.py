@@ -7,7 +7,6 @@ optimizer that knows it or them, are as good after as before. Copying it into a 
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from hvd_syncbn.torch_impl.module import (
     SyncBatchNorm2d,
     SyncBatchNorm3d,
 )
+from hvd_syncbn.torch_impl.user_code import CLASSES, Names
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -50,7 +50,6 @@ _REVERTED: dict[type, type] = {
 }
 # What a SyncBatchNorm has beside a BatchNorm.
 _OURS = ("process_set", "collective_name", "_converted_from")
-_NAMES = {cls.__name__ for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, _BatchNorm)}
 
 
 def _is_plain(cls: type) -> bool:
@@ -58,27 +57,40 @@ def _is_plain(cls: type) -> bool:
 
 
 class _Redirected(TorchFunctionMode):
-    """Within it, ``F.batch_norm`` of a training batch is the layer's, over all ranks: of whoever calls it, by whatever name.
+    """Within it, every ``F.batch_norm`` of a training batch, by any name, runs the synchronized operator for one layer.
 
     The layer's own forward, and PyTorch's, run as they are written.
     """
 
     def __init__(self, layer: SyncBatchNorm) -> None:
         super().__init__()
-        self.options = {"process_set": layer.process_set, "name": layer.collective_name}
+        self.layer = layer
         self.used = False
+        self.local: str | None = None  # a batch norm function that was called and cannot be redirected
+        self.rerun = _rerun()
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is F.batch_norm:
-            self.used = True
             return self._batch_norm(*args, **kwargs)
         if function is torch.batch_norm:
-            self.used = True
             return self._batch_norm_of_torch(*args, **kwargs)
         if function is ops.sync_batch_norm:  # where super().forward is SyncBatchNorm's
             self.used = True
+        elif function is Tensor.register_hook or function is Tensor.register_post_accumulate_grad_hook:
+            return function(*self._with_redirected_hook(*args, **kwargs))
+        elif not torch.compiler.is_compiling() and "batch_norm" in getattr(function, "__name__", ""):
+            self.local = function.__name__
         return function(*args, **kwargs)
+
+    def _with_redirected_hook(self, tensor: Tensor, hook: Callable[..., Any]) -> tuple[Tensor, Callable[..., Any]]:
+        """The arguments with a hook that is redirected, too: it runs in the backward pass."""
+
+        def redirected(*args: Any) -> Any:
+            with _Redirected(self.layer):
+                return hook(*args)
+
+        return tensor, functools.update_wrapper(redirected, hook)
 
     def _batch_norm(
         self,
@@ -91,7 +103,18 @@ class _Redirected(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        return sync_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, **self.options)
+        self.used = True
+        now, name = _rerun(), self.layer.collective_name
+        if self.rerun is not None and now is not None and self.rerun != now:
+            cls = type_before_parametrizations(self.layer).__bases__[0].__name__
+            raise RuntimeError(
+                f"layer {name!r} calls F.batch_norm inside a checkpoint or an autograd.Function, which may run it again in the "
+                "backward pass, where it would not be synchronized. "
+                f"Received: a {cls} that passes a function other than its methods. Move the call to a method of {cls}, pass "
+                "self.method or call it there, or checkpoint the whole layer"
+            )
+        tensors = (input, running_mean, running_var, weight, bias)
+        return sync_batch_norm(*tensors, training, momentum, eps, process_set=self.layer.process_set, name=name)
 
     def _batch_norm_of_torch(
         self,
@@ -108,30 +131,53 @@ class _Redirected(TorchFunctionMode):
         return self._batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-def _redirecting(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Somebody's forward, which normalises over all ranks in training."""
+def _rerun() -> object:
+    """Identifies the checkpoint or the ``autograd.Function`` that runs now, if any, and may run its code again in backward."""
+    if torch.compiler.is_compiling():
+        return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    checkpoint = hooks[0] if hooks and hooks[0].__module__ == "torch.utils.checkpoint" else None
+    return checkpoint, torch._C._is_fwd_grad_enabled()
+
+
+def _redirecting(own: Callable[..., Any], name: str, reruns: bool) -> Callable[..., Any]:
+    """A method of a user's class that normalizes over all ranks in training, in forward or wherever autograd calls it again.
+
+    Where code ``reruns`` parts in backward, it is not compiled: the compiler would trace those parts without the redirection.
+    """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return own(self, *args, **kwargs)
-        mode = redirected(self)
-        with mode:
-            y = own(self, *args, **kwargs)
-        if not mode.used:
-            warn(
-                f"layer {self.collective_name!r} has normalised by itself, by neither super().forward nor F.batch_norm: "
-                "its statistics are this rank's alone"
-            )
-        return y
+        return run(own, is_forward, self, *args, **kwargs)
 
-    redirected, warn = _Redirected, warnings.warn
+    is_forward = name == "forward"
+    reason = f"parts of {own.__qualname__} run in the backward pass, where hvd-syncbn synchronizes them in eager mode only"
+    run = torch.compiler.disable(_run_redirected, reason=reason) if reruns else _run_redirected
     # TorchScript compiles what is wrapped, and looks its names up in the wrapper's module: so this one's is theirs.
     code, names = forward.__code__, getattr(own, "__globals__", globals())
-    return functools.update_wrapper(FunctionType(code, names, "forward", None, forward.__closure__), own)
+    return functools.update_wrapper(FunctionType(code, names, name, None, forward.__closure__), own)
+
+
+def _run_redirected(own: Callable[..., Any], is_forward: bool, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    mode = _Redirected(layer)
+    with mode:
+        y = own(layer, *args, **kwargs)
+    if mode.local or (is_forward and not mode.used):
+        _warn_of_local_statistics(layer.collective_name, mode.local)
+    return y
+
+
+def _warn_of_local_statistics(name: str, function: str | None) -> None:
+    called = f"It calls {function}" if function else "It calls neither super().forward nor F.batch_norm"
+    warnings.warn(
+        f"layer {name!r} uses the statistics of this rank only. {called}. Call F.batch_norm or super().forward instead",
+        stacklevel=3,
+    )
 
 
 def _ignored_by_torchscript(layer: nn.Module) -> list[str]:
-    """What TorchScript asks for first. It compiles their forward as it is, where nothing leads ``F.batch_norm`` to us."""
+    """The first attribute that TorchScript reads. It compiles a user's forward without the redirection of ``F.batch_norm``."""
     if layer.training:
         raise RuntimeError(
             "hvd-syncbn does not synchronise in TorchScript: call `.eval()` on the model before compiling it, or "
@@ -142,7 +188,7 @@ def _ignored_by_torchscript(layer: nn.Module) -> list[str]:
 
 @cache
 def _synchronized(cls: Any) -> type:
-    """The class that objects of ``cls`` become; for somebody's subclass one in which its ``super().forward`` is ours."""
+    """The class that objects of ``cls`` become; for a user's subclass one in which its ``super().forward`` is ours."""
     if _is_plain(cls):
         return _SYNCHRONIZED.get(cls, SyncBatchNorm)
 
@@ -151,8 +197,11 @@ def _synchronized(cls: Any) -> type:
 
     constants = [*cls.__constants__, "_fused"]
     namespace: dict[str, Any] = {"__reduce_ex__": reduce, "__doc__": cls.__doc__, "__constants__": constants, "_fused": None}
-    if any("forward" in vars(base) for base in _somebodys(cls)):
-        namespace["forward"] = _redirecting(cls.forward)
+    if any("forward" in vars(base) for base in _user_classes(cls)):
+        reruns = Names(cls, (method for _, method in _methods(cls))).reruns()
+        for name, method in _methods(cls):
+            if name == "forward" or Names(cls, [method]).normalizes():
+                namespace[name] = _redirecting(getattr(cls, name), name, reruns)
         namespace["__jit_ignored_attributes__"] = property(_ignored_by_torchscript)
         unused = getattr(cls, "__jit_unused_properties__", ())
         namespace["__jit_unused_properties__"] = [*unused, "_fused", "__jit_ignored_attributes__"]
@@ -178,33 +227,53 @@ def _become(module: nn.Module, cls: type) -> None:
             cls = before
         else:
             cls = type(f"Parametrized{cls.__name__}", (cls,), {**own, "_before": type(module)})
-    object.__setattr__(module, "__class__", cls)  # past a __setattr__ of somebody's
+    object.__setattr__(module, "__class__", cls)  # past a user-defined __setattr__
 
 
 def _properties(cls: type) -> set[str]:
     return {name for name, value in vars(cls).items() if isinstance(value, property)}
 
 
-def _somebodys(cls: type) -> Iterator[type]:
+def _user_classes(cls: type) -> Iterator[type]:
     """The classes of a batch norm that are neither PyTorch's nor Horovod's, the most derived first."""
     return itertools.takewhile(lambda base: base is not _BatchNorm and not _is_plain(base), cls.__mro__)
 
 
-def _normalizes_by_itself(cls: type) -> bool:
-    """Whether the forward of a subclass shows nothing that leads to ours: no ``super()``, no ``batch_norm``, no such class."""
-    classes = list(_somebodys(cls))
+def _methods(cls: type) -> Iterator[tuple[str, FunctionType]]:
+    """The methods that the user's classes define, by name, also those that are overridden; none of Python's own names."""
+    for base in _user_classes(cls):
+        for name, member in vars(base).items():
+            if isinstance(member, FunctionType) and not name.startswith("__"):
+                yield name, member
+
+
+_REMEDY = "Call super().forward or F.batch_norm in it"
+
+
+def _own_normalization(cls: type) -> tuple[str, str] | None:
+    """Why a batch norm class would not use our forward, and what to do. None if its code shows something that leads there."""
+    classes = list(_user_classes(cls))
     base = cls.__mro__[len(classes)]
     if classes and base not in (_BatchNorm, BatchNorm) and "forward" in vars(base):
-        return True  # of torch.nn.SyncBatchNorm or Horovod's, which send by themselves
+        reason = f"the forward of its base class {base.__module__}.{base.__name__} synchronizes by itself"
+        return reason, f"Derive {cls.__name__} from torch.nn.BatchNorm2d (or 1d, 3d)"
     if not any("forward" in vars(base) for base in classes):
-        return False
-    used: set[str] = set()  # by forward, or by a method that it may call
-    for name, member in itertools.chain.from_iterable(vars(base).items() for base in classes):
-        code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) and name != "__init__" else None
-        names = set(code.co_names if code else ())
-        used |= names if name == "forward" or "forward" in names else names - {"super"}
-    other = any("batch_norm" in name and name != "batch_norm" for name in used)
-    return other or not used & {"super", "batch_norm", *_NAMES}
+        return None
+    members = itertools.chain.from_iterable(vars(base).items() for base in classes)
+    used = Names(cls, (member for name, member in members if name != "__init__"))
+    others = [name for name in used.functions() if name != "batch_norm"]
+    if others:
+        return f"{cls.__name__} calls {others[0]}", _REMEDY
+    if not used.normalizes() and "super" not in used.names:
+        return f"{cls.__name__} calls neither super().forward nor F.batch_norm", _REMEDY
+    return None
+
+
+def _local_in_backward(cls: type) -> Iterator[str]:
+    """The names of each ``autograd.Function`` that a user's class calls and whose backward calls a batch norm function."""
+    for name, backward in Names(cls, (method for _, method in _methods(cls))).backwards.items():
+        if Names(cls, [backward]).functions():
+            yield name
 
 
 def _plain_extras(cls: type) -> tuple[str, ...]:
@@ -212,37 +281,68 @@ def _plain_extras(cls: type) -> tuple[str, ...]:
     return ("activation",) if _is_plain(cls) and cls is not BatchNorm else ()
 
 
-def _obstacle(layer: nn.Module) -> str | None:
-    """Why a batch norm cannot be converted."""
+def _obstacle(layer: nn.Module) -> tuple[str, str] | None:
+    """Why a batch norm cannot be converted, and what to do."""
     cls = type_before_parametrizations(layer)
-    if _normalizes_by_itself(cls):
-        return f"{cls.__name__} normalises by itself, by neither super().forward nor F.batch_norm"
+    own = _own_normalization(cls)
+    if own is not None:
+        return own
     if "forward" in vars(layer):
-        return f"the forward of this {cls.__name__} was replaced on the object"
+        return f"the forward of this {cls.__name__} was replaced on the object", "Define it in a subclass"
     taken = [name for name in (*_OURS, *_plain_extras(cls)) if hasattr(layer, name)]
-    return f"{cls.__name__} has an attribute {taken[0]!r} of its own" if taken else None
+    return (f"{cls.__name__} already has an attribute {taken[0]!r}", "Rename that attribute") if taken else None
 
 
-def _out_of_reach(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """The path of whatever else computes statistics of this rank alone, and why it is left as it is."""
+def _unsynchronized(model: nn.Module) -> Iterator[str]:
+    """What else in a model computes statistics of one rank only, and what to do about it: a message for each."""
     registered = set(model.modules())
     for path, module in model.named_modules():
         prefix, cls = f"{path}." if path else "", type(module)
         if isinstance(module, torch.jit.ScriptModule):
-            if module.original_name in _NAMES:
-                yield path, "it is compiled by TorchScript (convert the model first)"
+            if module.original_name in CLASSES:
+                yield _unchanged("layer", path, "it is compiled by TorchScript", "Convert the model before compiling it")
             continue
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
                 if node.op == "call_function" and "batch_norm" in str(node.target):
-                    yield prefix + node.name, "it is an operation of a traced graph (convert the model first)"
+                    reason = "it is an operation of a traced graph"
+                    yield _unchanged("operation", prefix + node.name, reason, "Convert the model before tracing it")
         elif not isinstance(module, _BatchNorm) and not cls.__module__.startswith("torch."):
-            code = getattr(inspect.unwrap(cls.forward), "__code__", None)
-            if code and "batch_norm" in code.co_names and not hasattr(module, "batch_norm"):
-                yield path, f"{cls.__name__} calls batch_norm and is no torch.nn.BatchNorm"
+            yield from _by_a_function(path, module)
+        hooks = Names(module, (hook for name in _HOOKS for hook in vars(module).get(name, {}).values())).functions()
+        if hooks:
+            yield _unchanged("the hook of layer", path, f"it calls {hooks[0]}", "Call a method of the layer in the hook")
         for name, value in vars(module).items():
             if any(norm not in registered and norm.training for norm in _norms_in(value)):
-                yield prefix + name, "torch.nn does not see what is in a plain list or dictionary (use nn.ModuleList)"
+                reason = "it is in a plain list or dictionary, which torch.nn does not register"
+                yield _unchanged("layer", prefix + name, reason, "Use nn.ModuleList or nn.ModuleDict")
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _by_a_function(path: str, module: nn.Module) -> Iterator[str]:
+    """A message for a module that is no batch norm and whose forward calls a batch norm function."""
+    cls = type(module).__name__
+    called = Names(module, [vars(module).get("forward", type(module).forward)]).functions()
+    inner = [name for name, child in module.named_children() if isinstance(child, _BatchNorm)]
+    # torch_geometric's BatchNorm calls the function only for graphs of one node, and only with this option.
+    if not called or (inner and getattr(module, "allow_single_element", None) is False):
+        return
+    if not inner:
+        remedy = "Use a torch.nn.BatchNorm there, or hvd_syncbn.torch.sync_batch_norm"
+        yield _unchanged("module", path, f"{cls} calls {called[0]} and is not a torch.nn.BatchNorm", remedy)
+        return
+    name = f"{path}.{inner[0]}" if path else inner[0]
+    yield (
+        f"layer {name!r} is converted, but {path or cls!r} ({cls}) also calls {called[0]} by itself. On a rank that takes that "
+        "path, the batch is not synchronized, and the other ranks wait for it in the layer. Make all ranks call the layer in "
+        "every training step (in torch_geometric: allow_single_element=False)"
+    )
+
+
+def _unchanged(what: str, path: str, reason: str, remedy: str) -> str:
+    return f"{what} {path!r} is left unchanged: {reason}. hvd-syncbn does not synchronize its statistics. {remedy}"
 
 
 def _norms_in(value: object, depth: int = 3) -> Iterator[nn.Module]:
@@ -293,8 +393,8 @@ def convert_sync_batchnorm(module: Module, process_set: Any = None) -> Module:
     if not layers:
         name = type(module).__name__
         warnings.warn(f"nothing to convert: no torch.nn.BatchNorm1d, 2d or 3d in the model. Received: {name}", stacklevel=2)
-    for path, reason in _out_of_reach(module):
-        warnings.warn(f"{path!r} stays as it is: {reason}, so its statistics will be this rank's alone", stacklevel=2)
+    for message in _unsynchronized(module):
+        warnings.warn(message, stacklevel=2)
     for path, layer in layers:
         if isinstance(layer, SyncBatchNorm):
             layer.process_set = process_set
@@ -303,8 +403,14 @@ def convert_sync_batchnorm(module: Module, process_set: Any = None) -> Module:
         cls = type_before_parametrizations(layer)
         obstacle = _obstacle(layer)
         if obstacle is not None:
-            warnings.warn(f"{path!r} stays as it is: {obstacle}, so its statistics will be this rank's alone", stacklevel=2)
+            warnings.warn(_unchanged("layer", path, *obstacle), stacklevel=2)
             continue
+        for function in _local_in_backward(cls):
+            warnings.warn(
+                f"layer {path!r} is converted, but {function}.backward calls a batch norm function, which hvd-syncbn does not "
+                "synchronize there. Call a method of the layer instead",
+                stacklevel=2,
+            )
         _become(layer, _synchronized(cls))
         vars(layer).update(dict.fromkeys(_plain_extras(cls)))
         vars(layer).update(TRACED_AS_LEAF, process_set=process_set, collective_name=path or cls.__name__, _converted_from=cls)

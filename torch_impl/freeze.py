@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from hvd_syncbn.torch_impl.convert import _normalizes_by_itself
+from hvd_syncbn.torch_impl.convert import _own_normalization
 from hvd_syncbn.torch_impl.module import SyncBatchNorm
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -106,9 +106,9 @@ def freeze_batchnorm(model: Module, affine: bool = False) -> Module:
     for frozen in [_StaysInEvaluation(layer, affine) for layer in layers.values()]:
         frozen.begin()
     for path, layer in layers.items():
-        if not isinstance(layer, SyncBatchNorm) and _normalizes_by_itself(type(layer)):
+        if not isinstance(layer, SyncBatchNorm) and _own_normalization(type(layer)):
             warnings.warn(
-                f"{path!r} stays in evaluation mode. It normalises by itself, so what it does there is its own affair. "
+                f"layer {path!r} is kept in evaluation mode, but its class normalizes by itself. Check its forward. "
                 f"Received: {type(layer).__name__}",
                 stacklevel=2,
             )

@@ -123,8 +123,8 @@ def _forward_apply(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     devices = {tensor.device for tensor in (x, *others) if isinstance(tensor, Tensor)}
     if len(devices) > 1:
         raise ValueError(
-            f"expected all tensors of layer {others[-1]!r} on one device. Received: {sorted(map(str, devices))}. Move them with "
-            ".to(device); from meta, call .to_empty(device=...) on the layer and load its state."
+            f"expected all tensors of layer {others[-1]!r} on one device. Received: {sorted(map(str, devices))}. Move "
+            "them with .to(device); from meta, call .to_empty(device=...) on the layer and load its state."
         )
     return _like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
 

@@ -474,12 +474,19 @@ class CallsOther(nn.BatchNorm2d):
         return torch.native_batch_norm(x, self.weight, self.bias, None, None, True, 0.1, 1e-5)[0]
 
 
-@pytest.mark.parametrize("cls", [ByHand, OfTheirSync, CallsOther])
-def test_subclass_that_normalizes_by_itself(cls: type[nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (ByHand, "ByHand calls neither super().forward nor F.batch_norm. hvd-syncbn does not synchronize its statistics. Call"),
+        (OfTheirSync, "its base class torch.nn.modules.batchnorm.SyncBatchNorm synchronizes by itself"),
+        (CallsOther, "CallsOther calls native_batch_norm. "),
+    ],
+)
+def test_subclass_that_normalizes_by_itself(cls: type[nn.Module], reason: str) -> None:
     original = nn.Sequential(nn.BatchNorm2d(3), cls(3))
-    with pytest.warns(UserWarning, match=rf"'1' stays as it is: {cls.__name__} ") as caught:
+    with pytest.warns(UserWarning, match=r"layer '1' is left unchanged: ") as caught:
         converted = convert_sync_batchnorm(original)
-    assert len(caught) == 1
+    assert len(caught) == 1 and reason in str(caught[0].message)
     assert type(converted[1]) is cls and type(converted[0]) is SyncBatchNorm2d
 
 
@@ -492,7 +499,7 @@ class ByHandInTraining(nn.BatchNorm2d):
 
 def test_subclass_that_turns_out_to_normalize_by_itself() -> None:
     layer = convert_sync_batchnorm(nn.Sequential(ByHandInTraining(3)))
-    with pytest.warns(UserWarning, match="layer '0' has normalised by itself"):
+    with pytest.warns(UserWarning, match="layer '0' uses the statistics of this rank only. It calls neither"):
         layer(X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -536,17 +543,17 @@ def test_what_is_out_of_reach() -> None:
             "hiding": Hiding(),
         }
     )
-    with pytest.warns(UserWarning, match="stays as it is") as caught:
+    with pytest.warns(UserWarning, match="is left unchanged") as caught:
         convert_sync_batchnorm(original)
     texts = [str(warning.message) for warning in caught]
-    for path, fragment in (
-        ("scripted.0", "compiled by TorchScript"),
-        ("traced.batch_norm", "traced graph"),
-        ("own", "NormOfItsOwn calls batch_norm"),
-        ("hiding.unseen", "plain list or dictionary"),
+    for what, fragment in (
+        ("layer 'scripted.0'", "compiled by TorchScript"),
+        ("operation 'traced.batch_norm'", "traced graph"),
+        ("module 'own'", "NormOfItsOwn calls batch_norm"),
+        ("layer 'hiding.unseen'", "plain list or dictionary"),
     ):
-        (text,) = (text for text in texts if text.startswith(f"{path!r} "))
-        assert fragment in text and "this rank's alone" in text
+        (text,) = (text for text in texts if text.startswith(f"{what} is left unchanged: "))
+        assert fragment in text and "does not synchronize its statistics" in text
     assert len(texts) == 4
     converted = {path for path, layer in original.named_modules() if isinstance(layer, SyncBatchNorm)}
     assert converted == {"traced.0", "attribute.batch_norm", "hiding.seen"}
@@ -562,9 +569,9 @@ def test_names_that_are_taken() -> None:
     original[1].activation = "mine"
     original[2].forward = original[2].forward
     before = everything(original)
-    with pytest.warns(UserWarning, match="stays as it is") as caught:
+    with pytest.warns(UserWarning, match="is left unchanged") as caught:
         convert_sync_batchnorm(original)
-    for warning, fragment in zip(caught, ("'process_set' of its own", "'activation' of its own", "replaced on"), strict=True):
+    for warning, fragment in zip(caught, ("attribute 'process_set'", "attribute 'activation'", "replaced on"), strict=True):
         assert fragment in str(warning.message) and warning.filename == __file__
     assert everything(original) == before
 

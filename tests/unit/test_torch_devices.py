@@ -76,7 +76,7 @@ def test_a_member_of_a_frozen_layer_on_meta(names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("layer", [SyncBatchNorm2d(3), CallsFunction(3), freeze_batchnorm(SyncBatchNorm2d(3))], ids=repr)
 def test_the_input_on_meta(layer: nn.Module) -> None:
     convert_sync_batchnorm(layer)
-    with pytest.raises((ValueError, RuntimeError), match="on one device|is not on the expected device meta"):
+    with pytest.raises((ValueError, RuntimeError), match=r"on one device|is not on the expected device meta"):
         layer.train()(X.to("meta"))
 
 
@@ -123,7 +123,7 @@ def test_recalibrate(name: str) -> None:
 
 def test_compiled() -> None:
     layer = with_on_meta(SyncBatchNorm2d(3), "weight")
-    with pytest.raises(Exception, match="weight on meta|not on the expected device|different devices"):
+    with pytest.raises(Exception, match=r"weight on meta|is not on the expected device"):
         torch.compile(layer, backend="aot_eager")(X)
     torch.compiler.reset()
 
@@ -145,12 +145,18 @@ def test_everything_on_meta(kind: str, initialized: bool) -> None:
     x = X.to("meta").to(memory_format=torch.channels_last).requires_grad_()
     with (
         mock.patch.object(hvd, "is_initialized", lambda: initialized),
-        mock.patch.object(ops, "_allreduce_", side_effect=AssertionError),
+        mock.patch.object(ops.horovod, "size", lambda *_: 2),
+        mock.patch.object(hvd, "allreduce_", side_effect=AssertionError),
     ):
         y = layer(x)
         y.sum().backward()
     want = nn.BatchNorm2d(3, device="meta")(X.to("meta").to(memory_format=torch.channels_last))
-    assert isinstance(y, Tensor) and (y.device, y.shape, y.dtype, y.stride()) == (x.device, want.shape, want.dtype, want.stride())
+    assert isinstance(y, Tensor) and (y.device, y.shape, y.dtype, y.stride()) == (
+        x.device,
+        want.shape,
+        want.dtype,
+        want.stride(),
+    )
     assert x.grad is not None and x.grad.is_meta
 
 

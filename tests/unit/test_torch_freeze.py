@@ -386,7 +386,7 @@ def test_wrong_calls() -> None:
         with pytest.raises(ValueError, match=message):
             freeze_batchnorm(network)
         assert not any(is_frozen(layer) for layer in network) and all(p.requires_grad for p in network[:5].parameters())
-    with pytest.warns(UserWarning, match=r"'0' stays in evaluation mode. It normalises by itself.*Received: ByItself"):
+    with pytest.warns(UserWarning, match=r"layer '0' is kept in evaluation mode, but.*Received: ByItself"):
         assert is_frozen(freeze_batchnorm(nn.Sequential(ByItself(3)))[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
