@@ -128,7 +128,7 @@ LOCAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "inner function": (InInnerFunction, "batch_norm"),
     "comprehension": (InComprehension, "batch_norm"),
     "lambda": (lambda: ByAttribute(lambda x: F.batch_norm(x, None, None, training=True)), "batch_norm"),
-    "partial": (lambda: ByAttribute(functools.partial(by_function)), "batch_norm"),
+    "partial": (lambda: ByAttribute(functools.partial(F.batch_norm, running_mean=None, running_var=None, training=True)), "batch_norm"),
     "function in an attribute": (lambda: ByAttribute(by_function), "batch_norm"),
     "callable object": (lambda: ByAttribute(Callable_()), "batch_norm"),
     "method of an object": (ByHelper, "batch_norm"),
