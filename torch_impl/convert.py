@@ -277,7 +277,7 @@ def _local_in_backward(cls: type) -> Iterator[str]:
 
 
 def _plain_extras(cls: type) -> tuple[str, ...]:
-    """What a layer of PyTorch's or Horovod's gets besides; somebody's subclass may have its own."""
+    """The attributes that only a layer of PyTorch or Horovod gets: a user's subclass may have its own."""
     return ("activation",) if _is_plain(cls) and cls is not BatchNorm else ()
 
 
@@ -363,13 +363,13 @@ def _check(module: object) -> None:
 
 
 def convert_sync_batchnorm(module: Module, process_set: Any = None) -> Module:
-    """Turns every batch norm of a model into a ``SyncBatchNorm``, in place.
+    """Turn every batch norm of a model into a ``SyncBatchNorm``, in place.
 
     A layer stays the object that it was, and an instance of its class: ``nn.BatchNorm2d`` becomes ``SyncBatchNorm2d``, which is
     one. Parameters, buffers, training flag, ``requires_grad``, hooks and devices are kept; a layer that is used in two places
     stays one layer. Collectives are named by the layer's path in ``module``. A subclass of ``nn.BatchNorm*`` keeps its own
-    methods and normalises over all ranks where it calls ``super().forward`` or ``F.batch_norm``; one that does neither is left
-    alone, with a warning. ``nn.SyncBatchNorm`` and Horovod's are converted as well.
+    methods and normalizes over all ranks where it calls ``super().forward`` or ``F.batch_norm``; one that does neither is left
+    unchanged, with a warning. ``nn.SyncBatchNorm`` and Horovod's are converted as well.
 
     Args:
         module: changed in place.
@@ -381,6 +381,9 @@ def convert_sync_batchnorm(module: Module, process_set: Any = None) -> Module:
     Raises:
         TypeError: ``module`` is no ``torch.nn.Module``.
         ValueError: a lazy batch norm has not seen its first batch yet. Nothing is changed then.
+
+    Warns:
+        UserWarning: a batch norm of the model is not synchronized; the message names it and says why and what to do.
     """
     _check(module)
     layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, _BatchNorm)]

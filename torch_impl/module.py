@@ -60,7 +60,7 @@ class BatchNorm(_BatchNorm):
 
     @property
     def _fused(self) -> str | None:
-        """The activation. Conversion puts None here in a subclass of somebody's, whose own ``activation`` may be anything."""
+        """The activation. Conversion puts None here in a user's subclass, whose own ``activation`` may be anything."""
         return self.activation
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -63,8 +63,11 @@ class Names:
             self.names.add(value.__name__)
             if issubclass(value, torch.autograd.Function):
                 self.backwards[value.__name__] = value.backward
-        elif value is F.batch_norm or value is torch.batch_norm:
+        elif value is F.batch_norm:
             self.names.add("batch_norm")
+        elif value is not None and not isinstance(value, FunctionType):  # torch.batch_norm or an operator, by any name
+            name = str(getattr(value, "__name__", "")).split(".")[0]
+            self.names |= {name} & batch_norm_functions()
         elif getattr(value, "__module__", None) == "torch.utils.checkpoint":
             self.names.add("checkpoint")
         elif _is_users(value) and id(value) not in self.seen and depth < self.DEPTH:

@@ -27,7 +27,7 @@ def horovod() -> None:
     hvd.init()
 
 
-normalized = F.batch_norm
+normalized, native = F.batch_norm, torch.ops.aten.native_batch_norm
 by_lambda = lambda x: F.batch_norm(x, None, None, training=True)  # noqa: E731
 
 
@@ -128,7 +128,10 @@ LOCAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "inner function": (InInnerFunction, "batch_norm"),
     "comprehension": (InComprehension, "batch_norm"),
     "lambda": (lambda: ByAttribute(lambda x: F.batch_norm(x, None, None, training=True)), "batch_norm"),
-    "partial": (lambda: ByAttribute(functools.partial(F.batch_norm, running_mean=None, running_var=None, training=True)), "batch_norm"),
+    "partial": (
+        lambda: ByAttribute(functools.partial(F.batch_norm, running_mean=None, running_var=None, training=True)),
+        "batch_norm",
+    ),
     "function in an attribute": (lambda: ByAttribute(by_function), "batch_norm"),
     "callable object": (lambda: ByAttribute(Callable_()), "batch_norm"),
     "method of an object": (ByHelper, "batch_norm"),
@@ -137,6 +140,10 @@ LOCAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "through two functions": (lambda: module_of(lambda self, x: through_another(x)), "batch_norm"),
     "another module's function": (lambda: module_of(lambda self, x: elsewhere.normalize(x)), "batch_norm"),
     "by another name": (lambda: module_of(lambda self, x: normalized(x, None, None, training=True)), "batch_norm"),
+    "an operator by another name": (
+        lambda: module_of(lambda self, x: native(x, None, None, None, None, True, 0.1, 1e-5)[0]),
+        "native_batch_norm",
+    ),
     "torch.batch_norm": (
         lambda: module_of(lambda self, x: torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False)),
         "batch_norm",
