@@ -31,7 +31,7 @@ from hvd_syncbn.torch_impl.module import (
     SyncBatchNorm2d,
     SyncBatchNorm3d,
 )
-from hvd_syncbn.torch_impl.user_code import CLASSES, Names
+from hvd_syncbn.torch_impl.user_code import CLASSES, Names, is_batch_norm
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -79,7 +79,7 @@ class _Redirected(TorchFunctionMode):
             self.used = True
         elif function is Tensor.register_hook or function is Tensor.register_post_accumulate_grad_hook:
             return function(*self._with_redirected_hook(*args, **kwargs))
-        elif not torch.compiler.is_compiling() and "batch_norm" in getattr(function, "__name__", ""):
+        elif not torch.compiler.is_compiling() and is_batch_norm(function):
             self.local = function.__name__
         return function(*args, **kwargs)
 
@@ -105,7 +105,7 @@ class _Redirected(TorchFunctionMode):
     ) -> Tensor:
         self.used = True
         now, name = _rerun(), self.layer.collective_name
-        if self.rerun is not None and now is not None and self.rerun != now:
+        if training and self.rerun is not None and now is not None and self.rerun != now:
             cls = type_before_parametrizations(self.layer).__bases__[0].__name__
             raise RuntimeError(
                 f"layer {name!r} calls F.batch_norm inside a checkpoint or an autograd.Function, which may run it again in the "
@@ -136,7 +136,7 @@ def _rerun() -> object:
     if torch.compiler.is_compiling():
         return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    checkpoint = hooks[0] if hooks and hooks[0].__module__ == "torch.utils.checkpoint" else None
+    checkpoint = hooks[0] if hooks and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint" else None
     return checkpoint, torch._C._is_fwd_grad_enabled()
 
 

@@ -65,9 +65,8 @@ class Names:
                 self.backwards[value.__name__] = value.backward
         elif value is F.batch_norm:
             self.names.add("batch_norm")
-        elif value is not None and not isinstance(value, FunctionType):  # torch.batch_norm or an operator, by any name
-            name = str(getattr(value, "__name__", "")).split(".")[0]
-            self.names |= {name} & batch_norm_functions()
+        elif not isinstance(value, FunctionType) and is_batch_norm(value):  # torch.batch_norm or an operator, by any name
+            self.names.add(_name(value))
         elif getattr(value, "__module__", None) == "torch.utils.checkpoint":
             self.names.add("checkpoint")
         elif _is_users(value) and id(value) not in self.seen and depth < self.DEPTH:
@@ -136,6 +135,16 @@ def batch_norm_functions() -> set[str]:
     """The names of PyTorch's batch norm functions and operators."""
     operators = (name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::"))
     return {name.removeprefix("aten::") for name in operators if "batch_norm" in name}
+
+
+def _name(function: object) -> str:
+    """The name of a function or an operator, without its overload."""
+    return str(getattr(function, "__name__", "")).split(".")[0]
+
+
+def is_batch_norm(function: object) -> bool:
+    """Whether a function that PyTorch dispatches is one of its batch norms, by name."""
+    return _name(function) in batch_norm_functions()
 
 
 def _content(cell: Any) -> object:

@@ -121,6 +121,17 @@ class WithoutGradient(Once):
             return self.normalize(x) + z
 
 
+class EvaluatesAgain(Once):
+    """What runs again needs no other rank."""
+
+    def part(self, x: Tensor) -> Tensor:
+        def inner(x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.running_mean, self.running_var, training=False)
+
+        y: Tensor = checkpoint(inner, x, use_reentrant=self.reentrant)
+        return self.normalize(x) + y
+
+
 def trained(model: nn.Module, x: Tensor = X) -> tuple[dict[str, Tensor], int]:
     """Two steps: the results of the last, and how many normalizations were synchronized in both."""
     with mock.patch.object(functional, "normalize", wraps=functional.normalize) as ours:
@@ -168,7 +179,7 @@ def test_a_part_runs_again(cls: type[Recomputes], reentrant: bool, compiled: boo
     assert_same({name: got[name] for name in statistics}, {name: four_times.state_dict()[name] for name in statistics})
 
 
-@pytest.mark.parametrize(("cls", "calls"), [(ByHook, 4), (ByHookOfMethod, 4), (WithoutGradient, 4)])
+@pytest.mark.parametrize(("cls", "calls"), [(ByHook, 4), (ByHookOfMethod, 4), (WithoutGradient, 4), (EvaluatesAgain, 2)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_hooks_and_contexts(cls: type[Recomputes], calls: int, compiled: bool) -> None:
     model = converted(cls, False)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hvd_syncbn.torch
-from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm
+from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, freeze_batchnorm
 from tests.torch_tools import randn, randomize, step
 
 X, DY = randn(1, 6, 3, 7, 7), randn(2, 6, 3, 7, 7)
@@ -323,6 +323,23 @@ def test_a_subclass_that_turns_out_to_call_another_function() -> None:
     model = convert_sync_batchnorm(nn.Sequential(Hidden(3)))
     with pytest.warns(UserWarning, match="layer '0' uses the statistics of this rank only. It calls native_batch_norm."):
         model(X)
+
+
+class HasFrozenPart(nn.BatchNorm2d):
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.inner = nn.BatchNorm2d(features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.inner(x))
+
+
+def test_a_frozen_part_is_not_taken_for_a_local_one() -> None:
+    layer = convert_sync_batchnorm(HasFrozenPart(3))
+    freeze_batchnorm(layer.inner).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(X)
 
 
 def test_hooks() -> None:
