@@ -1,0 +1,122 @@
+"""Parts of the patched Horovod, compiled with AddressSanitizer and driven without processes or GPUs: tests/horovod_native/."""
+
+import os
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from hvd_syncbn import horovod_build
+
+DRIVERS = Path(__file__).parents[1] / "horovod_native"
+COMMON = (
+    "common",
+    "controller",
+    "fusion_buffer_manager",
+    "group_table",
+    "logging",
+    "message",
+    "parameter_manager",
+    "response_cache",
+)
+SOURCES = [f"horovod/common/{name}.cc" for name in (*COMMON, "stall_inspector", "tensor_queue", "thread_pool", "timeline")]
+SOURCES += [f"horovod/common/{name}.cc" for name in ("utils/env_parser", "ops/gpu_operations", "ops/cuda_operations")]
+SOURCES += [f"horovod/common/optim/{name}.cc" for name in ("bayesian_optimization", "gaussian_process")]
+SANITIZER = "-fsanitize=address"
+
+GATHERED = (
+    "ERROR: Allgather is not supported with Join at this time. Specify sparse_to_dense=True if using DistributedOptimizer"
+)
+NOT_WITH_JOIN = [
+    f"allgather: {GATHERED}",
+    "broadcast: ERROR: Broadcast is not supported with Join at this time.",
+    "alltoall: ERROR: Alltoall is not supported with Join at this time.",
+    "reducescatter: ERROR: Reducescatter is not supported with Join at this time.",
+]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the compiled drivers."""
+    root = horovod_build.cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    folder = tmp_path_factory.mktemp("horovod")
+    source = horovod_build.unpack(horovod_build.fetch_sdist(root, os.environ), folder)
+    horovod_build.apply(source, horovod_build.patches())
+    third_party = source / "third_party"
+    includes = [DRIVERS / "cuda", source, source / "horovod/common", third_party / "eigen", third_party / "lbfgs/include"]
+    includes += [third_party / "flatbuffers/include", *sorted(third_party.glob("boost/*/include"))]
+    # Sections that nothing refers to are left out, and with them what they would need: the other collectives.
+    options = ["-std=c++17", "-O0", "-g1", "-w", SANITIZER, "-D_GLIBCXX_ASSERTIONS", "-ffunction-sections"]
+    # Without Gloo and MPI nothing else includes logging.h for ops/collective_operations.h.
+    options += ["-include", "horovod/common/logging.h", "-DHAVE_CUDA=1", "-DHAVE_GPU=1", *(f"-I{include}" for include in includes)]
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+
+    def call(*arguments: str | Path) -> None:
+        result = subprocess.run([*compiler, *arguments], capture_output=True, text=True, check=False, timeout=900)
+        assert result.returncode == 0, result.stderr[-4000:]
+
+    def compiled(path: Path) -> Path:
+        target = folder / f"{path.stem}.o"
+        call(*options, "-c", path, "-o", target)
+        return target
+
+    drivers = sorted(DRIVERS.glob("*.cc"))
+    with ThreadPoolExecutor(horovod_build.build_jobs()) as pool:
+        objects = list(pool.map(compiled, [*drivers, *(source / path for path in SOURCES)]))
+    for driver, main in zip(drivers, objects, strict=False):
+        call(SANITIZER, "-pthread", "-Wl,--gc-sections", main, *objects[len(drivers) :], "-o", folder / driver.stem)
+    return folder
+
+
+def run(program: Path, *arguments: str | Path) -> list[str]:
+    """Run a driver and return the lines that it prints."""
+    environ = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=60, env=environ)
+    assert result.returncode == 0, result.stdout + result.stderr[:4000]
+    return result.stdout.splitlines()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_ranks_do_where_one_has_joined(programs: Path, ranks: int) -> None:
+    """No access out of bounds, zeros where the tensors are, an error where a rank cannot take part: on and off the cache."""
+
+    def devices(first: int, others: int) -> str:
+        return "devices " + " ".join(map(str, [first, *[others] * (ranks - 1)]))
+
+    expected = []
+    for joined_on in (-1, 3):
+        for device in (-1, 3):
+            own = f"6 elements for {device} on {device}"
+            refused = "Rank 0 joined on the CPU, and the tensor is on GPUs. Call hvd.join(device) there with the rank's GPU."
+            answers = {"allreduce": "ALLREDUCE", "adasum": "ADASUM"}
+            takes_part = joined_on == device or device == -1
+            expected += [
+                f"joined on {joined_on}, tensors on {device}",
+                f"cached: ALLREDUCE, {devices(device, device)}; {own}",
+                f"gathered: ALLGATHER, {devices(device, device)}; {own}",
+                f"gathered: {GATHERED}",
+                *(
+                    f"{name}: {answer}, {devices(device, device)}; {own}" if takes_part else f"{name}: ERROR: {refused}"
+                    for name, answer in answers.items()
+                ),
+                *NOT_WITH_JOIN,
+                f"barrier: BARRIER, {devices(-1, device)}",
+            ]
+            cached = "cached, allreduce" if takes_part else "cached"
+            expected.append(f"{cached}: ALLREDUCE, {devices(device, device)}" + f"; {own}" * (1 + takes_part))
+            if takes_part:
+                expected.append(f"adasum: ADASUM, {devices(device, device)}; {own}")
+    assert [line.strip() for line in run(programs / "joined_ranks", str(ranks))] == expected
+
+
+def test_asynchronous_completion_on_a_gpu(programs: Path, tmp_path: Path) -> None:
+    assert run(programs / "async_completion", tmp_path / "timeline.json") == [
+        # The zeros of one operation are not the next one's before NCCL is done with them.
+        "sums with a rank that has joined: 1 1 1",
+        # A stream waits for the operation whose result it needs, not for the next one; nobody waits on the host.
+        "streams wait for: 1 and 2 operations, 0 run on the way",
+        "with a timeline, run before the callback: 1",
+    ]
