@@ -46,6 +46,8 @@ _GPUS = {
     found['gpus'] = [detail.get("device_name", "unknown") for detail in details]""",
 }
 _PROBE_TIMEOUT_S = 120
+# Tensors that the Horovod which build-horovod builds keeps in its cache (patch 0028).
+CACHE_CAPACITY = 8192
 
 WARM_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 """Has glibc keep the memory of large tensors, which it else maps anew for each; every page then costs a fault."""
@@ -195,9 +197,25 @@ def _advice() -> list[Finding]:
     cycle = os.environ.get("HOROVOD_CYCLE_TIME")
     value = f"{cycle} ms" if cycle else "1 ms, the default"
     findings = [Finding("HOROVOD_CYCLE_TIME", f"{value}: layers do not wait for it in the Horovod that build-horovod builds")]
-    if os.environ.get("HOROVOD_CACHE_CAPACITY") == "0":
-        findings.append(Finding("HOROVOD_CACHE_CAPACITY", "0: the ranks agree anew on every packet; better left alone"))
-    return findings + _stalls()
+    return findings + _negotiation() + _stalls()
+
+
+def _negotiation() -> list[Finding]:
+    """What makes ranks negotiate tensors anew that Horovod has in its cache by default."""
+    findings = []
+    name = "HOROVOD_CACHE_CAPACITY"
+    capacity = os.environ.get(name, "")
+    if capacity.isdecimal() and int(capacity) < CACHE_CAPACITY:
+        what = "ranks negotiate every packet anew"
+        if int(capacity):
+            what = (
+                "in a network with more tensors than that (a convolution with its norm has 5) ranks negotiate all of them anew"
+            )
+        findings.append(Finding(name, f"{capacity}: {what}; unset it, the default is {CACHE_CAPACITY}"))
+    if _is_set("HOROVOD_AUTOTUNE"):
+        what = "set: tunes for large fused tensors, which packets are not, and runs without the cache for a part of its search"
+        findings.append(Finding("HOROVOD_AUTOTUNE", f"{what}; better unset"))
+    return findings
 
 
 def _memory() -> list[Finding]:

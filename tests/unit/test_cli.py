@@ -46,9 +46,24 @@ class TestDoctor:
 
     def test_advice(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOROVOD_CACHE_CAPACITY", "0")
+        monkeypatch.setenv("HOROVOD_AUTOTUNE", "1")
         status, out = run(capsys, "doctor")
         assert status == 0
-        assert "HOROVOD_CACHE_CAPACITY 0: the ranks agree anew" in out
+        assert "HOROVOD_CACHE_CAPACITY 0: ranks negotiate every packet anew; unset it" in out
+        assert "HOROVOD_AUTOTUNE set: tunes for large fused tensors" in out
+
+    def test_cache_of_a_large_network(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOROVOD_CACHE_CAPACITY", "1024")
+        assert "HOROVOD_CACHE_CAPACITY 1024: in a network with more tensors than that" in run(capsys, "doctor")[1]
+        for capacity in ("8192", "16384"):
+            monkeypatch.setenv("HOROVOD_CACHE_CAPACITY", capacity)
+            assert "HOROVOD_CACHE_CAPACITY" not in run(capsys, "doctor")[1]
+
+    def test_cache_capacity_is_that_of_the_patch(self) -> None:
+        """The number that doctor and docs/performance.md name."""
+        (patch,) = (patch for patch in horovod_build.patches() if patch.name.startswith("0028"))
+        assert f"+  uint32_t cache_capacity = {doctor.CACHE_CAPACITY};" in patch.diff
+        assert f"holds {doctor.CACHE_CAPACITY} tensors" in (Path(__file__).parents[2] / "docs/performance.md").read_text()
 
     def test_horovod_for_another_version(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(horovod_build, "check", lambda: ["Horovod was built for torch 2.12.0."])
