@@ -233,7 +233,8 @@ def check_layer_state() -> None:
         with pytest.raises(RuntimeError, match=r"layer state '.*'.* adapted the layer to different data") as caught:
             hvd.check_ranks_agree(model)
         assert type(layer).__name__.lower()[:6] in str(caught.value).replace("_", ""), caught.value
-        assert all_equal(str(caught.value)) and name
+        assert all_equal(str(caught.value)) and name in str(caught.value)
+        hvd.check_ranks_agree(model, local=[layer])
         layer.adapt(data[:2] / (1 + rank) if data.dtype == float else data[:1])
         hvd.check_ranks_agree(model)
     stale = keras.layers.Normalization()

@@ -83,18 +83,18 @@ def find_difference(model: Any, optimizer: Any, local: Iterable[Any], process_se
 
 
 def _own(model: keras.layers.Layer, optimizers: Iterable[Any], local: Iterable[Any]) -> set[int]:
-    """Return the ids of the TensorFlow variables that are each rank's own."""
+    """Return the ids of the TensorFlow variables, and of the layers, that are each rank's own."""
     found: list[Any] = []
     for one in local:
         if isinstance(one, keras.layers.Layer):
-            found += one.variables
+            found += [*one.variables, *one._flatten_layers()]
         elif hasattr(one, "assign"):
             found.append(one)
         else:
             raise TypeError(f"expected layers and variables in `local`. Received: {type(one).__name__}")
     for optimizer in optimizers:
-        averager = _averager(optimizer)
-        found += averager.local_variables.values() if averager else ()
+        for averager in _averagers(optimizer):
+            found += averager.local_variables.values()
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization) and not isinstance(layer, SyncBatchNormalization):
             found += layer.non_trainable_variables if layer.trainable else ()
@@ -114,7 +114,7 @@ def _entries(model: Any, optimizers: Sequence[Any], own: set[int]) -> Iterator[E
     learned = {id(variable.value) for layer in layers for variable in layer._trainable_variables}
     known = set(own)
     for layer in layers:
-        if hasattr(layer, "adapt"):
+        if hasattr(layer, "adapt") and id(layer) not in own:
             known.update(id(variable.value) for variable in layer.weights)
             for name, value in _adapted(layer):
                 yield Entry(drift.LAYER_STATE, f"{layer.path or layer.name}.{name}", value)
@@ -159,14 +159,16 @@ def _is_rate(variable: Any) -> bool:
     return bool(variable.name == "learning_rate")
 
 
-def _averager(optimizer: Any) -> Any:
-    """How a distributed optimizer averages, itself or inside a LossScaleOptimizer; None for another one."""
-    return getattr(optimizer, "_averager", None) or getattr(getattr(optimizer, "inner_optimizer", None), "_averager", None)
+def _averagers(optimizer: Any) -> list[Any]:
+    """Return how a distributed optimizer averages, or those inside of a LossScaleOptimizer or MultiOptimizer."""
+    own = getattr(optimizer, "_averager", None)
+    inner = getattr(optimizer, "inner_optimizer", None)
+    direct = getattr(optimizer, "optimizers", ()) if inner is None else [inner]
+    return [one for one in [own, *(a for member in direct for a in _averagers(member))] if one is not None]
 
 
 def _scope(optimizer: Any) -> tuple[int, ...] | None:
-    averager = _averager(optimizer)
-    members = None if averager is None else horovod.ranks_of(averager.given_process_set)
+    members = next((horovod.ranks_of(averager.given_process_set) for averager in _averagers(optimizer)), None)
     return None if members is None else tuple(members)
 
 
