@@ -224,9 +224,9 @@ def check_layer_state() -> None:
     for layer, data, name in (
         (keras.layers.Normalization(), np.arange(10.0).reshape(5, 2) * (1 + rank), "mean"),
         (keras.layers.Discretization(num_bins=3), np.arange(10.0) * (1 + rank), "bin_boundaries"),
-        (keras.layers.StringLookup(), np.array(["a", "b", "c"][: 2 + rank]), "get_vocabulary()"),
-        (keras.layers.IntegerLookup(), np.array([1, 2, 3][: 2 + rank]), "get_vocabulary()"),
-        (keras.layers.TextVectorization(), np.array(["to be", "or not"][: 1 + rank]), "get_vocabulary()"),
+        (keras.layers.StringLookup(), np.array(["a", "b", "c"][: 2 + rank]), "vocabulary"),
+        (keras.layers.IntegerLookup(), np.array([1, 2, 3][: 2 + rank]), "vocabulary"),
+        (keras.layers.TextVectorization(), np.array(["to be", "or not"][: 1 + rank]), "vocabulary"),
     ):
         layer.adapt(data)
         model = keras.Sequential([layer])

@@ -148,7 +148,7 @@ def _adapted(layer: Any) -> Iterator[tuple[str, Any]]:
     for variable in layer.weights:
         yield variable.name, _value(variable)
     if hasattr(layer, "get_vocabulary"):
-        yield "get_vocabulary()", layer.get_vocabulary()
+        yield "vocabulary", layer.get_vocabulary()
     for name in ("mean", "variance", "bin_boundaries"):
         value = getattr(layer, name, None)
         if value is not None:
