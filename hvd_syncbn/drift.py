@@ -101,8 +101,9 @@ def find_difference(
 
 def digest(value: Any) -> bytes:
     """Return 16 bytes that are equal for equal values in the same memory layout: of an array at the speed of memory."""
-    if not isinstance(value, np.ndarray):
-        return hashlib.blake2b(repr(value).encode(), digest_size=16).digest()
+    if not isinstance(value, np.ndarray) or value.dtype.hasobject:
+        text = repr(value.tolist() if isinstance(value, np.ndarray) else value)
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
     order = sorted(range(value.ndim), key=lambda axis: -value.strides[axis])
     data = np.ascontiguousarray(value.transpose(order)).reshape(-1).view(np.uint8)
     words = data[: data.size // (8 * _COLUMNS) * 8 * _COLUMNS].view(np.uint64).reshape(-1, _COLUMNS)
@@ -174,9 +175,10 @@ def _distance(value: Any, reference: Any) -> tuple[float, float] | None:
     """Return the largest difference and the largest value of two arrays of one shape and dtype; None for what is not that."""
     if not isinstance(value, np.ndarray) or not isinstance(reference, np.ndarray):
         return None
-    if value.shape != reference.shape or value.dtype != reference.dtype:
+    if value.shape != reference.shape or value.dtype != reference.dtype or value.dtype.kind not in "biufc":
         return None
-    here, there = value.astype(np.float64), reference.astype(np.float64)
+    wide = np.complex128 if value.dtype.kind == "c" else np.float64
+    here, there = value.astype(wide), reference.astype(wide)
     equal = (here == there) | (np.isnan(here) & np.isnan(there))
     with np.errstate(invalid="ignore"):
         return float(np.abs(np.where(equal, 0.0, here - there)).max()), float(np.abs(there).max())

@@ -58,6 +58,7 @@ def test_digest_sees_every_bit() -> None:
     assert drift.digest(np.zeros(4, np.float32)) != drift.digest(np.zeros(2, np.float64))
     assert drift.digest(np.zeros((2, 3))) != drift.digest(np.zeros((3, 2)))
     assert drift.digest(np.zeros(1, bool)) != drift.digest(np.zeros(1, np.int8))
+    assert drift.digest(np.array(["a" * 9], object)) == drift.digest(np.array(["aaa" * 3], object))
     assert drift.digest((0.1, "a")) != drift.digest((0.2, "a"))
 
 
@@ -111,6 +112,9 @@ def test_first_fault_comes_before_rounding() -> None:
         (drift.STATISTICS, (np.float32([1, 2]), np.float32([1, 2 + 2e-7])), True),
         (drift.OTHER, (np.float32([1, 2]), np.float32([5, 6])), False),
         (drift.LAYER_STATE, (["a", "b"], ["b", "a"]), True),
+        (drift.LAYER_STATE, (np.array(["a", "b"], object), np.array(["b", "a"], object)), True),
+        (drift.LAYER_STATE, (np.array(["a", "b"]), np.array(["b", "a"])), True),
+        (drift.WEIGHT, (np.complex64([1j, 2]), np.complex64([1j, 3])), True),
     ],
 )
 def test_what_is_a_fault(kind: str, values: tuple[Any, Any], is_fault: bool) -> None:
