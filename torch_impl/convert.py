@@ -362,14 +362,27 @@ def _check(module: object) -> None:
         )
 
 
+def _collective_name(model: nn.Module, path: str) -> str:
+    """Return the model's class and the layer's path in it; "" for the model itself.
+
+    It depends on the model alone, so that it is the same on a rank that has made other models, loads this one from a file, or
+    joins an elastic job. It does not contain the number of channels: ranks that disagree about that have to meet, and raise.
+    """
+    first, _, rest = path.partition(".")
+    if first == "_orig_mod":  # in the wrapper that torch.compile returns
+        model, path = model.get_submodule(first), rest
+    return f"{type_before_parametrizations(model).__name__}.{path}" if path else ""
+
+
 def convert_sync_batchnorm(module: Module, process_set: Any = None) -> Module:
     """Turn every batch norm of a model into a ``SyncBatchNorm``, in place.
 
     A layer stays the object that it was, and an instance of its class: ``nn.BatchNorm2d`` becomes ``SyncBatchNorm2d``, which is
     one. Parameters, buffers, training flag, ``requires_grad``, hooks and devices are kept; a layer that is used in two places
-    stays one layer. Collectives are named by the layer's path in ``module``. A subclass of ``nn.BatchNorm*`` keeps its own
-    methods and normalizes over all ranks where it calls ``super().forward`` or ``F.batch_norm``; one that does neither is left
-    unchanged, with a warning. ``nn.SyncBatchNorm`` and Horovod's are converted as well.
+    stays one layer. Collectives are named by the class of ``module`` and the layer's path in it: convert models of one class
+    together, as ``nn.ModuleDict(a=a, b=b)``. A subclass of ``nn.BatchNorm*`` keeps its own methods and normalizes over all
+    ranks where it calls ``super().forward`` or ``F.batch_norm``; one that does neither is left unchanged, with a warning.
+    ``nn.SyncBatchNorm`` and Horovod's are converted as well.
 
     Args:
         module: changed in place.
@@ -401,7 +414,7 @@ def convert_sync_batchnorm(module: Module, process_set: Any = None) -> Module:
     for path, layer in layers:
         if isinstance(layer, SyncBatchNorm):
             layer.process_set = process_set
-            layer.collective_name = path or layer.collective_name
+            layer.collective_name = _collective_name(module, path) or layer.collective_name
             continue
         cls = type_before_parametrizations(layer)
         obstacle = _obstacle(layer)
@@ -416,7 +429,8 @@ def convert_sync_batchnorm(module: Module, process_set: Any = None) -> Module:
             )
         _become(layer, _synchronized(cls))
         vars(layer).update(dict.fromkeys(_plain_extras(cls)))
-        vars(layer).update(TRACED_AS_LEAF, process_set=process_set, collective_name=path or cls.__name__, _converted_from=cls)
+        name = _collective_name(module, path) or cls.__name__
+        vars(layer).update(TRACED_AS_LEAF, process_set=process_set, collective_name=name, _converted_from=cls)
     return module
 
 

@@ -62,6 +62,7 @@ def _allreduce_(packet: Tensor, name: str, process_set: int) -> None:
             f"a CUDA graph cannot hold the collective {name!r}: a replay would not ask the other ranks. Capture no layer that "
             "synchronizes over several ranks; torch.compile leaves it out of its graphs from PyTorch 2.8 on."
         )
+    horovod.warn_if_sizes_differ(name, process_set, packet.numel())
     # A Horovod without NCCL takes GPU tensors through host memory, and one without CUDA does not wait for the copy: so here.
     own = packet.cpu() if packet.is_cuda and not hvd.nccl_built() else packet
     try:

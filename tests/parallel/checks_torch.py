@@ -590,7 +590,7 @@ def check_one_collective_per_layer_and_direction() -> str | None:
     def alone() -> None:
         step(layer_in(ALONE), y, y)
 
-    backbone = [f"allreduce.hvd_syncbn.backbone.{i}" for i in (1, 3)]
+    backbone = [f"allreduce.hvd_syncbn.ModuleDict.backbone.{i}" for i in (1, 3)]
     forward, backward = ({f"{name}.{direction}": 1 for name in backbone} for direction in ("forward", "backward"))
     runs: list[tuple[Callable[[], Any], dict[str, int]]] = [
         (lambda: forward_and_backward(1), forward | backward),

@@ -52,10 +52,10 @@ def test_one_collective_per_layer_and_direction(tmp_path: Path) -> None:
     tensors = {event["pid"]: event["args"].get("name") for event in events if event.get("name") == "process_name"}
     counts = Counter(tensors[event["pid"]] for event in events if event.get("name") == "ALLREDUCE")
     ours = {re.sub(r"^.*HorovodAllreduce/", "", name): n for name, n in counts.items()}
-    layers = ["left.batch_normalization", "right.batch_normalization", "shared", "eager.layer"]
+    layers = ["functional.left.batch_normalization", "functional.right.batch_normalization", "functional.shared", "eager.layer"]
     names = [f"hvd_syncbn.{layer}.{direction}" for layer in layers for direction in ("forward", "backward")]
     # TensorFlow numbers the second use of a name in a graph.
-    names += ["hvd_syncbn.shared.forward_1", "hvd_syncbn.shared.backward_1"]
+    names += ["hvd_syncbn.functional.shared.forward_1", "hvd_syncbn.functional.shared.backward_1"]
     assert ours == dict.fromkeys(names, 3)
 
 

@@ -361,7 +361,9 @@ def test_convert_and_revert(make: Any) -> None:
 
     assert convert_sync_batchnorm(model) is model
     assert {type(layer) for layer in norms(model)} == {SyncBatchNormalization}
-    assert sorted(layer.collective_name for layer in norms(model)) == sorted(NAMES[make])
+    assert sorted(layer.collective_name for layer in norms(model)) == sorted(
+        f"{make.__name__.lower()}.{path}" for path in NAMES[make]
+    )
     assert {id(layer) for layer in norms(model)} == before.keys()
     for layer in norms(model):
         assert before[id(layer)][:2] == (layer.name, layer.trainable)

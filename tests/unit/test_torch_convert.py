@@ -129,7 +129,7 @@ def test_whole_model() -> None:
     for path, cls in PATHS.items():
         layer = converted.get_submodule(path)
         assert isinstance(layer, SyncBatchNorm)
-        assert layer.collective_name == path
+        assert layer.collective_name == f"Model.{path}"
         assert isinstance(layer, cls) and type(layer) is MADE.get(cls, type(layer))
     assert sum(isinstance(layer, SyncBatchNorm) for layer in converted.modules()) == len(PATHS)
     assert_is_same_model(converted, model())
@@ -283,7 +283,7 @@ def test_process_set_and_converting_twice() -> None:
     again = [layer for layer in outer.modules() if isinstance(layer, SyncBatchNorm)]
     assert all(new is old for new, old in zip(again, layers, strict=True))
     assert all(layer.process_set is None for layer in again)
-    assert {layer.collective_name for layer in again} == {f"net.{path}" for path in PATHS}
+    assert {layer.collective_name for layer in again} == {f"ModuleDict.net.{path}" for path in PATHS}
     assert_is_same_model(outer["net"], model())
 
 
@@ -424,7 +424,7 @@ def test_subclass_that_calls_the_function(cls: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours = convert_sync_batchnorm(original)
-    assert isinstance(ours[1], SyncBatchNorm) and isinstance(ours[1], cls) and ours[1].collective_name == "1"
+    assert isinstance(ours[1], SyncBatchNorm) and isinstance(ours[1], cls) and ours[1].collective_name == "Sequential.1"
     for seed in range(2):
         x, dy = randn(seed, 6, 3, 7, 7), randn(seed + 2, 6, 3, 7, 7)
         with (
@@ -499,7 +499,7 @@ class ByHandInTraining(nn.BatchNorm2d):
 
 def test_subclass_that_turns_out_to_normalize_by_itself() -> None:
     layer = convert_sync_batchnorm(nn.Sequential(ByHandInTraining(3)))
-    with pytest.warns(UserWarning, match="layer '0' uses the statistics of this rank only. It calls neither"):
+    with pytest.warns(UserWarning, match=r"layer 'Sequential\.0' uses the statistics of this rank only\. It calls neither"):
         layer(X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -649,7 +649,7 @@ def test_copies(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     for path in PATHS:
         layer, twin = original.get_submodule(path), other.get_submodule(path)
         assert type(twin) is type(layer) and twin is not layer
-        assert twin.collective_name == path and twin.process_set.ranks == layer.process_set.ranks
+        assert twin.collective_name == f"Model.{path}" and twin.process_set.ranks == layer.process_set.ranks
         assert all(a is not b for a, b in zip(twin.parameters(), layer.parameters(), strict=True))
     assert other.twice is other.again
     assert_same(step(other, X, DY), step(original, X, DY))

@@ -23,8 +23,8 @@ def convert_sync_batchnorm(model: keras.layers.Layer, process_set: ProcessSet | 
     """Turn every `keras.layers.BatchNormalization` of a model into a `SyncBatchNormalization`.
 
     The layers are changed in place, wherever they are: in Sequential, functional and subclassed models, nested ones, wrappers.
-    Names, weights and `trainable` are kept, a shared layer stays shared. Collectives are named by the layers' places in
-    `model`, which do not depend on what else a rank has made. A `SyncBatchNormalization` gets the process set and the name.
+    Names, weights and `trainable` are kept, a shared layer stays shared. Collectives are named by the name of `model` and the
+    layers' places in it, which do not depend on what else a rank has made. A `SyncBatchNormalization` gets the process set and the name.
     A class derived from `BatchNormalization` is left as it is, with a warning.
 
     A compiled model stays compiled, and its next `fit()` traces anew. A `tf.function` of your own keeps what it has traced.
@@ -49,16 +49,25 @@ def convert_sync_batchnorm(model: keras.layers.Layer, process_set: ProcessSet | 
             raise ValueError(f"SyncBatchNormalization does no batch renormalization. Received: layer {path!r} with renorm=True")
     for path, layer in layers:
         if type(layer) in (keras.layers.BatchNormalization, BatchNormalization):
-            synchronize(layer, path, process_set)
+            synchronize(layer, _collective_name(model, layer, path), process_set)
         elif isinstance(layer, SyncBatchNormalization):
             layer.process_set = held(process_set)
-            layer.collective_name = path
+            layer.collective_name = _collective_name(model, layer, path)
         else:
             _warn(path, layer)
     if not layers:
         _warn_of_nothing(model, "BatchNormalization")
     forget_traces(model)
     return model
+
+
+def _collective_name(model: keras.layers.Layer, layer: keras.layers.Layer, path: str) -> str:
+    """Return the model's name and the layer's path in it; for a layer that is converted by itself its name.
+
+    It depends on the model alone, so that it is the same on a rank that has made other models, loads this one from a file, or
+    joins an elastic job. It does not contain the number of channels: ranks that disagree about that have to meet, and raise.
+    """
+    return path if layer is model else f"{_name(model, Counter())}.{path}"
 
 
 def synchronize(
