@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import socket
+import sys
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -48,6 +49,35 @@ def require(framework: str) -> Any:
             "(evaluation works without). One process without horovodrun is fine, too."
         )
     return hvd
+
+
+# The Horovod modules that were initialised when this process was forked. Their threads are not in this process.
+_forked: set[str] = set()
+
+
+def _after_fork_in_child() -> None:
+    for framework in FRAMEWORKS:
+        hvd = sys.modules.get(f"horovod.{framework}")
+        if hasattr(hvd, "is_initialized") and hvd.is_initialized():
+            _forked.add(hvd.__name__)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def check_not_forked(hvd: Any) -> None:
+    """Check that collectives can run in this process.
+
+    Raises:
+        RuntimeError: the process was forked after Horovod was initialised: a collective would never end.
+    """
+    if _forked and hvd.__name__ in _forked:
+        raise RuntimeError(
+            "Horovod does not run in a process that was forked after `hvd.init()`: a collective would wait forever. Call `.eval()` "
+            "on a model that a dataset's transform uses (in Keras `training=False`), or `revert_sync_batchnorm` on a copy that "
+            "trains here alone. A process that is to be a rank has to be forked before `hvd.init()`, or spawned. "
+            f"Received: process {os.getpid()}, forked by process {os.getppid()}"
+        )
 
 
 def process_set_id(process_set: Any) -> int:
@@ -95,11 +125,17 @@ def size(hvd: Any, process_set: Any) -> int:
 
     Raises:
         ValueError: the process set is not registered with Horovod, or no more, or this rank is not in it.
+        RuntimeError: there are several, and this process was forked after Horovod was initialised.
     """
     # The global set's own methods speak for whichever framework's Horovod was imported last.
     number = process_set_id(process_set)
     if number == 0:
-        return int(hvd.size())
+        ranks = int(hvd.size())
+        if ranks > 1:
+            check_not_forked(hvd)
+        return ranks
+    if len(process_set.ranks or ()) != 1:
+        check_not_forked(hvd)  # before Horovod is asked, since its thread may have held a lock when the process was forked
     if process_set.included() is False:
         raise ValueError(f"rank {hvd.rank()} is not in the process set that it should share with. Received: {process_set}")
     # An elastic job that was reset has given up its sets, and may have given the number to another one since.
@@ -135,6 +171,7 @@ def groups(hvd: Any, size: int | None) -> Groups:
         size_error = f"expected a group size of 1 or more, or None for the ranks of a host. Received: {size!r}"
     else:
         size_error = None
+    check_not_forked(hvd)
     # Every rank hears of every rank's argument, a wrong one, too: all go on, or none.
     host = os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()
     asked = hvd.allgather_object((repr(size), size_error, host), name="hvd_syncbn.groups")
@@ -178,6 +215,31 @@ def _process_set(hvd: Any, ranks: list[int], number: int | None) -> Any:
             "Horovod lets process sets come while a job runs if it was told so: call `hvd.init(process_sets='dynamic')`, or "
             f"set HOROVOD_DYNAMIC_PROCESS_SETS=1 for all ranks. Received: {process_set} ({error})"
         ) from error
+
+
+# The size of the packets of a collective, by its name and process set; None once it was warned of.
+_packet_sizes: dict[tuple[str, int], int | None] = {}
+
+
+def warn_if_sizes_differ(name: str, process_set: int, words: int) -> None:
+    """Warn, once, of layers with different numbers of channels whose forward collectives have one name.
+
+    Args:
+        name: of a collective; backward ones are not looked at.
+        process_set: Horovod's number of it.
+        words: the size of the packet.
+    """
+    known = _packet_sizes.setdefault((name, process_set), words)
+    if known is None or known == words or not name.rpartition(".")[2].startswith("forward"):
+        return
+    _packet_sizes[name, process_set] = None
+    warnings.warn(
+        f"layers with different numbers of channels share the collective name {name!r}. Results are right, but Horovod "
+        "negotiates anew at every change of size, and a step can take twice as long. Convert models of one class in one call, as "
+        "parts of a module, name Keras models, or set `layer.collective_name` (`name=` of sync_batch_norm). "
+        f"Received: packets of {known} and {words} integers",
+        stacklevel=2,
+    )
 
 
 def mismatch(error: BaseException) -> str | None:

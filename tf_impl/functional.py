@@ -472,8 +472,12 @@ def sum_over_ranks(packet: Any, name: str, set_id: int) -> Any:
     # An elastic job may grow while a graph traced for one rank is in use.
     if horovod.size(hvd, _process_sets[set_id]) == 1 and not int(os.environ.get("HOROVOD_ELASTIC", "0")):
         return packet
+    horovod.check_not_forked(hvd)
     name = re.sub(r"[^\w.-]", "_", f"hvd_syncbn.{name}", flags=re.ASCII)
-    return _eager_allreduce(name, set_id)(packet) if tf.executing_eagerly() else _allreduce(packet, name, set_id)
+    if not tf.executing_eagerly():
+        return _allreduce(packet, name, set_id)
+    horovod.warn_if_sizes_differ(name, set_id, packet.shape[0])
+    return _eager_allreduce(name, set_id)(packet)
 
 
 def _allreduce(packet: Any, name: str, set_id: int) -> Any:
@@ -483,6 +487,8 @@ def _allreduce(packet: Any, name: str, set_id: int) -> Any:
     with tf.name_scope(_SCOPE):
         process_set = _process_sets[set_id] or hvd.global_process_set
         packet = hvd.allreduce(packet, op=hvd.Sum, name=name, process_set=process_set)
+        if packet.shape[0] is not None:
+            horovod.warn_if_sizes_differ(packet.op.name.removeprefix("HorovodAllreduce/"), set_id, packet.shape[0])
         ops.library().hvd_syncbn_keep(packet)
         return packet
 

@@ -199,7 +199,7 @@ def allreduce(
     Arguments are those of `horovod.tensorflow.keras.allreduce`; `options` are the others of `horovod.tensorflow.allreduce`,
     such as `process_set`.
     """
-    hvd = ranks.require()
+    hvd = ranks.require_to_communicate()
     return hvd.allreduce(
         tf.convert_to_tensor(value),
         average=average,
@@ -214,17 +214,17 @@ def allreduce(
 
 def allgather(value: Any, name: str | None = None, **options: Any) -> tf.Tensor:
     """Return the values of all ranks, joined along the first axis. `options` are those of `horovod.tensorflow.allgather`."""
-    return ranks.require().allgather(tf.convert_to_tensor(value), name=name, **options)
+    return ranks.require_to_communicate().allgather(tf.convert_to_tensor(value), name=name, **options)
 
 
 def broadcast(value: Any, root_rank: int, name: str | None = None, **options: Any) -> tf.Tensor:
     """Return the value of one rank. `options` are those of `horovod.tensorflow.broadcast`."""
-    return ranks.require().broadcast(tf.convert_to_tensor(value), root_rank, name=name, **options)
+    return ranks.require_to_communicate().broadcast(tf.convert_to_tensor(value), root_rank, name=name, **options)
 
 
 def reducescatter(value: Any, name: str | None = None, op: Any = None, **options: Any) -> tf.Tensor:
     """Return this rank's part of the average over all ranks. `options` are those of `horovod.tensorflow.reducescatter`."""
-    hvd = ranks.require()
+    hvd = ranks.require_to_communicate()
     return hvd.reducescatter(tf.convert_to_tensor(value), name=name, op=hvd.Average if op is None else op, **options)
 
 

@@ -22,6 +22,13 @@ def require() -> Any:
     return horovod.require("tensorflow")
 
 
+def require_to_communicate() -> Any:
+    """Return Horovod for a collective of the caller, which needs Horovod's thread also where there is one rank."""
+    hvd = require()
+    horovod.check_not_forked(hvd)
+    return hvd
+
+
 def gather(value: object, name: str, process_set: ProcessSet | None) -> tuple[list[Any], Any, ProcessSet]:
     """Return the values of all ranks, Horovod and the process set."""
     hvd = require()
