@@ -73,9 +73,9 @@ def check_not_forked(hvd: Any) -> None:
     """
     if _forked and hvd.__name__ in _forked:
         raise RuntimeError(
-            "Horovod does not run in a process that was forked after `hvd.init()`: a collective would wait forever. Call `.eval()` "
-            "on a model that a dataset's transform uses (in Keras `training=False`), or `revert_sync_batchnorm` on a copy that "
-            "trains here alone. A process that is to be a rank has to be forked before `hvd.init()`, or spawned. "
+            "Horovod does not run in a process that was forked after `hvd.init()`: a collective would wait forever. Call "
+            "`.eval()` on a model that a dataset's transform uses (in Keras `training=False`), or `revert_sync_batchnorm` on a "
+            "copy that trains here alone. A process that is to be a rank has to be forked before `hvd.init()`, or spawned. "
             f"Received: process {os.getpid()}, forked by process {os.getppid()}"
         )
 
@@ -235,8 +235,8 @@ def warn_if_sizes_differ(name: str, process_set: int, words: int) -> None:
     _packet_sizes[name, process_set] = None
     warnings.warn(
         f"layers with different numbers of channels share the collective name {name!r}. Results are right, but Horovod "
-        "negotiates anew at every change of size, and a step can take twice as long. Convert models of one class in one call, as "
-        "parts of a module, name Keras models, or set `layer.collective_name` (`name=` of sync_batch_norm). "
+        "negotiates anew at every change of size, and a step can take twice as long. Convert models of one class in one call, "
+        "as parts of a module, name Keras models, or set `layer.collective_name` (`name=` of sync_batch_norm). "
         f"Received: packets of {known} and {words} integers",
         stacklevel=2,
     )

@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "hvd_syncbn/core.h"
+#include "hvd_syncbn/elastic.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace hvd_syncbn {
@@ -120,7 +121,7 @@ Status Failure(int32_t status, const std::string& layer, const Parts&... receive
           received...);
     case HVD_SYNCBN_ONE_VALUE:
       return InvalidArgument("Expected more than 1 value per channel when training, over all ranks (layer '", layer,
-                             "'). ", received...);
+                             "'). ", received..., ".", one_value_advice());
     default:
       return absl::OkStatus();
   }

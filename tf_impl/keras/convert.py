@@ -24,8 +24,9 @@ def convert_sync_batchnorm(model: keras.layers.Layer, process_set: ProcessSet | 
 
     The layers are changed in place, wherever they are: in Sequential, functional and subclassed models, nested ones, wrappers.
     Names, weights and `trainable` are kept, a shared layer stays shared. Collectives are named by the name of `model` and the
-    layers' places in it, which do not depend on what else a rank has made. A `SyncBatchNormalization` gets the process set and the name.
-    A class derived from `BatchNormalization` is left as it is, with a warning.
+    layers' places in it, which do not depend on what else a rank has made; give models that are converted one by one different
+    names (`keras.Sequential(..., name="generator")`). A `SyncBatchNormalization` gets the process set and the name. A class
+    derived from `BatchNormalization` is left as it is, with a warning.
 
     A compiled model stays compiled, and its next `fit()` traces anew. A `tf.function` of your own keeps what it has traced.
 

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "hvd_syncbn/core.h"
+#include "hvd_syncbn/elastic.h"
 
 namespace hvd_syncbn {
 
@@ -144,7 +145,7 @@ void raise_failure(int32_t status, const std::string& layer, const Detail&... de
                     detail...);
   TORCH_CHECK_VALUE(status != HVD_SYNCBN_ONE_VALUE,
                     "Expected more than 1 value per channel when training, got 1 over all ranks in layer '", layer,
-                    "'");
+                    "'.", one_value_advice());
 }
 
 }  // namespace hvd_syncbn
