@@ -132,7 +132,7 @@ class SyncBatchNormalization(BatchNormalization):
     `repr(layer)` tells them apart.
 
     A layer made by hand calls its collectives by its `name`, which has to be the same on every rank: make the same layers in
-    the same order on each, or name them. `convert_sync_batchnorm` calls them by their place in the model.
+    the same order on each, or name them. `convert_sync_batchnorm` calls them by the model and their place in it.
 
     Args:
         axis: Integer, the axis that should be normalized (typically the features axis): -1 for channels last, 1 for channels
