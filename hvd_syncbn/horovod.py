@@ -57,8 +57,8 @@ _forked: set[str] = set()
 
 def _after_fork_in_child() -> None:
     for framework in FRAMEWORKS:
-        hvd = sys.modules.get(f"horovod.{framework}")
-        if hasattr(hvd, "is_initialized") and hvd.is_initialized():
+        hvd: Any = sys.modules.get(f"horovod.{framework}")
+        if hasattr(hvd, "is_initialized") and hvd.is_initialized():  # it may be half imported
             _forked.add(hvd.__name__)
 
 
