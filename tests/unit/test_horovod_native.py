@@ -51,7 +51,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Sections that nothing refers to are left out, and with them what they would need: the other collectives.
     options = ["-std=c++17", "-O0", "-g1", "-w", SANITIZER, "-D_GLIBCXX_ASSERTIONS", "-ffunction-sections"]
     # Without Gloo and MPI nothing else includes logging.h for ops/collective_operations.h.
-    options += ["-include", "horovod/common/logging.h", "-DHAVE_CUDA=1", "-DHAVE_GPU=1", *(f"-I{include}" for include in includes)]
+    options += ["-include", "horovod/common/logging.h", "-DHAVE_CUDA=1", "-DHAVE_GPU=1"]
+    options += [f"-I{include}" for include in includes]
     compiler = shlex.split(os.environ.get("CXX", "c++"))
 
     def call(*arguments: str | Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -137,15 +137,11 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         files.rename(f"{part}.json", self._training_metadata_path, overwrite=True)
 
 
-def check_plain(process_set: ProcessSet | None = None) -> None:
+def check_plain(callbacks: Iterable[Any], process_set: ProcessSet | None = None) -> None:
     """Raise on every rank if Keras's own BackupAndRestore is among the callbacks and cannot resume several ranks.
 
-    It can where every rank has one, with a folder of its own. Called from a callback's `on_train_begin`.
+    It can where every rank has one, with a folder of its own.
     """
-    frame: Any = sys._getframe(1)  # a callback does not know the others
-    while frame is not None and not isinstance(frame.f_locals.get("self"), keras.callbacks.CallbackList):
-        frame = frame.f_back
-    callbacks = [] if frame is None else frame.f_locals["self"].callbacks
     plain = [c for c in callbacks if isinstance(c, keras.callbacks.BackupAndRestore) and not isinstance(c, BackupAndRestore)]
     by_rank, _, _ = ranks.gather([str(callback.backup_dir) for callback in plain], "plain_backup", process_set)
     folders = [folder for folders in by_rank for folder in folders]

@@ -74,7 +74,7 @@ class BroadcastVariablesCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Broadcast, or leave it to the first step if the model waits for data to be built."""
-        backup.check_plain(self.process_set)
+        backup.check_plain(_callbacks_of_fit() or [], self.process_set)
         model, layers = self.model, self.model.layers
         if model.built or (layers and all(layer.built for layer in layers)):
             self._broadcast()
@@ -159,12 +159,9 @@ class MetricAverageCallback(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         """Take note of the other callbacks, and add one that comes after all of them."""
         super().set_model(model)
-        # Keras tells a callback nothing of the others; their list is what calls this.
-        frame: Any = sys._getframe(1)
-        while frame is not None and not isinstance(frame.f_locals.get("self"), keras.callbacks.CallbackList):
-            frame = frame.f_back
-        if frame is not None:
-            self._callbacks = frame.f_locals["self"].callbacks
+        callbacks = _callbacks_of_fit()
+        if callbacks is not None:
+            self._callbacks = callbacks
             if not any(isinstance(other, _Agreement) and other.average is self for other in self._callbacks):
                 self._callbacks.append(_Agreement(self))
 
@@ -234,6 +231,17 @@ class MetricAverageCallback(keras.callbacks.Callback):
         # Keras weighs the loss of a batch by the number of its samples. A metric named "loss" of a user's own may not.
         tracker = getattr(self.model, "_loss_tracker", None) if self.weighted else None
         return None if tracker is None else float(keras.ops.convert_to_numpy(tracker.count))
+
+
+def _callbacks_of_fit() -> list[Any] | None:
+    """Return the callbacks of the `fit()` that calls a callback; None outside of one.
+
+    Keras does not pass them to a callback, but the list that calls it is on the stack.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), keras.callbacks.CallbackList):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"].callbacks
 
 
 def _decides(callback: keras.callbacks.Callback) -> bool:

@@ -12,7 +12,7 @@ from hvd_syncbn import drift, horovod
 from hvd_syncbn.drift import Difference, Entry
 from hvd_syncbn.tf_impl.keras import ranks
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
-from hvd_syncbn.tf_impl.keras.optimizer import backing
+from hvd_syncbn.tf_impl.keras.optimizer import backing, optimizers_of
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -63,8 +63,7 @@ def find_difference(model: Any, optimizer: Any, local: Iterable[Any], process_se
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"expected a model or layer of Keras 3. Received: {type(model).__module__}.{type(model).__name__}")
     if optimizer is None:
-        tracked = [value for value in vars(model).values() if isinstance(value, keras.optimizers.Optimizer)]
-        optimizers = list({id(one): one for one in tracked}.values())
+        optimizers = optimizers_of(model)
     else:
         optimizers = [optimizer] if isinstance(optimizer, keras.optimizers.Optimizer) else list(optimizer)
     for one in optimizers:
