@@ -10,7 +10,7 @@ import numpy as np
 
 from hvd_syncbn import drift, horovod
 from hvd_syncbn.drift import Difference, Entry
-from hvd_syncbn.tf_impl.keras import ranks
+from hvd_syncbn.tf_impl.keras import layer_state, ranks
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
 from hvd_syncbn.tf_impl.keras.optimizer import backing, optimizers_of
 
@@ -112,11 +112,17 @@ def _entries(model: Any, optimizers: Sequence[Any], own: set[int]) -> Iterator[E
     # What was made to be learned, also where it is frozen.
     learned = {id(variable.value) for layer in layers for variable in layer._trainable_variables}
     known = set(own)
-    for layer in layers:
-        if hasattr(layer, "adapt") and id(layer) not in own:
+    for path, layer in layer_state.all_layers([model]):
+        if id(layer) in own:
+            continue
+        if hasattr(layer, "adapt"):
             known.update(id(variable.value) for variable in layer.weights)
             for name, value in _adapted(layer):
-                yield Entry(drift.LAYER_STATE, f"{layer.path or layer.name}.{name}", value)
+                yield Entry(drift.LAYER_STATE, f"{path}.{name}", value)
+        for name, value in _flat(layer_state.capture([(path, layer)])[0][1]):
+            # A class that is not Keras's may count what its rank has seen.
+            custom = name.startswith(("raw_variables", "store", "assets"))
+            yield Entry(drift.OTHER if custom else drift.LAYER_STATE, f"{path}.{name}", value)
     statistics = []
     for layer in layers:
         if isinstance(layer, SyncBatchNormalization):
@@ -143,15 +149,19 @@ def _entries(model: Any, optimizers: Sequence[Any], own: set[int]) -> Iterator[E
 
 
 def _adapted(layer: Any) -> Iterator[tuple[str, Any]]:
-    """List what a preprocessing layer computes with: variables, and what they or its data were made into."""
+    """List the variables of a preprocessing layer and the constants that it has made of them."""
     for variable in layer.weights:
         yield variable.name, _value(variable)
-    if hasattr(layer, "get_vocabulary"):
-        yield "vocabulary", layer.get_vocabulary()
-    for name in ("mean", "variance", "bin_boundaries"):
+    for name in ("mean", "variance"):
         value = getattr(layer, name, None)
         if value is not None:
             yield name, np.asarray(keras.ops.convert_to_numpy(value))
+
+
+def _flat(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in state.items():
+        for key, part in value.items() if isinstance(value, dict) else [("", value)]:
+            yield f"{name}.{key}" if key else name, part
 
 
 def _is_rate(variable: Any) -> bool:
