@@ -60,17 +60,17 @@ def _kernels(depth: int) -> Step:
     def forward() -> None:
         packet.fill(0)
         lib.hvd_syncbn_forward_moments(ref, X, None, begin, moments, PACKET)
-        lib.hvd_syncbn_close_packet(ref, eps, count, PACKET)
-        lib.hvd_syncbn_check_packet(ref, eps, PACKET)
+        lib.hvd_syncbn_forward_close(ref, eps, one, count, PACKET)
+        lib.hvd_syncbn_check_packet(native.FORWARD, PACKET)
         lib.hvd_syncbn_forward_finish(ref, eps, PACKET, gamma, beta, mean, variance, old, new, one, STATS, COEFFICIENTS)
         lib.hvd_syncbn_forward_apply(ref, X, None, no, COEFFICIENTS, begin, apply, Y)
 
     def backward() -> None:
         packet.fill(0)
         lib.hvd_syncbn_backward_moments(ref, X, DY, None, STATS, begin, moments, PACKET)
-        lib.hvd_syncbn_close_packet(ref, eps, count, PACKET)
+        lib.hvd_syncbn_backward_close(ref, STATS, count, PACKET)
         lib.hvd_syncbn_backward_params(ref, PACKET, STATS, dgamma, dbeta)
-        lib.hvd_syncbn_check_packet(ref, eps, PACKET)
+        lib.hvd_syncbn_check_packet(native.BACKWARD, PACKET)
         lib.hvd_syncbn_backward_finish(ref, PACKET, STATS, gamma, COEFFICIENTS)
         lib.hvd_syncbn_backward_apply(ref, X, DY, None, None, COEFFICIENTS, begin, apply, DX, None)
 

@@ -22,7 +22,8 @@ from hvd_syncbn.protocol import DTYPES, HEADER, LIMBS
 
 LAYOUTS = ("channels_first", "channels_last")
 CACHE_LINE = 64
-OK, RANKS_DISAGREE, ONE_VALUE, EMPTY = range(4)
+OK, RANKS_DISAGREE, ONE_VALUE, EMPTY, CALLS_DIFFER = range(5)
+FORWARD, BACKWARD = range(2)
 POOLED, BATCHES = range(2)
 
 _STORAGE = {"float32": np.float32, "float64": np.float64, "float16": np.uint16, "bfloat16": np.uint16}
@@ -163,15 +164,20 @@ def _ranges(units: int, splits: int) -> list[tuple[ctypes.c_int64, ctypes.c_int6
 
 
 def forward_packet(
-    shape: Shape, x: NDArray[Any], eps: float, mask: NDArray[np.uint8] | None = None, splits: int = 1
+    shape: Shape,
+    x: NDArray[Any],
+    eps: float,
+    mask: NDArray[np.uint8] | None = None,
+    splits: int = 1,
+    needs_gradient: bool = False,
 ) -> NDArray[np.int64]:
     """The closed forward packet of ``x``, its units cut into ``splits`` ranges."""
     packet = np.zeros(packet_size(shape.c), np.int64)
     ref = ctypes.byref(shape)
     for begin, end in _ranges(library().hvd_syncbn_moments_units(ref), splits):
         library().hvd_syncbn_forward_moments(ref, _pointer(x), _pointer(mask), begin, end, _pointer(packet))
-    count = shape.n * shape.s if mask is None else int(np.count_nonzero(mask))
-    library().hvd_syncbn_close_packet(ref, ctypes.c_double(eps), ctypes.c_int64(count), _pointer(packet))
+    count = ctypes.c_int64(shape.n * shape.s if mask is None else int(np.count_nonzero(mask)))
+    library().hvd_syncbn_forward_close(ref, ctypes.c_double(eps), ctypes.c_int32(needs_gradient), count, _pointer(packet))
     return packet
 
 
@@ -180,7 +186,6 @@ def backward_packet(
     x: NDArray[Any],
     dy: NDArray[Any],
     stats: NDArray[np.float64],
-    eps: float,
     y: NDArray[Any] | None = None,
     count: int | None = None,
     splits: int = 1,
@@ -193,13 +198,13 @@ def backward_packet(
             ref, _pointer(x), _pointer(dy), _pointer(y), _pointer(stats), begin, end, _pointer(packet)
         )
     count = shape.n * shape.s if count is None else count
-    library().hvd_syncbn_close_packet(ref, ctypes.c_double(eps), ctypes.c_int64(count), _pointer(packet))
+    library().hvd_syncbn_backward_close(ref, _pointer(stats), ctypes.c_int64(count), _pointer(packet))
     return packet
 
 
-def check_packet(shape: Shape, eps: float, packet: NDArray[np.int64]) -> int:
-    """OK, RANKS_DISAGREE, ONE_VALUE or EMPTY."""
-    return int(library().hvd_syncbn_check_packet(ctypes.byref(shape), ctypes.c_double(eps), _pointer(packet)))
+def check_packet(direction: int, packet: NDArray[np.int64]) -> int:
+    """OK, or what is wrong with a reduced packet of this direction: RANKS_DISAGREE or CALLS_DIFFER, ONE_VALUE, EMPTY."""
+    return int(library().hvd_syncbn_check_packet(ctypes.c_int32(direction), _pointer(packet)))
 
 
 def forward(

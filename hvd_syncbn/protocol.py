@@ -1,6 +1,6 @@
 """The exact packed-moment protocol: its constants, and a reference that can be read top to bottom.
 
-The rules of the room:
+Rules:
 
 * This module and the C++ under ``csrc/`` are the only two places with a formula, and tests hold them to each other bit for bit.
 * Everything is Python ints and floats. A float here is an IEEE float64; what the protocol calls ``fma`` and every rounding to a
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 PIECE = 1024
 LANES = 32
 LIMBS = 8
@@ -143,12 +143,33 @@ def from_limbs(limbs: Iterable[int]) -> int:
     return sum(int(limb) << (LIMB_BITS * i) for i, limb in enumerate(limbs))
 
 
-def digest(eps: float, dtype: str, channels: int) -> int:
-    """32 bits that differ where two ranks could not share a batch: FNV-1a over version, dtype, channel count, eps."""
-    data = struct.pack("<qqqd", PROTOCOL_VERSION, DTYPES.index(dtype), channels, eps)
+def forward_digest(eps: float, dtype: str, channels: int, needs_gradient: bool) -> int:
+    """32 bits that differ where two ranks cannot share a batch: FNV-1a over version, dtype, channel count, eps and whether the
+    rank will differentiate this call."""
+    data = struct.pack("<qqqdq", PROTOCOL_VERSION, DTYPES.index(dtype), channels, eps, needs_gradient)
     value = 0xCBF29CE484222325
     for byte in data:
         value = ((value ^ byte) * 0x100000001B3) % 2**64
+    return _folded(value)
+
+
+def backward_digest(statistics: Sequence[Statistics]) -> int:
+    """32 bits that identify a call of the layer by its batch statistics, which are the same on every rank."""
+    total = 0
+    for c, stat in enumerate(statistics):
+        a, b = _bits(stat.mean) ^ (c * 0x9E3779B97F4A7C15 % 2**64), _bits(stat.invstd)
+        value = a * 0xBF58476D1CE4E5B9 % 2**64
+        value = ((value ^ (value >> 29)) + (b ^ (b >> 32))) * 0x94D049BB133111EB % 2**64
+        total += value ^ (value >> 32)
+    return _folded(total * 0xD6E8FEB86659FD93 % 2**64)
+
+
+def _bits(value: float) -> int:
+    """The bits of a float64; every NaN is the canonical one."""
+    return 0x7FF8000000000000 if math.isnan(value) else int.from_bytes(struct.pack("<d", value), "little")
+
+
+def _folded(value: int) -> int:
     return (value ^ (value >> 32)) % 2**32
 
 
@@ -183,15 +204,17 @@ class Packet:
             [p + q for p, q in zip(self.b, other.b, strict=True)],
         )
 
-    def agreed(self, eps: float, dtype: str) -> bool:
-        """Whether every participant sent this configuration."""
-        mine = digest(eps, dtype, len(self.a))
-        return self.check == (self.participants * mine, self.participants * mine**2)
+    def agreed(self) -> bool:
+        """Whether every participant sent the same digest.
+
+        The difference is the sum of the squared differences of all pairs of digests, modulo 2**64.
+        """
+        return (self.participants * self.check[1] - self.check[0] ** 2) % 2**64 == 0
 
 
-def _packet(terms: Sequence[Sequence[Sequence[tuple[float, float]]]], eps: float, dtype: str, count: int) -> Packet:
+def _packet(terms: Sequence[Sequence[Sequence[tuple[float, float]]]], channels: int, digest: int, count: int) -> Packet:
     """A packet from ``terms[n][c]``, the terms of each row."""
-    packet = replace(empty_packet(len(terms[0]) if terms else 0, eps, dtype), count=count)
+    packet = replace(empty_packet(channels, digest), count=count)
     for sample in terms:
         for c, row in enumerate(sample):
             for start in range(0, len(row), PIECE):
@@ -209,31 +232,28 @@ def _add_values(packet: Packet, c: int, values: tuple[float, float]) -> None:
             moment[c] += fixed
 
 
-def empty_packet(channels: int, eps: float, dtype: str) -> Packet:
+def empty_packet(channels: int, digest: int = 0) -> Packet:
     """What a rank without samples sends."""
-    mine = digest(eps, dtype, channels)
-    return Packet(1, 0, (mine, mine**2), [0] * channels, [0] * channels, [0] * channels)
+    return Packet(1, 0, (digest, digest**2), [0] * channels, [0] * channels, [0] * channels)
 
 
-def forward_packet(x: Array, eps: float, dtype: str, mask: NDArray[np.bool_] | None = None) -> Packet:
+def forward_packet(
+    x: Array, eps: float, dtype: str, mask: NDArray[np.bool_] | None = None, needs_gradient: bool = False
+) -> Packet:
     """The forward packet of one rank's ``x[n, c, s]``; ``mask[n, s]`` is False where a position does not count."""
     n, channels, s = x.shape
-    if n == 0:
-        return empty_packet(channels, eps, dtype)
     counts = np.ones((n, s), bool) if mask is None else mask
     rows = [
         [[(float(x[i, c, k]), float(x[i, c, k])) if counts[i, k] else (0.0, 0.0) for k in range(s)] for c in range(channels)]
         for i in range(n)
     ]
-    return _packet(rows, eps, dtype, int(counts.sum()))
+    return _packet(rows, channels, forward_digest(eps, dtype, channels, needs_gradient), int(counts.sum()))
 
 
 def backward_packet(
     x: Array,
     dy: Array,
     statistics: Sequence[Statistics],
-    eps: float,
-    dtype: str,
     y: Array | None = None,
     count: int | None = None,
 ) -> Packet:
@@ -243,8 +263,6 @@ def backward_packet(
     masked position's output depends on the statistics, too.
     """
     n, channels, s = x.shape
-    if n == 0:
-        return empty_packet(channels, eps, dtype)
 
     def term(i: int, c: int, k: int) -> tuple[float, float]:
         g = float(dy[i, c, k])
@@ -253,7 +271,7 @@ def backward_packet(
         return g, float(x[i, c, k]) - statistics[c].mean
 
     rows = [[[term(i, c, k) for k in range(s)] for c in range(channels)] for i in range(n)]
-    return _packet(rows, eps, dtype, n * s if count is None else count)
+    return _packet(rows, channels, backward_digest(statistics), n * s if count is None else count)
 
 
 # --- Finishing (section 3) --------------------------------------------------------------------------------------------
@@ -427,10 +445,10 @@ def batches_population(total: Packet) -> list[tuple[float, float]]:
     ]
 
 
-def stored_packet(mean: Sequence[float], variance: Sequence[float], eps: float, dtype: str) -> Packet:
+def stored_packet(mean: Sequence[float], variance: Sequence[float]) -> Packet:
     """The packet of a batch with these statistics, for a layer that normalises by stored ones: that of ``mean + std`` and
     ``mean - std``, whose sums need no root."""
-    packet = empty_packet(len(mean), eps, dtype)
+    packet = empty_packet(len(mean))
     packet.count = 2
     for c, (m, v) in enumerate(zip(mean, variance, strict=True)):
         fixed_mean, fixed_variance = to_fixed(m), to_fixed(v)

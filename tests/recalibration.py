@@ -119,7 +119,7 @@ def reference(estimator: str, passes: int = 1) -> list[tuple[Array, Array]]:
                 packet = protocol.forward_packet(inputs, EPS, "float32")
                 totals[layer] = totals[layer] + packet if pooled else protocol.add_batch(totals[layer], packet)
                 mean, variance = (vector.astype(np.float64).tolist() for vector in statistics[layer])
-                by = protocol.stored_packet(mean, variance, EPS, "float32") if pooled else packet
+                by = protocol.stored_packet(mean, variance) if pooled else packet
                 source = RESIDUAL_OF[layer]
                 outputs.append(
                     protocol.apply_forward(

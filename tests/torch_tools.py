@@ -117,9 +117,7 @@ def reference_step(parts: Sequence[Sequence[np.ndarray]], layer: SyncBatchNorm, 
     statistics = protocol.finish_forward(packet, eps)
     outputs = [protocol.apply_forward(part[0], statistics, dtype, gamma, beta, *part[2:], relu=relu) for part in flat]
     masks = outputs if relu else [None] * len(parts)
-    own = [
-        protocol.backward_packet(part[0], part[1], statistics, eps, dtype, mask) for part, mask in zip(flat, masks, strict=True)
-    ]
+    own = [protocol.backward_packet(part[0], part[1], statistics, mask) for part, mask in zip(flat, masks, strict=True)]
     back = functools.reduce(operator.add, own)
 
     def running(old: np.ndarray, batch: list[float]) -> Tensor:

@@ -249,10 +249,7 @@ def _frozen_gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
     x, moving_mean, _, *optional = op.inputs
     y, stats = op.outputs
     relu = op.get_attr("relu")
-    common = {
-        "data_format": tf.compat.as_str(op.get_attr("data_format")),
-        "epsilon_bits": op.get_attr("epsilon_bits"),
-    }
+    common = {"data_format": tf.compat.as_str(op.get_attr("data_format"))}
     dgamma = dbeta = None
     if op.get_attr("learns"):
         _, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(
@@ -394,11 +391,7 @@ def _gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
     y, stats = op.outputs[:2]
     relu = op.get_attr("relu")
     layer = tf.compat.as_str(op.get_attr("layer"))
-    common = {
-        "data_format": tf.compat.as_str(op.get_attr("data_format")),
-        "epsilon_bits": op.get_attr("epsilon_bits"),
-        "name": _node_name(layer),
-    }
+    common = {"data_format": tf.compat.as_str(op.get_attr("data_format")), "name": _node_name(layer)}
     _refuse_xla_and_export(layer)
     with _clear_errors(layer):
         packet, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(

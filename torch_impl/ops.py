@@ -114,7 +114,7 @@ def _packet(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("hvd_syncbn::forward_moments")
-def _forward_moments(x: Tensor, eps: float) -> Tensor:
+def _forward_moments(x: Tensor, *_: Any) -> Tensor:
     return _packet(x)
 
 
@@ -132,7 +132,7 @@ def _forward_apply(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("hvd_syncbn::backward_moments")
 def _backward_moments(
-    x: Tensor, dy: Tensor, y: Tensor | None, stats: Tensor, eps: float, parameter_dtype: torch.dtype
+    x: Tensor, dy: Tensor, y: Tensor | None, stats: Tensor, parameter_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     vector = x.new_empty(x.shape[1], dtype=parameter_dtype)
     return _packet(x), vector, torch.empty_like(vector)
@@ -146,11 +146,15 @@ def _backward_apply(
     packet: Tensor,
     stats: Tensor,
     weight: Tensor | None,
-    eps: float,
     want_residual: bool,
     name: str,
 ) -> tuple[Tensor, Tensor]:
     return _like(x), _like(x) if want_residual else x.new_empty(0)
+
+
+@torch.library.register_fake("hvd_syncbn::backward_check")
+def _backward_check(packet: Tensor, dweight: Tensor, dbias: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dweight), torch.empty_like(dbias)
 
 
 @torch.library.register_fake("hvd_syncbn::frozen_apply")
@@ -174,6 +178,7 @@ forward_moments = torch.ops.hvd_syncbn.forward_moments
 forward_apply = torch.ops.hvd_syncbn.forward_apply
 backward_moments = torch.ops.hvd_syncbn.backward_moments
 backward_apply = torch.ops.hvd_syncbn.backward_apply
+backward_check = torch.ops.hvd_syncbn.backward_check
 allreduce_ = torch.ops.hvd_syncbn.allreduce_
 sync_batch_norm = torch.ops.hvd_syncbn.sync_batch_norm
 frozen_batch_norm = torch.ops.hvd_syncbn.frozen_batch_norm

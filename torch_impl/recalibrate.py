@@ -150,7 +150,7 @@ class _Network:
             )
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
         self.device = devices.pop() if len(devices) == 1 else None
-        self.stored: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self.stored: dict[tuple[int, torch.device], Tensor] = {}
         self.residuals: dict[int, Tensor] = {}
 
     def run(self, batch: Any, take: Take) -> None:
@@ -193,11 +193,10 @@ class _Network:
         return normalized
 
     def _stored(self, index: int, x: Tensor) -> Tensor:
-        key = index, x.dtype, x.device
+        key = index, x.device
         if key not in self.stored:
             mean, variance = (vector.double().tolist() for vector in self._tensors(index)[:2])
-            dtype = str(x.dtype).removeprefix("torch.")
-            words = protocol.stored_packet(mean, variance, self.layers[index].eps, dtype).words()
+            words = protocol.stored_packet(mean, variance).words()
             self.stored[key] = torch.tensor(words, device=x.device)
         return self.stored[key]
 

@@ -42,11 +42,11 @@ def contenders(x: torch.Tensor, dy: torch.Tensor) -> dict[str, dict[str, Contend
         return ops.forward_apply(x, packet, weight, bias, None, mean, var, None, 0.9, 0.1, True, EPS, False, "speed")
 
     def our_backward_apply(packet: torch.Tensor) -> Any:
-        return ops.backward_apply(x, dy, None, packet, stats, weight, EPS, False, "speed")
+        return ops.backward_apply(x, dy, None, packet, stats, weight, False, "speed")
 
     packet = ops.forward_moments(x, EPS)
     _, stats = our_apply(packet)
-    back = ops.backward_moments(x, dy, None, stats, EPS, torch.float32)[0]
+    back = ops.backward_moments(x, dy, None, stats, torch.float32)[0]
 
     counts = torch.tensor([count], device="cuda", dtype=torch.float32)
 
@@ -81,8 +81,8 @@ def contenders(x: torch.Tensor, dy: torch.Tensor) -> dict[str, dict[str, Contend
             "copy": copy(PASSES["forward"]),
         },
         "backward": {
-            "ours": lambda: our_backward_apply(ops.backward_moments(x, dy, None, stats, EPS, torch.float32)[0]),
-            "ours: moments": lambda: ops.backward_moments(x, dy, None, stats, EPS, torch.float32),
+            "ours": lambda: our_backward_apply(ops.backward_moments(x, dy, None, stats, torch.float32)[0]),
+            "ours: moments": lambda: ops.backward_moments(x, dy, None, stats, torch.float32),
             "ours: apply": lambda: our_backward_apply(back),
             "torch SyncBatchNorm": peer_backward,
             "F.batch_norm": lambda: torch.autograd.grad(local, (leaf, w, b), dy, retain_graph=True),

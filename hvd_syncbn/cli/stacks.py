@@ -43,7 +43,7 @@ def reference_stack() -> Stack:
     gradients: list[Any] = [None] * (vectors.LAYERS - 1) + [dy]  # of every layer's output
     for i in reversed(range(vectors.LAYERS)):
         mask = outputs[i] if vectors.RELU[i] else None
-        packet = protocol.backward_packet(inputs[i], gradients[i], statistics[i], vectors.EPS, "float32", mask)
+        packet = protocol.backward_packet(inputs[i], gradients[i], statistics[i], mask)
         gamma = vectors.parameters(i)[0].astype(np.float64)
         dx, dresidual = protocol.apply_backward(inputs[i], gradients[i], packet, statistics[i], "float32", gamma.tolist(), mask)
         for source, gradient in ((i - 1, dx), (vectors.RESIDUAL_OF[i], dresidual)):

@@ -97,10 +97,13 @@ def _call(name: str, *arguments: Any) -> None:
     assert error == 0, library().hvd_syncbn_cuda_error(error)
 
 
-def forward_moments(shape: Shape, x: NDArray[Any], mask: NDArray[np.uint8] | None, eps: float) -> NDArray[np.int64]:
+def forward_moments(
+    shape: Shape, x: NDArray[Any], mask: NDArray[np.uint8] | None, eps: float, needs_gradient: bool = False
+) -> NDArray[np.int64]:
     """The closed forward packet."""
     packet = guarded(np.full(native.packet_size(shape.c), -1, np.int64))
-    _call("forward_moments", ctypes.byref(shape), _pointer(x), _pointer(mask), ctypes.c_double(eps), _pointer(packet), None)
+    arguments = (_pointer(x), _pointer(mask), ctypes.c_double(eps), ctypes.c_int32(needs_gradient), _pointer(packet))
+    _call("forward_moments", ctypes.byref(shape), *arguments, None)
     assert intact(packet)
     return packet
 
@@ -149,7 +152,6 @@ def backward_moments(
     y: NDArray[Any] | None,
     mask: NDArray[np.uint8] | None,
     stats: NDArray[np.float64],
-    eps: float,
     dgamma: Vector,
     dbeta: Vector,
 ) -> NDArray[np.int64]:
@@ -163,7 +165,6 @@ def backward_moments(
         _pointer(y),
         _pointer(mask),
         _pointer(stats),
-        ctypes.c_double(eps),
         _pointer(packet),
         dgamma,
         dbeta,
@@ -175,7 +176,6 @@ def backward_moments(
 
 def backward_apply(
     shape: Shape,
-    eps: float,
     x: NDArray[Any],
     dy: NDArray[Any],
     y: NDArray[Any] | None,
@@ -191,7 +191,6 @@ def backward_apply(
     _call(
         "backward_apply",
         ctypes.byref(shape),
-        ctypes.c_double(eps),
         _pointer(x),
         _pointer(dy),
         _pointer(y),

@@ -65,8 +65,8 @@ def operators(x: Tensor, dy: Tensor, residual: Tensor | None, vectors: list[Tens
         x, 2 * forward_packet, weight, bias, residual, mean, var, None, 0.9, 0.1, True, EPS, relu, "layer"
     )
     output = y if relu else None
-    backward_packet, dweight, dbias = ops.backward_moments(x, dy, output, stats, EPS, weight.dtype)
-    dx, dresidual = ops.backward_apply(x, dy, output, 2 * backward_packet, stats, weight, EPS, relu, "layer")
+    backward_packet, dweight, dbias = ops.backward_moments(x, dy, output, stats, weight.dtype)
+    dx, dresidual = ops.backward_apply(x, dy, output, 2 * backward_packet, stats, weight, relu, "layer")
     return {
         "forward packet": forward_packet,
         "y": y,

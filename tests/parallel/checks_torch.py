@@ -258,7 +258,8 @@ def check_ranks_disagree() -> str | None:
 
     def of_another_version(packet: Tensor, **options: Any) -> Tensor:
         with mock.patch.object(protocol, "PROTOCOL_VERSION", protocol.PROTOCOL_VERSION + 1):
-            packet[2:4] = torch.tensor(protocol.empty_packet(5, 1e-5, "float32").words()[2:4])
+            digest = protocol.forward_digest(1e-5, "float32", 5, needs_gradient=False)
+            packet[2:4] = torch.tensor(protocol.empty_packet(5, digest).words()[2:4])
         return real(packet, **options)
 
     cases: dict[str, tuple[Tensor, float]] = {
@@ -592,13 +593,14 @@ def check_one_collective_per_layer_and_direction() -> str | None:
 
     backbone = [f"allreduce.hvd_syncbn.ModuleDict.backbone.{i}" for i in (1, 3)]
     forward, backward = ({f"{name}.{direction}": 1 for name in backbone} for direction in ("forward", "backward"))
+    alone_in_model = {f"allreduce.hvd_syncbn.layer.{direction}": 1 for direction in ("forward", "backward")}
     runs: list[tuple[Callable[[], Any], dict[str, int]]] = [
         (lambda: forward_and_backward(1), forward | backward),
         (lambda: forward_and_backward(3), {name: 3 for name in forward | backward}),
         (without_gradients, forward),
-        # Parameter gradients are this rank's own: only dx asks for the others.
-        (lambda: layer(y).sum().backward(), {"allreduce.hvd_syncbn.layer.forward": 1}),
-        (lambda: step(layer, y, y, y), {f"allreduce.hvd_syncbn.layer.{direction}": 1 for direction in ("forward", "backward")}),
+        # Also where nothing but the parameters' gradients is wanted, which are this rank's own: another rank may want dx.
+        (lambda: layer(y).sum().backward(), alone_in_model),
+        (lambda: step(layer, y, y, y), alone_in_model),
         (alone, {}),
         (lambda: net.eval()(x).sum().backward(), {}),
     ]

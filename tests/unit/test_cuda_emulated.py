@@ -57,10 +57,12 @@ def step(
     given_gamma, given_beta = (cuda.vector(v if affine else None, parameter) for v in (gamma, beta))
     shape = native.shape(n, c, s, dtype, layout)
 
-    packet = cuda.forward_moments(shape, xs, mask, EPS)
-    assert same_bits(packet, native.forward_packet(shape, xs, EPS, mask))
+    needs_gradient = bool(rng.random() < 0.5)
+    packet = cuda.forward_moments(shape, xs, mask, EPS, needs_gradient)
+    assert same_bits(packet, native.forward_packet(shape, xs, EPS, mask, needs_gradient=needs_gradient))
     other = native.shape(2, c, 5, dtype, layout)
-    packet += native.forward_packet(other, storage(hostile(rng, (2, c, 5), dtype, nonfinite=False), dtype, layout), EPS)
+    theirs = [storage(hostile(rng, (2, c, 5), dtype, nonfinite=False), dtype, layout) for _ in range(2)]
+    packet += native.forward_packet(other, theirs[0], EPS, needs_gradient=needs_gradient)
 
     if parameter in ("float32", "float64"):  # what native.forward takes
         want_mean, want_var = mean.copy(), var.copy()
@@ -98,19 +100,19 @@ def step(
     ys = y if relu else None
     dgamma, dbeta = (cuda.guarded(np.empty_like(gamma)) for _ in range(2))
     packet = cuda.backward_moments(
-        shape, xs, dys, ys, mask, stats, EPS, cuda.vector(dgamma, parameter), cuda.vector(dbeta, parameter)
+        shape, xs, dys, ys, mask, stats, cuda.vector(dgamma, parameter), cuda.vector(dbeta, parameter)
     )
-    assert same_bits(packet, native.backward_packet(shape, xs, dys, stats, EPS, ys, count))
+    assert same_bits(packet, native.backward_packet(shape, xs, dys, stats, ys, count))
     want_gradients = native.parameter_gradients(shape, packet, stats, parameter)
     assert same_bits(dgamma, want_gradients[0]) and same_bits(dbeta, want_gradients[1])
     assert cuda.intact(dgamma) and cuda.intact(dbeta)
-    packet += native.forward_packet(other, storage(hostile(rng, (2, c, 5), dtype, nonfinite=False), dtype, layout), EPS)
+    packet += native.backward_packet(other, *theirs, stats)
 
     wide_gamma = gamma.view(NUMPY[parameter]).astype(np.float64) if affine else None
     want_dx, want_dresidual = native.backward(shape, xs, dys, packet, stats, wide_gamma, ys, mask)
     dx = cuda.guarded(np.zeros_like(want_dx), offset)
     dresidual = cuda.guarded(np.zeros_like(want_dx), offset) if rng.random() < 0.5 else None
-    cuda.backward_apply(shape, EPS, xs, dys, ys, mask, packet, stats, given_gamma, "layer", dx, dresidual)
+    cuda.backward_apply(shape, xs, dys, ys, mask, packet, stats, given_gamma, "layer", dx, dresidual)
     assert same_bits(dx, want_dx) and cuda.intact(dx)
     if dresidual is not None:
         assert same_bits(dresidual, want_dresidual) and cuda.intact(dresidual)
@@ -196,9 +198,14 @@ def test_wrong_packets_are_reported_and_give_nan(layout: str) -> None:
         assert cuda.failure() == (status, name)
         assert cuda.failure() == (native.OK, "")
         stats = np.ones((2, 5))
-        cuda.backward_apply(shape, EPS, x, x, None, None, packet, stats, cuda.vector(None), f"{name} back", dx, None)
+        cuda.backward_apply(shape, x, x, None, None, packet, stats, cuda.vector(None), f"{name} back", dx, None)
         assert np.isnan(dx).all()
+        status = native.CALLS_DIFFER if status == native.RANKS_DISAGREE else status
         assert cuda.failure() == (status, f"{name} back")
+        # Without elements or channels: the header alone, as where no rank's dx is wanted.
+        nothing = native.shape(0, 0, 0, "float32", layout)
+        cuda.backward_apply(nothing, x, x, None, None, packet, stats, cuda.vector(None), f"{name} check", dx, None)
+        assert cuda.failure() == (status, f"{name} check")
 
 
 def test_a_failure_is_told_a_fixed_number_of_launches_later() -> None:

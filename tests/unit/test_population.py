@@ -119,9 +119,7 @@ def test_what_has_no_variance_is_refused_and_changes_nothing() -> None:
         assert native.population(words, native.POOLED, unbiased, EPS, *vectors) == native.ONE_VALUE
     assert all((array == 9).all() for array, _ in vectors)
     with pytest.raises(ValueError, match="Received: 1"):
-        protocol.add_batch(
-            total([protocol.empty_packet(2, EPS, "float32")]), protocol.forward_packet(np.ones((1, 2, 1)), EPS, "float32")
-        )
+        protocol.add_batch(total([protocol.empty_packet(2)]), protocol.forward_packet(np.ones((1, 2, 1)), EPS, "float32"))
 
 
 def test_any_number_of_packets_leaves_room_for_the_ranks() -> None:
@@ -144,14 +142,14 @@ def test_stored_statistics_come_back(dtype: str) -> None:
     mean = rounded(rng.standard_normal(40) * 10.0 ** rng.integers(-3, 5, 40), "float32")
     variance = rounded(rng.standard_normal(40) ** 2 * 10.0 ** rng.integers(-6, 6, 40), "float32")
     mean[:2], variance[2:4] = (0, -0.0), (0, 1e-30)
-    packet = protocol.stored_packet(mean.tolist(), variance.tolist(), EPS, dtype)
-    assert packet.agreed(EPS, dtype)
+    packet = protocol.stored_packet(mean.tolist(), variance.tolist())
+    assert packet.agreed()
     x = storage(rounded(rng.standard_normal((2, 40, 3)), dtype), dtype)
     _, stats = native.forward(native.shape(2, 40, 3, dtype), x, np.array(packet.words(), np.int64), EPS)
     assert same_bits(stats[0], np.where(mean == 0, 0.0, mean))
     # The variance is the difference of numbers up to 1e14 times as large, in double-double: 106 bits.
     np.testing.assert_allclose(stats[1], 1 / np.sqrt(variance + EPS), rtol=1e-14)
-    broken = protocol.stored_packet([math.nan, 1.0, 2.0**90, 0.0], [1.0, math.inf, 1.0, -1.0], EPS, dtype)
+    broken = protocol.stored_packet([math.nan, 1.0, 2.0**90, 0.0], [1.0, math.inf, 1.0, -1.0])
     assert broken.nonfinite == [1, 1, 1, 0]
 
 

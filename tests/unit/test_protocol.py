@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import decimal
+import itertools
 import threading
 from decimal import Decimal
 from fractions import Fraction
@@ -40,8 +41,7 @@ def step(
         ys.append(y)
         running = local
     total = sum(
-        native.backward_packet(*args, stats, EPS, y=y, splits=k)
-        for *args, y, k in zip(shapes, xs, dys, ys, splits, strict=True)
+        native.backward_packet(*args, stats, y=y, splits=k) for *args, y, k in zip(shapes, xs, dys, ys, splits, strict=True)
     )
     dxs = [
         native.backward(shape, part, g, total, stats, gamma, y=y, splits=k)[0]
@@ -108,8 +108,9 @@ def test_threads_may_add_to_one_packet() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        lib.hvd_syncbn_close_packet(
-            ctypes.byref(shape), ctypes.c_double(EPS), ctypes.c_int64(64 * 50), ctypes.c_void_p(packet.ctypes.data)
+        count = ctypes.c_int64(64 * 50)
+        lib.hvd_syncbn_forward_close(
+            ctypes.byref(shape), ctypes.c_double(EPS), ctypes.c_int32(0), count, ctypes.c_void_p(packet.ctypes.data)
         )
         assert same_bits(packet, want)
 
@@ -139,31 +140,97 @@ def test_ranks_that_disagree_are_found() -> None:
     x = np.ones((2, channels, 4), np.float32)
     mine = native.shape(2, channels, 4, "float32")
     packet = native.forward_packet(mine, x, EPS)
-    assert native.check_packet(mine, EPS, packet) == native.OK
-    assert native.check_packet(mine, EPS, packet * 512) == native.OK
+    assert native.check_packet(native.FORWARD, packet) == native.OK
+    assert native.check_packet(native.FORWARD, packet * 512) == native.OK
     half = native.forward_packet(native.shape(2, channels, 4, "float16"), x.astype(np.float16).view(np.uint16), EPS)
     other_eps = native.forward_packet(mine, x, 1e-3)
-    for others in ([half], [other_eps], [other_eps, half], [packet, packet, other_eps]):
+    differentiated = native.forward_packet(mine, x, EPS, needs_gradient=True)
+    assert native.check_packet(native.FORWARD, differentiated * 3) == native.OK
+    for others in (
+        [half],
+        [other_eps],
+        [differentiated],
+        [other_eps, half],
+        [packet, packet, other_eps],
+        [packet] * 9 + [half],
+    ):
         total = sum(others, start=packet.copy())
-        assert native.check_packet(mine, EPS, total) == native.RANKS_DISAGREE
-        assert native.check_packet(mine, 1e-3, total) == native.RANKS_DISAGREE
+        assert native.check_packet(native.FORWARD, total) == native.RANKS_DISAGREE
     nobody = native.forward_packet(native.shape(0, channels, 4, "float32"), x[:0], EPS)
-    assert native.check_packet(mine, EPS, nobody + nobody) == native.EMPTY
+    assert native.check_packet(native.FORWARD, nobody + nobody) == native.EMPTY
     one = native.forward_packet(native.shape(1, channels, 1, "float32"), x[:1, :, :1].copy(), EPS)
-    assert native.check_packet(mine, EPS, one + nobody) == native.ONE_VALUE
+    assert native.check_packet(native.FORWARD, one + nobody) == native.ONE_VALUE
     # A rank that has joined contributes zeros, and is no participant.
-    assert native.check_packet(mine, EPS, packet + np.zeros_like(packet)) == native.OK
+    assert native.check_packet(native.FORWARD, packet + np.zeros_like(packet)) == native.OK
 
 
 def test_squares_tell_what_the_sum_does_not() -> None:
     """Digests d - 1, d, d + 1 have the sum of three d."""
-    shape = native.shape(1, 1, 2, "float32")
-    packet = native.forward_packet(shape, np.ones((1, 1, 2), np.float32), EPS)
+    packet = native.forward_packet(native.shape(1, 1, 2, "float32"), np.ones((1, 1, 2), np.float32), EPS)
     d = int(packet[2])
     total = packet * 3
-    assert native.check_packet(shape, EPS, total) == native.OK
+    assert native.check_packet(native.FORWARD, total) == native.OK
     total[3] = protocol._wrap((d - 1) ** 2 + d**2 + (d + 1) ** 2)
-    assert native.check_packet(shape, EPS, total) == native.RANKS_DISAGREE
+    assert native.check_packet(native.FORWARD, total) == native.RANKS_DISAGREE
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=600), st.booleans())
+def test_the_header_alone_tells(digests: list[int], equal: bool) -> None:
+    """Whatever a rank's own digest is; the C++ equals the reference."""
+    digests = digests[:1] * len(digests) if equal else digests
+    packets = [protocol.empty_packet(0, digest) for digest in digests]
+    total = sum(packets[1:], start=packets[0])
+    total.count = 2
+    assert total.agreed() == (len(set(digests)) == 1)
+    words = np.array(total.words(), np.int64)
+    assert native.check_packet(native.FORWARD, words) == (native.OK if total.agreed() else native.RANKS_DISAGREE)
+
+
+def test_two_halves_of_512_ranks_that_disagree_are_found() -> None:
+    """256 * 256 * difference^2, modulo 2^64, for each two digests that differ by what one argument changes."""
+    digests = {
+        protocol.forward_digest(eps, dtype, channels, needs_gradient)
+        for eps, dtype, channels, needs_gradient in itertools.product(
+            (1e-5, 1e-3, 1e-6, 0.0), protocol.DTYPES, range(1, 40), (False, True)
+        )
+    }
+    assert len(digests) == 4 * 4 * 39 * 2
+    differences = {abs(a - b) for a, b in itertools.combinations(digests, 2)}
+    assert not [d for d in differences if 2**16 * d**2 % 2**64 == 0]
+
+
+def test_backward_packets_of_different_calls_are_told_apart() -> None:
+    """A call is known by its statistics, whichever bit of them differs."""
+    rng = np.random.default_rng(0)
+    shape = native.shape(2, 5, 4, "float32")
+    x, dy = rng.standard_normal((2, 2, 5, 4)).astype(np.float32)
+    stats = rng.standard_normal((2, 5))
+    packet = native.backward_packet(shape, x, dy, stats)
+    assert native.check_packet(native.BACKWARD, packet + native.backward_packet(shape, -x, x, stats)) == native.OK
+    others = [stats[:, ::-1].copy(), stats[::-1].copy(), np.stack([stats[0], stats[1, ::-1]]), np.zeros((2, 5)), -stats]
+    for i, bit in itertools.product(range(10), range(64)):
+        other = stats.copy()
+        other.reshape(-1).view(np.int64)[i] ^= np.int64(-(2**63)) if bit == 63 else np.int64(1 << bit)
+        others.append(other)
+    for other in others:
+        total = packet + native.backward_packet(shape, x, dy, other)
+        assert native.check_packet(native.BACKWARD, total) == native.CALLS_DIFFER
+    empty = native.backward_packet(native.shape(0, 5, 4, "float32"), x[:0], dy[:0], stats)
+    assert native.check_packet(native.BACKWARD, packet + empty) == native.OK
+    # Of coarse values, whose low bits are 0.
+    coarse = itertools.product((0.0, 0.5, -0.5, 1.0, 2.0), repeat=4)
+    digests = {
+        int(native.backward_packet(native.shape(0, 2, 1, "float32"), x[:0, :2], x[:0, :2], np.array(s).reshape(2, 2))[2])
+        for s in coarse
+    }
+    assert len(digests) == 5**4
+    # Of the same values in another order, in the other channels or in the other statistic.
+    values = (1.0, 2.0, 0.5, 4.0, 0.25, 8.0)
+    for pairs in (list(itertools.permutations(values)), list(itertools.product(values[:2], repeat=6))):
+        for calls in ([zip(p, values, strict=True) for p in pairs], [zip(values, p, strict=True) for p in pairs]):
+            found = {protocol.backward_digest([protocol.Statistics(m, 0, i) for m, i in call]) for call in calls}
+            assert len(found) == len(pairs)
 
 
 def _rational(values: NDArray[np.float32]) -> tuple[Fraction, Fraction, Decimal]:
@@ -201,7 +268,7 @@ def test_accuracy(
     stored, stored_dy, stored_residual = (storage(array.astype(np.float64), "float32", layout) for array in (x, dy, residual))
     packet = native.forward_packet(shape, stored, EPS)
     y, stats = native.forward(shape, stored, packet, EPS, gamma, beta, residual=stored_residual if with_residual else None)
-    packet = native.backward_packet(shape, stored, stored_dy, stats, EPS)
+    packet = native.backward_packet(shape, stored, stored_dy, stats)
     dx, _ = native.backward(shape, stored, stored_dy, packet, stats, gamma)
     y, dx = (logical(array, "float32", layout) for array in (y, dx))
     for channel in range(c):
@@ -243,7 +310,7 @@ def test_gradient_of_large_values() -> None:
     for power in (0, 50):
         scaled, gradient = x * np.float32(2.0**power), dy * np.float32(2.0**-power)
         _, stats = native.forward(shape, scaled, native.forward_packet(shape, scaled, 0.0), 0.0)
-        packet = native.backward_packet(shape, scaled, gradient, stats, 0.0)
+        packet = native.backward_packet(shape, scaled, gradient, stats)
         results.append(native.backward(shape, scaled, gradient, packet, stats)[0])
     assert np.abs(results[0]).max() > 1
     assert same_bits(results[1] * np.float32(2.0**100), results[0])

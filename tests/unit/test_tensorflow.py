@@ -62,7 +62,7 @@ def test_a_step_is_the_cores(dtype: str, layout: str, options: str) -> None:
         shape, xs, packet, EPSILON, gamma, beta, new_mean, new_variance, WEIGHTS, options == "unbiased", residuals, relu
     )
     ys = y if relu else None
-    packet = native.backward_packet(shape, xs, dys, stats, EPSILON, ys, None if mask is None else int(mask.sum()))
+    packet = native.backward_packet(shape, xs, dys, stats, ys, None if mask is None else int(mask.sum()))
     dgamma, dbeta = native.parameter_gradients(shape, packet, stats, parameters)
     dx, dresidual = native.backward(shape, xs, dys, packet, stats, gamma, ys, masks)
 

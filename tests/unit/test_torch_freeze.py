@@ -85,7 +85,7 @@ def test_bytes_are_the_references(dtype: str, affine: bool, relu: bool, layout: 
         statistics = protocol.stored_statistics(mean, var, layer.eps)
         y = protocol.apply_forward(flat[0], statistics, dtype, gamma, beta, flat[2], relu)
         mask = y if relu else None
-        none = protocol.empty_packet(5, layer.eps, dtype)
+        none = protocol.empty_packet(5)
         dx, dresidual = protocol.apply_backward(np.zeros_like(flat[0]), flat[1], none, statistics, dtype, gamma, mask)
         want = {
             "y": to_torch(y.reshape(shape), dtype),
@@ -93,7 +93,7 @@ def test_bytes_are_the_references(dtype: str, affine: bool, relu: bool, layout: 
             "dresidual": to_torch(dresidual.reshape(shape), dtype),
         }
         if affine:
-            packet = protocol.backward_packet(flat[0], flat[1], statistics, layer.eps, dtype, mask)
+            packet = protocol.backward_packet(flat[0], flat[1], statistics, mask)
             dweight, dbias = np.array(protocol.parameter_gradients(packet, statistics)).T
             want |= {"dweight": to_torch(dweight), "dbias": to_torch(dbias)}
         assert_same(got, want | before, path)

@@ -398,8 +398,8 @@ def test_saved_tensors_in_another_layout(layout: str) -> None:
     stats = torch.ones(2, 5, dtype=torch.float64)
 
     def backward(x: Tensor, dy: Tensor, y: Tensor) -> list[Tensor]:
-        packet, *parameters = ops.backward_moments(x, dy, y, stats, 1e-5, torch.float32)
-        return [packet, *parameters, *ops.backward_apply(x, dy, y, packet, stats, None, 1e-5, True, "name")]
+        packet, *parameters = ops.backward_moments(x, dy, y, stats, torch.float32)
+        return [packet, *parameters, *ops.backward_apply(x, dy, y, packet, stats, None, True, "name")]
 
     other = LAYOUTS[1 - LAYOUTS.index(layout)]
     assert_same(backward(in_layout(x, layout), in_layout(dy, other), in_layout(y, other)), backward(x, dy, y))
@@ -864,8 +864,8 @@ def test_large_outputs(sizes: tuple[int, ...], dtype: torch.dtype, channels_last
 
     packet = ops.forward_moments(x, 1e-5)
     y, stats = ops.forward_apply(x, packet, weight, bias, residual, None, None, None, 0.9, 0.1, True, 1e-5, True, "layer")
-    gradients, _, _ = ops.backward_moments(x, dy, y, stats, 1e-5, torch.float32)
-    dx, dresidual = ops.backward_apply(x, dy, y, gradients, stats, weight, 1e-5, True, "layer")
+    gradients, _, _ = ops.backward_moments(x, dy, y, stats, torch.float32)
+    dx, dresidual = ops.backward_apply(x, dy, y, gradients, stats, weight, True, "layer")
     for start in range(0, sizes[0], step):
         part = slice(start, start + step)
         y_part, _ = ops.forward_apply(
@@ -873,7 +873,7 @@ def test_large_outputs(sizes: tuple[int, ...], dtype: torch.dtype, channels_last
         )
         assert y_part.nbytes < 16 << 20
         assert_same(y[part], y_part)
-        parts = ops.backward_apply(x[part], dy[part], y[part], gradients, stats, weight, 1e-5, True, "layer")
+        parts = ops.backward_apply(x[part], dy[part], y[part], gradients, stats, weight, True, "layer")
         assert_same(dx[part], parts[0])
         assert_same(dresidual[part], parts[1])
 

@@ -32,7 +32,7 @@ class GpuForwardMomentsOp : public ForwardMomentsOp {
   Status Launch(OpKernelContext* ctx, const ForwardMomentsArrays& arrays) const override {
     TF_RETURN_IF_ERROR(Earlier(ctx));
     return Cuda(hvd_syncbn_cuda_forward_moments(&arrays.shape, arrays.x->data(), arrays.mask, epsilon_,
-                                                Data<int64_t>(arrays.packet), StreamOf(ctx)));
+                                                kGradientUnknown, Data<int64_t>(arrays.packet), StreamOf(ctx)));
   }
 };
 
@@ -56,10 +56,10 @@ class GpuBackwardMomentsOp : public BackwardMomentsOp {
 
   Status Launch(OpKernelContext* ctx, const BackwardMomentsArrays& arrays) const override {
     TF_RETURN_IF_ERROR(Earlier(ctx));
-    return Cuda(hvd_syncbn_cuda_backward_moments(
-        &arrays.shape, arrays.x->data(), arrays.dy->data(), Data<const void>(arrays.y), arrays.mask,
-        Data<const double>(arrays.stats), epsilon_, Data<int64_t>(arrays.packet), Vector(arrays.dgamma),
-        Vector(arrays.dbeta), StreamOf(ctx)));
+    return Cuda(hvd_syncbn_cuda_backward_moments(&arrays.shape, arrays.x->data(), arrays.dy->data(),
+                                                 Data<const void>(arrays.y), arrays.mask,
+                                                 Data<const double>(arrays.stats), Data<int64_t>(arrays.packet),
+                                                 Vector(arrays.dgamma), Vector(arrays.dbeta), StreamOf(ctx)));
   }
 };
 
@@ -70,7 +70,7 @@ class GpuBackwardApplyOp : public BackwardApplyOp {
   Status Launch(OpKernelContext* ctx, const BackwardApplyArrays& arrays) const override {
     TF_RETURN_IF_ERROR(Earlier(ctx));
     return Cuda(hvd_syncbn_cuda_backward_apply(
-        &arrays.shape, epsilon_, arrays.x->data(), arrays.dy->data(), Data<const void>(arrays.y), arrays.mask,
+        &arrays.shape, arrays.x->data(), arrays.dy->data(), Data<const void>(arrays.y), arrays.mask,
         Data<const int64_t>(arrays.packet), Data<const double>(arrays.stats), Vector(arrays.gamma), layer_.c_str(),
         arrays.dx->data(), Data<void>(arrays.dresidual), StreamOf(ctx)));
   }

@@ -56,9 +56,9 @@ class LayerOp : public OpKernel {
  public:
   explicit LayerOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
     std::string data_format;
-    int64_t bits;
+    int64_t bits = 0;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("data_format", &data_format));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("epsilon_bits", &bits));
+    if (ctx->HasAttr("epsilon_bits")) OP_REQUIRES_OK(ctx, ctx->GetAttr("epsilon_bits", &bits));
     layout_ = data_format == "channels_first" ? HVD_SYNCBN_CHANNELS_FIRST : HVD_SYNCBN_CHANNELS_LAST;
     std::memcpy(&epsilon_, &bits, sizeof(epsilon_));
   }
@@ -105,9 +105,12 @@ class LayerOp : public OpKernel {
                            " positions. Received: ", list[0].shape().DebugString());
   }
 
-  double epsilon_;
+  double epsilon_;  // 0 in ops that do not need it
   int32_t layout_;
 };
+
+// A graph does not know whether it will be differentiated.
+constexpr int32_t kGradientUnknown = 0;
 
 // What a packet's header says is wrong with a layer; `received` ends the message.
 template <class... Parts>
@@ -118,6 +121,11 @@ Status Failure(int32_t status, const std::string& layer, const Parts&... receive
           "the ranks disagree about layer '", layer,
           "': number of channels, epsilon, dtype and hvd-syncbn version have to be the same on every "
           "rank. ",
+          received...);
+    case HVD_SYNCBN_CALLS_DIFFER:
+      return InvalidArgument(
+          "the ranks differentiate different calls of layer '", layer,
+          "': where a layer runs several times, every rank has to run the backward passes in the same order. ",
           received...);
     case HVD_SYNCBN_ONE_VALUE:
       return InvalidArgument("Expected more than 1 value per channel when training, over all ranks (layer '", layer,

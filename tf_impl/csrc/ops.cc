@@ -33,10 +33,8 @@ using tensorflow::shape_inference::ShapeHandle;
 
 // ---- Registration
 
-#define HVD_SYNCBN_COMMON_ATTRS                                 \
-  Attr("T: {half, bfloat16, float, double}")                    \
-      .Attr("data_format: {'channels_first', 'channels_last'}") \
-      .Attr("epsilon_bits: int")
+#define HVD_SYNCBN_COMMON_ATTRS \
+  Attr("T: {half, bfloat16, float, double}").Attr("data_format: {'channels_first', 'channels_last'}")
 
 Status Channels(InferenceContext* c, DimensionHandle* channels) {
   std::string data_format;
@@ -56,7 +54,8 @@ Status Packet(InferenceContext* c, ShapeHandle* packet) {
 }
 
 REGISTER_OP("HvdSyncbnForwardMoments")
-    .HVD_SYNCBN_COMMON_ATTRS.Attr("masks: int >= 0")
+    .HVD_SYNCBN_COMMON_ATTRS.Attr("epsilon_bits: int")
+    .Attr("masks: int >= 0")
     .Attr("unknowns: int >= 0")
     .Input("x: T")
     .Input("mask: masks * bool")
@@ -73,7 +72,8 @@ REGISTER_OP("HvdSyncbnForwardMoments")
 // without a bias at its start, and new_weight is not looked at. `stats` is float64: mean and 1 / standard deviation of
 // each channel.
 REGISTER_OP("HvdSyncbnForwardApply")
-    .HVD_SYNCBN_COMMON_ATTRS.Attr("U: {half, bfloat16, float, double}")
+    .HVD_SYNCBN_COMMON_ATTRS.Attr("epsilon_bits: int")
+    .Attr("U: {half, bfloat16, float, double}")
     .Attr("gammas: int >= 0")
     .Attr("betas: int >= 0")
     .Attr("residuals: int >= 0")
@@ -157,7 +157,8 @@ REGISTER_OP("HvdSyncbnBackwardApply")
 // Of a frozen layer, which has no packet; on CPUs only. Its parameters' gradients are those of
 // HvdSyncbnBackwardMoments, asked for where `learns`.
 REGISTER_OP("HvdSyncbnFrozenApply")
-    .HVD_SYNCBN_COMMON_ATTRS.Attr("U: {half, bfloat16, float, double}")
+    .HVD_SYNCBN_COMMON_ATTRS.Attr("epsilon_bits: int")
+    .Attr("U: {half, bfloat16, float, double}")
     .Attr("gammas: int >= 0")
     .Attr("betas: int >= 0")
     .Attr("residuals: int >= 0")
@@ -213,9 +214,9 @@ int64_t Unmasked(const hvd_syncbn_shape& shape, const uint8_t* mask) {
 }
 
 // What the reduced packet's header says.
-Status CheckPacket(const Tensor& x, const hvd_syncbn_shape& shape, double epsilon, const Tensor* packet,
-                   const std::string& layer) {
-  const int32_t status = hvd_syncbn_check_packet(&shape, epsilon, Data<const int64_t>(packet));
+Status CheckPacket(int32_t direction, const Tensor& x, const hvd_syncbn_shape& shape, double epsilon,
+                   const Tensor* packet, const std::string& layer) {
+  const int32_t status = hvd_syncbn_check_packet(direction, Data<const int64_t>(packet));
   if (status == HVD_SYNCBN_RANKS_DISAGREE) {
     return Failure(status, layer, "Received on this rank: channels=", shape.c, ", epsilon=", epsilon,
                    ", dtype=", tensorflow::DataTypeString(x.dtype()));
@@ -242,7 +243,7 @@ class CpuForwardMomentsOp : public ForwardMomentsOp {
     Run(ctx, hvd_syncbn_moments_units(&shape), hvd_syncbn_moments_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
       hvd_syncbn_forward_moments(&shape, arrays.x->data(), arrays.mask, begin, end, packet);
     });
-    hvd_syncbn_close_packet(&shape, epsilon_, Unmasked(shape, arrays.mask), packet);
+    hvd_syncbn_forward_close(&shape, epsilon_, kGradientUnknown, Unmasked(shape, arrays.mask), packet);
     return absl::OkStatus();
   }
 };
@@ -253,7 +254,7 @@ class CpuForwardApplyOp : public ForwardApplyOp {
 
   Status Launch(OpKernelContext* ctx, const ForwardApplyArrays& arrays) const override {
     const hvd_syncbn_shape& shape = arrays.shape;
-    TF_RETURN_IF_ERROR(CheckPacket(*arrays.x, shape, epsilon_, arrays.packet, layer_));
+    TF_RETURN_IF_ERROR(CheckPacket(HVD_SYNCBN_FORWARD, *arrays.x, shape, epsilon_, arrays.packet, layer_));
     PreferHugePages(arrays.y);
     std::memcpy(arrays.new_mean->data(), arrays.moving_mean->data(), arrays.moving_mean->TotalBytes());
     std::memcpy(arrays.new_variance->data(), arrays.moving_variance->data(), arrays.moving_variance->TotalBytes());
@@ -284,7 +285,7 @@ class CpuBackwardMomentsOp : public BackwardMomentsOp {
       hvd_syncbn_backward_moments(&shape, arrays.x->data(), arrays.dy->data(), Data<const void>(arrays.y), stats, begin,
                                   end, packet);
     });
-    hvd_syncbn_close_packet(&shape, epsilon_, Unmasked(shape, arrays.mask), packet);
+    hvd_syncbn_backward_close(&shape, stats, Unmasked(shape, arrays.mask), packet);
     hvd_syncbn_backward_params(&shape, packet, stats, Vector(arrays.dgamma), Vector(arrays.dbeta));
     return absl::OkStatus();
   }
@@ -296,7 +297,7 @@ class CpuBackwardApplyOp : public BackwardApplyOp {
 
   Status Launch(OpKernelContext* ctx, const BackwardApplyArrays& arrays) const override {
     const hvd_syncbn_shape& shape = arrays.shape;
-    TF_RETURN_IF_ERROR(CheckPacket(*arrays.x, shape, epsilon_, arrays.packet, layer_));
+    TF_RETURN_IF_ERROR(CheckPacket(HVD_SYNCBN_BACKWARD, *arrays.x, shape, epsilon_, arrays.packet, layer_));
     PreferHugePages(arrays.dx);
     PreferHugePages(arrays.dresidual);
     Tensor coefficients;

@@ -151,7 +151,7 @@ class _Network:
                 "the model has no batch normalization layer whose moving statistics could be replaced. "
                 + (f"Received: frozen layers {frozen}" if frozen else f"Received: {type(model).__name__}")
             )
-        self.stored: dict[tuple[int, str], Any] = {}
+        self.stored: dict[int, Any] = {}
 
     def run(self, batch: Any, take: Take) -> None:
         with contextlib.ExitStack() as watching:
@@ -190,16 +190,16 @@ class _Network:
         reduced = take(index, packet.numpy())
         if self.init_affine:
             return x if residual is None else x + residual
-        by = self._stored(index, x.dtype.name) if reduced is None else tf.constant(reduced)
+        by = self._stored(index) if reduced is None else tf.constant(reduced)
         return functional.normalize_by(by, x, norm.gamma, norm.beta, residual, layer.eps, norm.axis, layer.name)
 
-    def _stored(self, index: int, dtype: str) -> Any:
-        if (index, dtype) not in self.stored:
+    def _stored(self, index: int) -> Any:
+        if index not in self.stored:
             norm = self.norms[index]
             mean, variance = (v.value.numpy().astype(np.float64).tolist() for v in (norm.moving_mean, norm.moving_variance))
-            words = protocol.stored_packet(mean, variance, self.layers[index].eps, dtype).words()
-            self.stored[index, dtype] = tf.constant(words, tf.int64)
-        return self.stored[index, dtype]
+            words = protocol.stored_packet(mean, variance).words()
+            self.stored[index] = tf.constant(words, tf.int64)
+        return self.stored[index]
 
     def read(self, index: int) -> list[Vector]:
         return [_to_core(variable) for variable in self._variables(index)]

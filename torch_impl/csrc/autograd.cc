@@ -36,6 +36,7 @@ struct Options {
   bool unbiased;
   double eps;
   bool relu;
+  bool needs_gradient;                 // this rank will differentiate: the same on every rank, or an error
   std::optional<int64_t> process_set;  // none: this rank shares its batch with nobody
   std::string name;
 };
@@ -77,17 +78,17 @@ class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
     static const auto moments = find_operator<ForwardMoments>("hvd_syncbn::forward_moments");
     static const auto apply = find_operator<ForwardApply>("hvd_syncbn::forward_apply");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Tensor packet = moments.call(x, options.eps);
+    const Tensor packet = moments.call(x, options.eps, options.needs_gradient);
     allreduce(packet, options.name + ".forward", options.process_set);
-    auto [y, stats] = apply.call(x, packet, weight, bias, residual, options.running_mean, options.running_var,
-                                 options.average ? options.batches : std::nullopt, options.old_weight,
-                                 options.new_weight, options.unbiased, options.eps, options.relu, options.name);
+    auto [y, stats] =
+        apply.call(x, packet, weight, bias, residual, options.running_mean, options.running_var,
+                   options.average ? options.batches : std::nullopt, options.old_weight, options.new_weight,
+                   options.unbiased, options.eps, options.relu, options.name, options.needs_gradient);
     // Together with the statistics: what comes next may raise, as checkpointing does to stop early.
     if (options.batches.has_value()) options.batches->add_(1);
     ctx->save_for_backward({x, weight.value_or(Tensor()), stats, options.relu ? y : Tensor()});
     ctx->saved_data["bias_dtype"] = bias.has_value() ? std::optional(bias->scalar_type()) : std::nullopt;
     ctx->saved_data["has_residual"] = residual.has_value();
-    ctx->saved_data["eps"] = options.eps;
     ctx->saved_data["process_set"] = options.process_set;
     ctx->saved_data["name"] = options.name;
     return y;
@@ -109,10 +110,10 @@ class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
   static variable_list differentiate(AutogradContext* ctx, const Tensor& dy) {
     static const auto moments = find_operator<BackwardMoments>("hvd_syncbn::backward_moments");
     static const auto apply = find_operator<BackwardApply>("hvd_syncbn::backward_apply");
+    static const auto check = find_operator<BackwardCheck>("hvd_syncbn::backward_check");
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &stats = saved[2], &y = saved[3];
     const auto bias_dtype = ctx->saved_data["bias_dtype"].toOptional<at::ScalarType>();
-    const double eps = ctx->saved_data["eps"].toDouble();
     const std::string& name = ctx->saved_data["name"].toStringRef();
     // needs_input_grad counts the tensors that there are.
     size_t tensors = 0;
@@ -120,15 +121,18 @@ class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
     const bool want_x = wanted(true), want_weight = wanted(weight.defined()),
                want_bias = wanted(bias_dtype.has_value());
     const bool want_residual = wanted(ctx->saved_data["has_residual"].toBool());
-    // Of the masked dy; without an activation the residual's gradient is dy itself.
-    const bool masks_residual = want_residual && y.defined();
+    // Without an activation the residual's gradient is dy itself, but one result has to come from the packet: a
+    // compiled graph leaves out the collective otherwise.
+    const bool masks_residual = want_residual && (y.defined() || !(want_x || want_weight || want_bias));
 
-    auto [packet, dweight, dbias] =
-        moments.call(x, dy, y, stats, eps, weight.defined() ? weight.scalar_type() : at::kFloat);
+    auto [packet, dweight, dbias] = moments.call(x, dy, y, stats, weight.defined() ? weight.scalar_type() : at::kFloat);
+    // Whatever is wanted here: another rank may need the packet.
+    allreduce(packet, name + ".backward", ctx->saved_data["process_set"].toOptional<int64_t>());
     Tensor dx, dresidual;
     if (want_x || masks_residual) {
-      allreduce(packet, name + ".backward", ctx->saved_data["process_set"].toOptional<int64_t>());
-      std::tie(dx, dresidual) = apply.call(x, dy, y, packet, stats, weight, eps, masks_residual, name);
+      std::tie(dx, dresidual) = apply.call(x, dy, y, packet, stats, weight, masks_residual, name);
+    } else {
+      std::tie(dweight, dbias) = check.call(packet, dweight, dbias, name);
     }
     if (!masks_residual) dresidual = dy;
     return {want_x ? dx : Tensor(), want_weight ? dweight : Tensor(), want_bias ? dbias.to(*bias_dtype) : Tensor(),
@@ -150,7 +154,6 @@ class FrozenBatchNorm : public torch::autograd::Function<FrozenBatchNorm> {
     ctx->save_for_backward({keeps_x ? x : Tensor(), weight.value_or(Tensor()), stats, relu ? y : Tensor()});
     ctx->saved_data["bias_dtype"] = bias.has_value() ? std::optional(bias->scalar_type()) : std::nullopt;
     ctx->saved_data["has_residual"] = residual.has_value();
-    ctx->saved_data["eps"] = eps;
     return y;
   }
 
@@ -184,8 +187,8 @@ class FrozenBatchNorm : public torch::autograd::Function<FrozenBatchNorm> {
     Tensor dweight, dbias, dx, dresidual;
     if (want_weight || want_bias) {
       Tensor packet;  // this rank's alone, and only for its parameters' gradients
-      std::tie(packet, dweight, dbias) = moments.call(x, dy, y, stats, ctx->saved_data["eps"].toDouble(),
-                                                      weight.defined() ? weight.scalar_type() : at::kFloat);
+      std::tie(packet, dweight, dbias) =
+          moments.call(x, dy, y, stats, weight.defined() ? weight.scalar_type() : at::kFloat);
     }
     if (want_x || masks_residual) std::tie(dx, dresidual) = apply.call(dy, y, stats, weight, masks_residual);
     if (!masks_residual) dresidual = dy;
@@ -228,8 +231,13 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
   const bool average = !new_weight.has_value();
   TORCH_CHECK_VALUE(old_weight.has_value() && (!average || batches.has_value()),
                     "expected two weights, or that of the old statistics and the number of batches");
-  const Options options{running_mean, running_var, batches, average,     *old_weight, new_weight.value_or(0),
-                        unbiased,     eps,         relu,    process_set, name};
+  const auto differentiated = [](const OptionalTensor& tensor) {
+    return tensor.has_value() && tensor->requires_grad();
+  };
+  const bool needs_gradient = at::GradMode::is_enabled() && (x.requires_grad() || differentiated(weight) ||
+                                                             differentiated(bias) || differentiated(residual));
+  const Options options{running_mean, running_var, batches, average,        *old_weight, new_weight.value_or(0),
+                        unbiased,     eps,         relu,    needs_gradient, process_set, name};
   return SyncBatchNorm::apply(x, weight, bias, residual, options);
 }
 

@@ -1,4 +1,4 @@
-// The operators for GPU tensors: the same four, on the current stream of the tensor's device. They wait for it only if
+// The operators for GPU tensors: the same, on the current stream of the tensor's device. They wait for it only if
 // the host is far ahead.
 //
 // What the CPU kernels raise after reading a packet's header, the GPU finds out later; an operator raises it, the same
@@ -64,11 +64,11 @@ class Call {
   c10::Device device_;
 };
 
-Tensor forward_moments(const Tensor& x, double eps) {
+Tensor forward_moments(const Tensor& x, double eps, bool needs_gradient) {
   const Call call(x);
   const Input in = input(x);
   Tensor packet = call.empty({hvd_syncbn_packet_size(in.shape.c)}, at::kLong);
-  check_error(hvd_syncbn_cuda_forward_moments(&in.shape, in.tensor.const_data_ptr(), nullptr, eps,
+  check_error(hvd_syncbn_cuda_forward_moments(&in.shape, in.tensor.const_data_ptr(), nullptr, eps, needs_gradient,
                                               packet.mutable_data_ptr<int64_t>(), call.stream()));
   return packet;
 }
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, 
                                          const OptionalTensor& bias, const OptionalTensor& residual,
                                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                          const OptionalTensor& batches, double old_weight, double new_weight,
-                                         bool unbiased, double eps, bool relu, const std::string& name) {
+                                         bool unbiased, double eps, bool relu, const std::string& name, bool) {
   const Call call(x);
   const Input in = input(x);
   check_packet_size(in.shape, call.here(packet));
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_moments(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
-                                                    const Tensor& stats, double eps, at::ScalarType parameter_dtype) {
+                                                    const Tensor& stats, at::ScalarType parameter_dtype) {
   const Call call(x);
   const Input in = input(x);
   const Tensor g = like(in, call.here(dy));
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_moments(const Tensor& x, const Tenso
   Tensor packet = call.empty({hvd_syncbn_packet_size(in.shape.c)}, at::kLong);
   Tensor dweight = call.empty({in.shape.c}, parameter_dtype), dbias = call.empty({in.shape.c}, parameter_dtype);
   check_error(hvd_syncbn_cuda_backward_moments(&in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(), data(output),
-                                               nullptr, call.here(stats).const_data_ptr<double>(), eps,
+                                               nullptr, call.here(stats).const_data_ptr<double>(),
                                                packet.mutable_data_ptr<int64_t>(), vector(in.shape, dweight),
                                                vector(in.shape, dbias), call.stream()));
   return {packet, dweight, dbias};
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_moments(const Tensor& x, const Tenso
 
 std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
                                           const Tensor& packet, const Tensor& stats, const OptionalTensor& weight,
-                                          double eps, bool want_residual, const std::string& name) {
+                                          bool want_residual, const std::string& name) {
   const Call call(x);
   const Input in = input(x);
   check_packet_size(in.shape, call.here(packet));
@@ -120,10 +120,22 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, con
   Tensor dx = at::empty_like(in.tensor);
   Tensor dresidual = want_residual ? at::empty_like(in.tensor) : call.empty({0}, in.tensor.scalar_type());
   check_error(hvd_syncbn_cuda_backward_apply(
-      &in.shape, eps, in.tensor.const_data_ptr(), g.const_data_ptr(), data(output), nullptr,
+      &in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(), data(output), nullptr,
       packet.const_data_ptr<int64_t>(), call.here(stats).const_data_ptr<double>(), vector(in.shape, call.here(weight)),
       name.c_str(), dx.mutable_data_ptr(), want_residual ? dresidual.mutable_data_ptr() : nullptr, call.stream()));
   return {dx, dresidual};
+}
+
+// Without elements the kernel does nothing but look at the header. It is launched, because all ranks have to launch the
+// same ones.
+std::tuple<Tensor, Tensor> backward_check(const Tensor& packet, const Tensor& dweight, const Tensor& dbias,
+                                          const std::string& name) {
+  const Call call(packet);
+  const hvd_syncbn_shape nothing = {0, 0, 0, HVD_SYNCBN_FLOAT32, HVD_SYNCBN_CHANNELS_FIRST};
+  check_error(hvd_syncbn_cuda_backward_apply(&nothing, nullptr, nullptr, nullptr, nullptr,
+                                             packet.const_data_ptr<int64_t>(), nullptr, {nullptr, 0}, name.c_str(),
+                                             nullptr, nullptr, call.stream()));
+  return {dweight.clone(), dbias.clone()};
 }
 
 void check_device_errors(c10::Device device) {
@@ -146,4 +158,5 @@ TORCH_LIBRARY_IMPL(hvd_syncbn, CUDA, m) {
   m.impl("forward_apply", forward_apply);
   m.impl("backward_moments", backward_moments);
   m.impl("backward_apply", backward_apply);
+  m.impl("backward_check", backward_check);
 }

@@ -1,10 +1,11 @@
 // PyTorch operators over the core, and their kernels for CPU tensors: they own tensors, memory and threads, and no
 // arithmetic. cuda.cc has the kernels for GPU tensors.
 //
-//   forward_moments(x) -> packet                         then allreduce_(packet), written in Python
+//   forward_moments(x) -> packet                          then allreduce_(packet), written in Python
 //   forward_apply(x, packet, ...) -> (y, stats)
 //   backward_moments(x, dy, y?) -> (packet, dweight, dbias)
 //   backward_apply(x, dy, y?, packet) -> (dx, dresidual)
+//   backward_check(packet, dweight, dbias) -> (dweight, dbias)   instead, where neither of them is wanted
 //
 // and of a frozen layer, which has no packet, on CPUs only:
 //
@@ -42,7 +43,7 @@ Tensor coefficients(const hvd_syncbn_shape& shape) {
   return at::empty({hvd_syncbn_coefficients_size(&shape)}, at::TensorOptions().dtype(at::kByte));
 }
 
-Tensor forward_moments(const Tensor& x, double eps) {
+Tensor forward_moments(const Tensor& x, double eps, bool needs_gradient) {
   const Input in = input(x);
   Tensor packet = empty_packet(in.shape.c);
   int64_t* const words = packet.mutable_data_ptr<int64_t>();
@@ -50,7 +51,7 @@ Tensor forward_moments(const Tensor& x, double eps) {
                    [&](int64_t begin, int64_t end) {
                      hvd_syncbn_forward_moments(&in.shape, in.tensor.const_data_ptr(), nullptr, begin, end, words);
                    });
-  hvd_syncbn_close_packet(&in.shape, eps, in.shape.n * in.shape.s, words);
+  hvd_syncbn_forward_close(&in.shape, eps, needs_gradient, in.shape.n * in.shape.s, words);
   return packet;
 }
 
@@ -82,21 +83,18 @@ std::tuple<Tensor, Tensor> apply_backward(const Input& in, const Tensor& g, cons
   return {dx, dresidual};
 }
 
-// What the header of a reduced packet says. `name` is the layer's, for the message.
-void check(const hvd_syncbn_shape& shape, double eps, const Tensor& packet, const std::string& name) {
-  check_packet_size(shape, packet);
-  const int32_t status = hvd_syncbn_check_packet(&shape, eps, packet.const_data_ptr<int64_t>());
-  raise_failure(status, name, " This rank has: ", shape.c, " channels, eps ", eps);
-}
-
 std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, const OptionalTensor& weight,
                                          const OptionalTensor& bias, const OptionalTensor& residual,
                                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                          const OptionalTensor& batches, double old_weight, double new_weight,
-                                         bool unbiased, double eps, bool relu, const std::string& name) {
+                                         bool unbiased, double eps, bool relu, const std::string& name,
+                                         bool needs_gradient) {
   const Input in = input(x);
+  check_packet_size(in.shape, packet);
   const int64_t* const words = packet.const_data_ptr<int64_t>();
-  check(in.shape, eps, packet, name);
+  raise_failure(hvd_syncbn_check_packet(HVD_SYNCBN_FORWARD, words), name, " This rank has: ", in.shape.c,
+                " channels, eps ", eps, ", dtype ", x.scalar_type(), ", ", needs_gradient ? "a" : "no",
+                " gradient needed");
   const auto [share_of_old, share_of_new] = weights(batches, old_weight, new_weight);
   Tensor stats = at::empty({2, in.shape.c}, at::TensorOptions().dtype(at::kDouble));
   Tensor scratch = coefficients(in.shape);
@@ -107,7 +105,7 @@ std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_moments(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
-                                                    const Tensor& stats, double eps, at::ScalarType parameter_dtype) {
+                                                    const Tensor& stats, at::ScalarType parameter_dtype) {
   const Input in = input(x);
   const Tensor g = like(in, dy);
   const OptionalTensor output = like(in, y);
@@ -118,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_moments(const Tensor& x, const Tenso
                      hvd_syncbn_backward_moments(&in.shape, in.tensor.const_data_ptr(), g.const_data_ptr(),
                                                  data(output), stats.const_data_ptr<double>(), begin, end, words);
                    });
-  hvd_syncbn_close_packet(&in.shape, eps, in.shape.n * in.shape.s, words);
+  hvd_syncbn_backward_close(&in.shape, stats.const_data_ptr<double>(), in.shape.n * in.shape.s, words);
   const auto options = at::TensorOptions().dtype(parameter_dtype);
   Tensor dweight = at::empty({in.shape.c}, options), dbias = at::empty({in.shape.c}, options);
   hvd_syncbn_backward_params(&in.shape, words, stats.const_data_ptr<double>(), vector(in.shape, dweight),
@@ -128,16 +126,25 @@ std::tuple<Tensor, Tensor, Tensor> backward_moments(const Tensor& x, const Tenso
 
 std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
                                           const Tensor& packet, const Tensor& stats, const OptionalTensor& weight,
-                                          double eps, bool want_residual, const std::string& name) {
+                                          bool want_residual, const std::string& name) {
   const Input in = input(x);
+  check_packet_size(in.shape, packet);
   const int64_t* const words = packet.const_data_ptr<int64_t>();
-  check(in.shape, eps, packet, name);
+  raise_failure(hvd_syncbn_check_packet(HVD_SYNCBN_BACKWARD, words), name);
   const Tensor g = like(in, dy);
   const OptionalTensor output = like(in, y);
   Tensor scratch = coefficients(in.shape);
   hvd_syncbn_backward_finish(&in.shape, words, stats.const_data_ptr<double>(), vector(in.shape, weight),
                              scratch.mutable_data_ptr());
   return apply_backward(in, g, output, want_residual, scratch);
+}
+
+// The collective has to stay in a compiled graph, where only results keep what they come from: so the gradients are
+// copies. An operator may not return its arguments.
+std::tuple<Tensor, Tensor> backward_check(const Tensor& packet, const Tensor& dweight, const Tensor& dbias,
+                                          const std::string& name) {
+  raise_failure(hvd_syncbn_check_packet(HVD_SYNCBN_BACKWARD, packet.const_data_ptr<int64_t>()), name);
+  return {dweight.clone(), dbias.clone()};
 }
 
 std::tuple<Tensor, Tensor> frozen_apply(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
@@ -165,17 +172,18 @@ std::tuple<Tensor, Tensor> frozen_backward(const Tensor& dy, const OptionalTenso
 }  // namespace hvd_syncbn
 
 TORCH_LIBRARY(hvd_syncbn, m) {
-  m.def("forward_moments(Tensor x, float eps) -> Tensor");
+  m.def("forward_moments(Tensor x, float eps, bool needs_gradient=False) -> Tensor");
   m.def(
       "forward_apply(Tensor x, Tensor packet, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? "
       "running_mean, Tensor(b!)? running_var, Tensor? batches, float old_weight, float new_weight, bool unbiased, "
-      "float eps, bool relu, str name) -> (Tensor y, Tensor stats)");
+      "float eps, bool relu, str name, bool needs_gradient=False) -> (Tensor y, Tensor stats)");
   m.def(
-      "backward_moments(Tensor x, Tensor dy, Tensor? y, Tensor stats, float eps, ScalarType parameter_dtype) -> "
+      "backward_moments(Tensor x, Tensor dy, Tensor? y, Tensor stats, ScalarType parameter_dtype) -> "
       "(Tensor packet, Tensor dweight, Tensor dbias)");
   m.def(
-      "backward_apply(Tensor x, Tensor dy, Tensor? y, Tensor packet, Tensor stats, Tensor? weight, float eps, "
+      "backward_apply(Tensor x, Tensor dy, Tensor? y, Tensor packet, Tensor stats, Tensor? weight, "
       "bool want_residual, str name) -> (Tensor dx, Tensor dresidual)");
+  m.def("backward_check(Tensor packet, Tensor dweight, Tensor dbias, str name) -> (Tensor, Tensor)");
   m.def(
       "frozen_apply(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, Tensor? residual, "
       "float eps, bool relu) -> (Tensor y, Tensor stats)");
@@ -190,6 +198,7 @@ TORCH_LIBRARY_IMPL(hvd_syncbn, CPU, m) {
   m.impl("forward_apply", forward_apply);
   m.impl("backward_moments", backward_moments);
   m.impl("backward_apply", backward_apply);
+  m.impl("backward_check", backward_check);
   m.impl("frozen_apply", frozen_apply);
   m.impl("frozen_backward", frozen_backward);
 }

@@ -19,18 +19,20 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The operators, as the dispatcher knows them for either device.
-using ForwardMoments = Tensor(const Tensor& x, double eps);
+using ForwardMoments = Tensor(const Tensor& x, double eps, bool needs_gradient);
 using ForwardApply = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& packet, const OptionalTensor& weight,
                                                 const OptionalTensor& bias, const OptionalTensor& residual,
                                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                                 const OptionalTensor& batches, double old_weight, double new_weight,
-                                                bool unbiased, double eps, bool relu, const std::string& name);
+                                                bool unbiased, double eps, bool relu, const std::string& name,
+                                                bool needs_gradient);
 using BackwardMoments = std::tuple<Tensor, Tensor, Tensor>(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
-                                                           const Tensor& stats, double eps,
-                                                           at::ScalarType parameter_dtype);
+                                                           const Tensor& stats, at::ScalarType parameter_dtype);
 using BackwardApply = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
                                                  const Tensor& packet, const Tensor& stats,
-                                                 const OptionalTensor& weight, double eps, bool want_residual,
+                                                 const OptionalTensor& weight, bool want_residual,
+                                                 const std::string& name);
+using BackwardCheck = std::tuple<Tensor, Tensor>(const Tensor& packet, const Tensor& dweight, const Tensor& dbias,
                                                  const std::string& name);
 
 using FrozenApply = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
@@ -141,7 +143,11 @@ inline void check_packet_size(const hvd_syncbn_shape& shape, const Tensor& packe
 template <typename... Detail>
 void raise_failure(int32_t status, const std::string& layer, const Detail&... detail) {
   TORCH_CHECK_VALUE(status != HVD_SYNCBN_RANKS_DISAGREE, "the ranks disagree about layer '", layer,
-                    "': number of channels, eps, dtype and hvd-syncbn version have to be the same on every rank.",
+                    "': number of channels, eps, dtype, hvd-syncbn version, and whether a gradient is needed "
+                    "(requires_grad of the input and the parameters, torch.no_grad) have to be the same on every rank.",
+                    detail...);
+  TORCH_CHECK_VALUE(status != HVD_SYNCBN_CALLS_DIFFER, "the ranks differentiate different calls of layer '", layer,
+                    "': where a layer runs several times, every rank has to run the backward passes in the same order.",
                     detail...);
   TORCH_CHECK_VALUE(status != HVD_SYNCBN_ONE_VALUE,
                     "Expected more than 1 value per channel when training, got 1 over all ranks in layer '", layer,

@@ -10,7 +10,7 @@
 
 namespace hvd_syncbn {
 
-constexpr int kProtocolVersion = 2;
+constexpr int kProtocolVersion = 3;
 constexpr int kPiece = 1024;
 constexpr int kLanes = 32;
 constexpr int kLimbs = 8;

@@ -170,16 +170,31 @@ HVD_SYNCBN_HD ParameterGradients<double> parameter_gradients(const int64_t* pack
                              invstd);
 }
 
-// 32 bits that differ where two ranks could not share a batch: FNV-1a over version, dtype, channel count and eps.
-HVD_SYNCBN_HD uint32_t digest(double eps, int32_t dtype, int64_t channels) {
-  const uint64_t words[4] = {static_cast<uint64_t>(kProtocolVersion), static_cast<uint64_t>(dtype),
-                             static_cast<uint64_t>(channels), bit_cast<uint64_t>(eps)};
+HVD_SYNCBN_HD uint32_t folded(uint64_t hash) { return static_cast<uint32_t>(hash ^ (hash >> 32)); }
+
+// The digest of a forward packet, which differs where two ranks cannot share a batch: FNV-1a over version, dtype,
+// channel count, eps and whether the rank will differentiate this call.
+HVD_SYNCBN_HD uint32_t forward_digest(double eps, int32_t dtype, int64_t channels, bool needs_gradient) {
+  const uint64_t words[5] = {static_cast<uint64_t>(kProtocolVersion), static_cast<uint64_t>(dtype),
+                             static_cast<uint64_t>(channels), bit_cast<uint64_t>(eps), needs_gradient ? 1u : 0u};
   uint64_t hash = 0xcbf29ce484222325u;
-  for (int w = 0; w < 4; ++w) {
+  for (int w = 0; w < 5; ++w) {
     for (int byte = 0; byte < 8; ++byte) hash = (hash ^ ((words[w] >> (8 * byte)) & 0xff)) * 0x100000001b3u;
   }
-  return static_cast<uint32_t>(hash ^ (hash >> 32));
+  return folded(hash);
 }
+
+// The digest of a backward packet identifies the call of the layer by its batch statistics, which are the same on every
+// rank: backward_digest(sum of call_hash over the channels, modulo 2^64).
+HVD_SYNCBN_HD uint64_t call_hash(double mean, double invstd, int64_t channel) {
+  const uint64_t a = bit_cast<uint64_t>(mean) ^ (static_cast<uint64_t>(channel) * 0x9e3779b97f4a7c15u);
+  const uint64_t b = bit_cast<uint64_t>(invstd);
+  const uint64_t hash = a * 0xbf58476d1ce4e5b9u;
+  const uint64_t both = ((hash ^ (hash >> 29)) + (b ^ (b >> 32))) * 0x94d049bb133111ebu;
+  return both ^ (both >> 32);
+}
+
+HVD_SYNCBN_HD uint32_t backward_digest(uint64_t sum) { return folded(sum * 0xd6e8feb86659fd93u); }
 
 // Word `index` (not 1, the count) of a rank's own header.
 HVD_SYNCBN_HD int64_t header_word(int index, uint32_t digest) {
@@ -187,13 +202,12 @@ HVD_SYNCBN_HD int64_t header_word(int index, uint32_t digest) {
   return index == 0 ? 1 : static_cast<int64_t>(index == 2 ? d : d * d);
 }
 
-// What the header of a reduced packet says: HVD_SYNCBN_OK, or what is wrong. If every rank sent d, the sums are p*d and
-// p*d^2; the sum of squares is larger for any other set with that sum.
-HVD_SYNCBN_HD int32_t check_header(const int64_t* packet, uint32_t digest) {
-  const uint64_t mine = digest, participants = static_cast<uint64_t>(packet[0]);
-  if (static_cast<uint64_t>(packet[2]) != participants * mine ||
-      static_cast<uint64_t>(packet[3]) != participants * (mine * mine)) {
-    return HVD_SYNCBN_RANKS_DISAGREE;
+// What the header of a reduced packet says: HVD_SYNCBN_OK, or what is wrong. p * sum(d^2) - sum(d)^2 is the sum of the
+// squared differences of all pairs of digests: 0 where they are equal.
+HVD_SYNCBN_HD int32_t check_header(int32_t direction, const int64_t* packet) {
+  const uint64_t participants = static_cast<uint64_t>(packet[0]), sum = static_cast<uint64_t>(packet[2]);
+  if (participants * static_cast<uint64_t>(packet[3]) != sum * sum) {
+    return direction == HVD_SYNCBN_FORWARD ? HVD_SYNCBN_RANKS_DISAGREE : HVD_SYNCBN_CALLS_DIFFER;
   }
   return packet[1] == 0 ? HVD_SYNCBN_EMPTY : packet[1] == 1 ? HVD_SYNCBN_ONE_VALUE : HVD_SYNCBN_OK;
 }

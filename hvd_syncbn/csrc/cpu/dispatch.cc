@@ -100,6 +100,14 @@ int64_t element_size(int32_t dtype) { return dtype == HVD_SYNCBN_FLOAT64 ? 8 : d
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+void close(int64_t c, uint32_t digest, int64_t count, int64_t* packet) {
+  for (int i = 0; i < kHeader; ++i) packet[i] = i == 1 ? count : header_word(i, digest);
+  for (int64_t i = 0; i < c; ++i) {
+    normalize(packet + moment_a_at(c, i));
+    normalize(packet + moment_b_at(c, i));
+  }
+}
+
 }  // namespace
 }  // namespace hvd_syncbn
 
@@ -144,20 +152,18 @@ void hvd_syncbn_backward_moments(const hvd_syncbn_shape* shape, const void* x, c
   path().backward_moments(*shape, x, dy, y, stats, begin, end, packet);
 }
 
-void hvd_syncbn_close_packet(const hvd_syncbn_shape* shape, double eps, int64_t count, int64_t* packet) {
-  const uint32_t mine = digest(eps, shape->dtype, shape->c);
-  for (int i = 0; i < kHeader; ++i) packet[i] = i == 1 ? count : header_word(i, mine);
-  for (int64_t i = 0; i < shape->c; ++i) {
-    normalize(packet + moment_a_at(shape->c, i));
-    normalize(packet + moment_b_at(shape->c, i));
-  }
+void hvd_syncbn_forward_close(const hvd_syncbn_shape* shape, double eps, int32_t needs_gradient, int64_t count,
+                              int64_t* packet) {
+  close(shape->c, forward_digest(eps, shape->dtype, shape->c, needs_gradient != 0), count, packet);
 }
 
-int32_t hvd_syncbn_check_packet(const hvd_syncbn_shape* shape, double eps, const int64_t* packet) {
-  return check_header(packet, digest(eps, shape->dtype, shape->c));
+void hvd_syncbn_backward_close(const hvd_syncbn_shape* shape, const double* stats, int64_t count, int64_t* packet) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < shape->c; ++i) sum += call_hash(stats[i], stats[shape->c + i], i);
+  close(shape->c, backward_digest(sum), count, packet);
 }
 
-int64_t hvd_syncbn_packet_count(const int64_t* packet) { return packet[1]; }
+int32_t hvd_syncbn_check_packet(int32_t direction, const int64_t* packet) { return check_header(direction, packet); }
 
 void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const int64_t* packet,
                                hvd_syncbn_vector gamma, hvd_syncbn_vector beta, hvd_syncbn_vector running_mean,

@@ -1,4 +1,5 @@
 // The walk over elements that both apply kernels share. An Op brings
+//   kDirection                             HVD_SYNCBN_FORWARD or HVD_SYNCBN_BACKWARD
 //   Coefficients, finish(channel, first)   what it needs of a channel, from the reduced packet; first: this block alone
 //                                          writes what there is one of per channel
 //   load<kWidth>(i, row)                   kWidth elements from offset i; row: their position, for a mask
@@ -130,15 +131,12 @@ struct Lines {
 // What apply kernels find wrong in a packet's header, for the host to read: a word of its memory.
 struct Report {
   const int64_t* packet;
-  uint32_t digest;
   int64_t* word;
   int64_t layer;  // of kReportLayer units
 };
-constexpr int64_t kReportLayer = 4;  // a report is layer * kReportLayer + status
+constexpr int64_t kReportLayer = 8;  // a report is layer * kReportLayer + status
 
-__device__ inline bool failed(int32_t status) {
-  return status == HVD_SYNCBN_RANKS_DISAGREE || status == HVD_SYNCBN_ONE_VALUE;
-}
+__device__ inline bool failed(int32_t status) { return status != HVD_SYNCBN_OK && status != HVD_SYNCBN_EMPTY; }
 
 template <class Op>
 struct ApplyArguments {
@@ -154,7 +152,7 @@ __global__ void __launch_bounds__(kApplyThreads, 2) apply(const __grid_constant_
   typename Op::Coefficients* const coefficients = reinterpret_cast<typename Op::Coefficients*>(shared_memory());
   const int64_t tile = blockIdx.x % walk.tiles, first = tile * walk.tile;
   const int split = static_cast<int>(blockIdx.x / walk.tiles);
-  const int32_t status = check_header(arguments.report.packet, arguments.report.digest);
+  const int32_t status = check_header(Op::kDirection, arguments.report.packet);
   for (int i = threadIdx.x; i < walk.tile && first + i < walk.c; i += kApplyThreads) {
     coefficients[i] = arguments.op.finish(walk.c, first + i, status, split == 0);
   }
@@ -197,8 +195,8 @@ cudaError_t launch_width(const hvd_syncbn_shape& shape, const Op& op, const Repo
   walk.chunks = 1;
   if (shape.layout == HVD_SYNCBN_CHANNELS_LAST || shape.s <= 1) {
     const int64_t columns = ceil_div(shape.c, kWidth), tiles = ceil_div(columns, Lines<kWidth>::kMaxColumns);
-    const int tile = tiles == 0 ? 0 : static_cast<int>(ceil_div(columns, tiles)) * kWidth;
-    const int64_t at_once = int64_t{kApplyBatch} * kApplyThreads * kWidth / (tile > 0 ? tile : 1);
+    const int tile = static_cast<int>(tiles == 0 ? 1 : ceil_div(columns, tiles)) * kWidth;
+    const int64_t at_once = int64_t{kApplyBatch} * kApplyThreads * kWidth / tile;
     return launch_apply_form<Lines<kWidth>>(walk, tile, shape.n * shape.s, at_once, op, report, stream);
   }
   using Form = Runs<kWidth>;

@@ -35,6 +35,7 @@ __device__ __noinline__ BackwardCoefficients<Value> finish_channel(const Backwar
 
 template <class T>
 struct BackwardApply {
+  static constexpr int32_t kDirection = HVD_SYNCBN_BACKWARD;
   using Value = Compute<T>;
   using Coefficients = BackwardCoefficients<Value>;
   const T* x;
@@ -105,13 +106,13 @@ cudaError_t run(const hvd_syncbn_shape& shape, const void* x, const void* dy, co
 
 using namespace hvd_syncbn;
 
-extern "C" int32_t hvd_syncbn_cuda_backward_apply(const hvd_syncbn_shape* shape, double eps, const void* x,
-                                                  const void* dy, const void* y, const uint8_t* mask,
-                                                  const int64_t* packet, const double* stats, hvd_syncbn_vector gamma,
-                                                  const char* layer, void* dx, void* dresidual, void* stream) {
+extern "C" int32_t hvd_syncbn_cuda_backward_apply(const hvd_syncbn_shape* shape, const void* x, const void* dy,
+                                                  const void* y, const uint8_t* mask, const int64_t* packet,
+                                                  const double* stats, hvd_syncbn_vector gamma, const char* layer,
+                                                  void* dx, void* dresidual, void* stream) {
   const cuda::BackwardFinish in = {packet, stats, gamma};
   cuda::Report report = {};
-  const cudaError_t error = cuda::make_report(*shape, eps, packet, layer, stream, &report);
+  const cudaError_t error = cuda::make_report(packet, layer, stream, &report);
   if (error != cudaSuccess) return error;
   switch (shape->dtype) {
     case HVD_SYNCBN_FLOAT32:

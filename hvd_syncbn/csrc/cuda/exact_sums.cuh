@@ -115,7 +115,7 @@ class TwoPartSum {
 // What the last block of a launch leaves behind, besides the sums.
 struct Closing {
   int64_t* packet;
-  uint32_t digest;
+  uint32_t digest;  // forward only
   // Values per channel on this rank; or, with a mask, the number of its positions, of which the launch counts the
   // unmasked.
   int64_t count;
@@ -127,6 +127,25 @@ struct Closing {
 
 // While a launch runs, this part of a tile's first nonfinite counter counts its blocks that are done.
 constexpr int64_t kBlockDone = int64_t{1} << 40;
+
+// All words of the header but the count; by all threads of one block.
+__device__ __noinline__ inline void write_header(const Closing& closing, int64_t c) {
+  __shared__ unsigned long long warps[kMomentThreads / 32];
+  uint32_t digest = closing.digest;
+  if (closing.stats != nullptr) {  // backward: identifies the call
+    unsigned long long sum = 0;
+    for (int64_t i = threadIdx.x; i < c; i += kMomentThreads) {
+      sum += call_hash(closing.stats[i], closing.stats[c + i], i);
+    }
+    for (int w = 16; w >= 1; w /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, w);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0;
+    for (const unsigned long long warp : warps) sum += warp;
+    digest = backward_digest(sum);
+  }
+  if (threadIdx.x < kHeader && threadIdx.x != 1) closing.packet[threadIdx.x] = header_word(threadIdx.x, digest);
+}
 
 // Unmasked positions of this split's share; the blocks of the first tile do it.
 __device__ inline void count_mask(const Closing& closing, int split, int splits) {

@@ -46,6 +46,7 @@ __device__ __noinline__ Statistics<double> finish_channel(const ForwardFinish& i
 
 template <class T>
 struct ForwardApply {
+  static constexpr int32_t kDirection = HVD_SYNCBN_FORWARD;
   using Value = Compute<T>;
   using Coefficients = ForwardCoefficients<Value>;
   const T* x;
@@ -121,7 +122,7 @@ extern "C" int32_t hvd_syncbn_cuda_forward_apply(const hvd_syncbn_shape* shape, 
                                   unbiased != 0,
                                   stats};
   cuda::Report report = {};
-  const cudaError_t error = cuda::make_report(*shape, eps, packet, layer, stream, &report);
+  const cudaError_t error = cuda::make_report(packet, layer, stream, &report);
   if (error != cudaSuccess) return error;
   switch (shape->dtype) {
     case HVD_SYNCBN_FLOAT32:

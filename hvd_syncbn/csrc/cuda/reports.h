@@ -8,8 +8,7 @@ namespace hvd_syncbn {
 namespace cuda {
 
 // The report of the next launch on the current device.
-cudaError_t make_report(const hvd_syncbn_shape& shape, double eps, const int64_t* packet, const char* layer,
-                        void* stream, Report* report);
+cudaError_t make_report(const int64_t* packet, const char* layer, void* stream, Report* report);
 
 // After that launch: what it returned, or an error of this.
 cudaError_t close_report(const Report& report, cudaError_t launched, void* stream);

@@ -1,10 +1,10 @@
 // The C interface of the core: every number that synchronized batch norm computes, for both adapters.
 //
-// The rules of the room:
+// Rules:
 //  * Nothing here knows a framework, owns a thread or calls a collective. The caller brings memory and threads.
-//  * A kernel takes a range of work units [begin, end) of `hvd_syncbn_units(...)`; any split of the range, on any
-//  number
-//    of threads, in any order, gives the same bytes. Moment kernels may add to one packet from many threads at once.
+//  * A kernel takes a range of work units [begin, end) of `hvd_syncbn_moments_units(...)` or
+//    `hvd_syncbn_apply_units(...)`; any split of the range, on any number of threads, in any order, gives the same
+//    bytes. Moment kernels may add to one packet from many threads at once.
 //  * Pointers are to contiguous memory: [n][c][s] for channels first, [n][s][c] for channels last. Any alignment.
 //  * The floating-point environment of the calling thread (flush-to-zero, rounding) does not matter and is kept.
 //  * The numbers are those of docs/protocol.md; its Python twin is hvd_syncbn/protocol.py.
@@ -13,17 +13,17 @@
 //
 //   forward:   memset(packet, 0)
 //              hvd_syncbn_forward_moments(units, x -> packet)         any number of calls
-//              hvd_syncbn_close_packet(packet)                        carries, header
+//              hvd_syncbn_forward_close(packet)                       carries, header
 //              [ allreduce(packet, Sum) ]
-//              hvd_syncbn_check_packet(packet)                        do all ranks agree?
+//              hvd_syncbn_check_packet(FORWARD, packet)               do all ranks agree?
 //              hvd_syncbn_forward_finish(packet -> stats, coefficients, running statistics)
 //              hvd_syncbn_forward_apply(units, x -> y)                any number of calls
 //   backward:  memset(packet, 0)
 //              hvd_syncbn_backward_moments(units, x, dy -> packet)
-//              hvd_syncbn_close_packet(packet)
+//              hvd_syncbn_backward_close(stats, packet)
 //              hvd_syncbn_backward_params(packet -> dgamma, dbeta)    local to the rank: before the collective
 //              [ allreduce(packet, Sum) ]
-//              hvd_syncbn_check_packet(packet)
+//              hvd_syncbn_check_packet(BACKWARD, packet)              is it the same call on all ranks?
 //              hvd_syncbn_backward_finish(packet, stats -> coefficients)
 //              hvd_syncbn_backward_apply(units, x, dy -> dx)
 //
@@ -61,12 +61,19 @@ enum {
   HVD_SYNCBN_CHANNELS_LAST = 1,   // [n][s][c]
 };
 
+enum {
+  HVD_SYNCBN_FORWARD = 0,
+  HVD_SYNCBN_BACKWARD = 1,
+};
+
 // What hvd_syncbn_check_packet found.
 enum {
   HVD_SYNCBN_OK = 0,
-  HVD_SYNCBN_RANKS_DISAGREE = 1,  // eps, dtype, channel count or protocol version differ between ranks
-  HVD_SYNCBN_ONE_VALUE = 2,       // one value per channel in the global batch: no variance to speak of
-  HVD_SYNCBN_EMPTY = 3,           // no value at all: nothing to normalise, running statistics stay
+  HVD_SYNCBN_RANKS_DISAGREE =
+      1,                        // forward: eps, dtype, protocol version or the need of a gradient differ between ranks
+  HVD_SYNCBN_ONE_VALUE = 2,     // one value per channel in the global batch: no variance to speak of
+  HVD_SYNCBN_EMPTY = 3,         // no value at all: nothing to normalise, running statistics stay
+  HVD_SYNCBN_CALLS_DIFFER = 4,  // backward: the ranks differentiate different calls of the layer
 };
 
 // The logical input x[n, c, s] of one rank: samples, channels, flattened spatial positions (1 for 2-D input).
@@ -107,14 +114,15 @@ HVD_SYNCBN_API void hvd_syncbn_backward_moments(const hvd_syncbn_shape* shape, c
                                                 int64_t* packet);
 
 // Propagates carries and writes the header. count: values per channel on this rank (n*s, or the unmasked positions).
-HVD_SYNCBN_API void hvd_syncbn_close_packet(const hvd_syncbn_shape* shape, double eps, int64_t count, int64_t* packet);
+// needs_gradient: 1 if this rank will differentiate this call, which has to be the same on every rank; 0 if not, or if
+// that is not known on any rank.
+HVD_SYNCBN_API void hvd_syncbn_forward_close(const hvd_syncbn_shape* shape, double eps, int32_t needs_gradient,
+                                             int64_t count, int64_t* packet);
+HVD_SYNCBN_API void hvd_syncbn_backward_close(const hvd_syncbn_shape* shape, const double* stats, int64_t count,
+                                              int64_t* packet);
 
-// Reads the header of a reduced packet: HVD_SYNCBN_OK or what is wrong. Same answer on every rank that agrees with
-// itself.
-HVD_SYNCBN_API int32_t hvd_syncbn_check_packet(const hvd_syncbn_shape* shape, double eps, const int64_t* packet);
-
-// Values per channel in the global batch, from a reduced packet.
-HVD_SYNCBN_API int64_t hvd_syncbn_packet_count(const int64_t* packet);
+// Reads the header of a reduced packet: HVD_SYNCBN_OK or what is wrong. Same answer on every rank.
+HVD_SYNCBN_API int32_t hvd_syncbn_check_packet(int32_t direction, const int64_t* packet);
 
 // Reduced packet -> stats (float64 mean[c], invstd[c]), coefficients for forward_apply, and the running statistics in
 // place: new = f32(old_weight) * old + f32(new_weight) * batch statistic; `unbiased` picks var*n/(n-1) (PyTorch) or var
