@@ -384,7 +384,13 @@ __global__ void __launch_bounds__(kMomentThreads, 4)
   int64_t* const limbs = reinterpret_cast<int64_t*>(shared);
   const int64_t tile = blockIdx.x % walk.tiles, first = tile * walk.tile;
   const int split = static_cast<int>(blockIdx.x / walk.tiles);
-  if (blockIdx.x == 0) write_header(closing, walk.c);
+  if (blockIdx.x == 0) {
+    if constexpr (Terms::kUsesMean) {  // backward; a call costs the forward kernels registers
+      write_header(closing, walk.c);
+    } else if (threadIdx.x < kHeader && threadIdx.x != 1) {
+      closing.packet[threadIdx.x] = header_word(threadIdx.x, closing.digest);
+    }
+  }
   if (closing.mask != nullptr) {
     if (tile == 0) count_mask(closing, split, walk.splits);
   } else if (blockIdx.x == 0 && threadIdx.x == 0) {
