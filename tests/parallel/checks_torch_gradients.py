@@ -152,7 +152,7 @@ def check_stem_frozen_on_one_rank() -> None:
     assert (ours[0].weight.grad is None) == FIRST
     # All of it.
     ours[1].requires_grad_(not FIRST)
-    with told("the ranks disagree", "'net.1'", "requires_grad"):
+    with told("the ranks disagree", "'ModuleDict.net.1'", "requires_grad"):
         ours(batch(1)[MINE])
 
 
