@@ -90,11 +90,15 @@ def torch_names() -> dict[str, Any]:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2))
     data = TensorDataset(torch.randn(8, 3, 4, 4))
     x = torch.randn(4, 64, 3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     names = {
         "hvd": hvd,
         "torch": torch,
         "model": model,
-        "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+        "train_epoch": lambda model, optimizer: torch.tensor(1.0),
+        "epochs": 2,
         "loader": DataLoader(data, 4),
         "x": x,
         "z": x,

@@ -110,7 +110,7 @@ class TestKubeflow:
 @pytest.mark.parametrize("name", ["slurm.sbatch", "mpijob.yaml"])
 def test_what_was_not_run_says_so(name: str) -> None:
     assert "NOT RUN" in (LAUNCH / name).read_text()
-    assert f"`{name}`" in PAGE.partition("## What was not run")[2]
+    assert f"`{name}`" in PAGE.partition("## Not tested")[2]
 
 
 def test_the_page_shows_one_sha256_of_all_and_it_is_the_references() -> None:

@@ -102,7 +102,7 @@ def test_the_function(name: str) -> None:
 
 def test_a_subclass_that_calls_the_function() -> None:
     layer = with_on_meta(convert_sync_batchnorm(nn.Sequential(CallsFunction(3)))[0], "running_mean")
-    with pytest.raises(ValueError, match=r"layer '0'.*running_mean on meta"):
+    with pytest.raises(ValueError, match=r"layer 'Sequential.0'.*running_mean on meta"):
         layer(X)
 
 
