@@ -1,4 +1,4 @@
-# make setup | demo | test | test-cluster | segmentation | bench | soak | launchers | docs | gpu | lint | clean: each sets up first what it needs.
+# make setup | demo | test | check | test-cluster | segmentation | bench | soak | launchers | docs | gpu | lint | clean: each sets up first what it needs.
 # Nothing else has to be installed by hand; see tools/system_deps.sh for what is taken from the system.
 
 VENV := .venv
@@ -9,7 +9,7 @@ NATIVE := $(shell find hvd_syncbn torch_impl tf_impl -name "*.cc" -o -name "*.h"
 PATCHES := hvd_syncbn/horovod_build/patches
 CMAKE := $(shell find CMakeLists.txt hvd_syncbn torch_impl tf_impl -name "CMakeLists.txt" -o -name "*.cmake")
 
-.PHONY: setup demo test test-cluster segmentation bench soak launchers docs gpu lint clean
+.PHONY: setup demo test check test-cluster segmentation bench soak launchers docs gpu lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -19,7 +19,12 @@ demo: setup
 
 test: setup
 	-@tools/cluster_deps.sh
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests/unit tests/gpu -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/parallel tests/cluster
+
+# Lint and the quick unit tests: some 3 minutes.
+check: setup lint
+	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile -m "not slow and not matrix"
 
 # With every way to die of an elastic job, in both frameworks: some 20 minutes more than what `make test` runs of it.
 test-cluster: setup

@@ -136,6 +136,7 @@ class TestProbe:
         assert "error" in doctor._probe("os._exit(3)")
 
 
+@pytest.mark.slow
 def test_the_real_installation_is_examined(capsys: pytest.CaptureFixture[str]) -> None:
     status, out = run(capsys, "doctor")
     assert status == 0, out
@@ -155,6 +156,7 @@ def test_wrong_usage(argv: list[str]) -> None:
     assert stopped.value.code == 2
 
 
+@pytest.mark.slow
 def test_verify_finds_one_sha256(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify"]) == 0
     output = capfd.readouterr().out

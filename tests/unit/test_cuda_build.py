@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["hvd_syncbn_cuda", *(f"{room}/CMakeFiles/hvd_syncbn_{name}.dir/csrc/cuda.cc.o" for room, name in
                               (("torch_impl", "torch"), ("tf_impl", "tf")))]  # fmt: skip

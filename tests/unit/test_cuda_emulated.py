@@ -18,7 +18,10 @@ from hvd_syncbn import native, protocol
 from tests import cuda_emulator as cuda
 from tests.arrays import NUMPY, hostile, same_bits, storage
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++, and there is none")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++, and there is none"),
+]
 
 EPS = 1e-5
 CHANNELS = (1, 3, 5, 33, 70, 300)

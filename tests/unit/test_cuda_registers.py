@@ -9,6 +9,8 @@ import pytest
 
 from tools import cuda_registers
 
+pytestmark = pytest.mark.slow
+
 
 def rows() -> list[dict[str, str]]:
     with cuda_registers.TABLE.open(newline="") as table:

@@ -24,6 +24,8 @@ from hvd_syncbn import cli
 from tests.needs import need
 from tests.unit.blocks import ROOT, Block, blocks
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 120
 BLOCKS = blocks()
 MESSAGES = ("hvd-syncbn was built", "hvd-syncbn does not")  # no commands

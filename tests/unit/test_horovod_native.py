@@ -10,6 +10,8 @@ import pytest
 
 from hvd_syncbn import horovod_build
 
+pytestmark = pytest.mark.slow
+
 DRIVERS = Path(__file__).parents[1] / "horovod_native"
 COMMON = (
     "common",

@@ -190,6 +190,7 @@ def test_any_step_equals_reference(
     data=st.sampled_from(["usual", "outliers", "hostile"]),
     path=st.sampled_from(native.isas()),
 )
+@pytest.mark.slow
 def test_many_samples_equal_reference(
     n: int,
     c: int,

@@ -77,6 +77,7 @@ def test_compiled_step_equals_eager(layout: str) -> None:
     assert check("aot_eager", [4, 6, 3, 7, 4, 9, 2, 8, 5, 10], layout) == 2
 
 
+@pytest.mark.slow
 def test_inductor() -> None:
     class Small(nn.Module):
         def __init__(self) -> None:

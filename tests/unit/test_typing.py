@@ -16,6 +16,8 @@ import pytest
 import hvd_syncbn
 from tests.needs import need
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[1] / "typing"
 CONFIG = """
 [mypy]
