@@ -328,7 +328,6 @@ def norm(shape: tuple[int | None, ...] = (4,), **options: Any) -> keras.Model:
         (norm, [], {"layer_by_layer": True, "init_affine": True}, ValueError, r"init_affine=True"),
         (norm, [1], {"forward": lambda m, b: None}, ValueError, r"does `forward` run this model"),
     ],
-    ids=str,
 )
 def test_wrong_calls(model: Any, data: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     model = model() if callable(model) else model

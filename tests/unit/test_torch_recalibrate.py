@@ -396,7 +396,6 @@ class Integers(nn.Module):
         (SyncBatchNorm(4), [1], {"forward": lambda m, b: None}, ValueError, r"does `forward` run this model"),
         (SyncBatchNorm(4), [randn(1, 3, 4)[:0]], {}, ValueError, r"no batch reached a batch norm layer with a value"),
     ],
-    ids=str,
 )
 def test_wrong_calls(model: Any, data: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     before = state(model) if isinstance(model, nn.Module) and not isinstance(model, nn.LazyBatchNorm1d) else {}
