@@ -408,7 +408,7 @@ def test_convert_what_it_cannot() -> None:
         pass
 
     model = keras.Sequential([layers.BatchNormalization(), Own()])
-    with pytest.warns(UserWarning, match=r"'own' stays as it is.*Own"):
+    with pytest.warns(UserWarning, match=r"'own' is left unchanged.*Own"):
         convert_sync_batchnorm(model)
     assert [type(x) for x in model.layers] == [SyncBatchNormalization, Own]
     model = keras.Sequential([SyncBatchNormalization(), SyncBatchNormalization(activation="relu")])

@@ -161,7 +161,11 @@ def change_class(layer: Any, cls: type) -> None:
 
 
 def _warn(path: str, layer: keras.layers.Layer) -> None:
-    warnings.warn(f"layer {path!r} stays as it is. Received: an instance of {type(layer).__qualname__}", stacklevel=3)
+    warnings.warn(
+        f"layer {path!r} is left unchanged, because a subclass may do more than BatchNormalization. "
+        f"Received: an instance of {type(layer).__qualname__}",
+        stacklevel=3,
+    )
 
 
 def forget_traces(model: keras.layers.Layer) -> None:

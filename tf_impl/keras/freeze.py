@@ -59,7 +59,11 @@ def freeze_batchnorm(model: keras.layers.Layer, affine: bool = False) -> keras.l
         if type(layer) in (BatchNormalization, SyncBatchNormalization):
             known.append(layer)
         else:
-            warnings.warn(f"layer {path!r} stays as it is. Received: an instance of {type(layer).__name__}", stacklevel=2)
+            warnings.warn(
+                f"layer {path!r} is left unchanged: only BatchNormalization and SyncBatchNormalization can be frozen. "
+                f"Received: an instance of {type(layer).__name__}",
+                stacklevel=2,
+            )
     for layer in known:
         if layer.frozen:
             layer.unfreeze()
