@@ -134,8 +134,10 @@ def size(hvd: Any, process_set: Any) -> int:
         if ranks > 1:
             check_not_forked(hvd)
         return ranks
-    if len(process_set.ranks or ()) != 1:
-        check_not_forked(hvd)  # before Horovod is asked, since its thread may have held a lock when the process was forked
+    if hvd.__name__ in _forked:  # do not ask Horovod: its thread may have held a lock when the process was forked
+        if process_set.ranks != [hvd.rank()]:
+            check_not_forked(hvd)
+        return 1
     if process_set.included() is False:
         raise ValueError(f"rank {hvd.rank()} is not in the process set that it should share with. Received: {process_set}")
     # An elastic job that was reset has given up its sets, and may have given the number to another one since.
