@@ -220,12 +220,8 @@ def frozen_batch_norm(
     if tf.config.list_logical_devices("GPU") or _is_compiled_by_xla() or _is_exported():
         gamma, beta = (t if t is None or learns else tf.stop_gradient(t) for t in (gamma, beta))
         return _evaluate(x, axis, gamma, beta, moving_mean, moving_variance, epsilon, residual, activation)
-    last = x.shape.rank - 1
-    channels_first = axis == 1 and axis != last
-    to_last = None if channels_first or axis == last else [i for i in range(last + 1) if i != axis] + [axis]
-    if to_last is not None:
-        x = tf.transpose(x, to_last)
-        residual = None if residual is None else tf.transpose(residual, to_last)
+    x, data_format, to_last = _oriented(x, axis)
+    residual = residual if residual is None or to_last is None else tf.transpose(residual, to_last)
     y, _ = ops.library().hvd_syncbn_frozen_apply(
         x,
         moving_mean,
@@ -235,11 +231,11 @@ def frozen_batch_norm(
         _optional(residual),
         relu=activation == "relu",
         learns=learns,
-        data_format="channels_first" if channels_first else "channels_last",
+        data_format=data_format,
         epsilon_bits=_float64_bits(epsilon),
         name=_node_name(name or "frozen"),
     )
-    return y if to_last is None else tf.transpose(y, [to_last.index(i) for i in range(last + 1)])
+    return _as_it_was(y, to_last)
 
 
 @tf.RegisterGradient("HvdSyncbnFrozenApply")
@@ -481,7 +477,7 @@ def _allreduce(packet: Any, name: str, set_id: int) -> Any:
         process_set = _process_sets[set_id] or hvd.global_process_set
         packet = hvd.allreduce(packet, op=hvd.Sum, name=name, process_set=process_set)
         if packet.shape[0] is not None:
-            horovod.warn_if_sizes_differ(packet.op.name.removeprefix("HorovodAllreduce/"), set_id, packet.shape[0])
+            horovod.warn_if_sizes_differ(packet.op.name.removeprefix(_SCOPE), set_id, packet.shape[0])
         ops.library().hvd_syncbn_keep(packet)
         return packet
 

@@ -131,7 +131,7 @@ def check_one_rank_stops() -> None:
 
 
 def check_nan_on_one_rank() -> None:
-    """Both ranks stop at the batch where one sees it, whoever has the callback."""
+    """Both ranks stop at the batch where one sees it, whichever rank has the callback."""
     x, y = mine()
     if hvd.rank() == 1:
         y = y.copy()

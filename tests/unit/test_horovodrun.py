@@ -105,16 +105,22 @@ class TestFrameworks:
         assert asked == ["tensorflow", "torch"]
 
 
+def descendants_with_two_ranks(pid: int) -> list[psutil.Process]:
+    """Wait until both ranks (`sleep`) of a horovodrun are there. Return all of its descendants."""
+    deadline = time.monotonic() + LIMIT
+    family: list[psutil.Process] = []
+    while sum(member.name() == "sleep" for member in family) < 2:
+        assert time.monotonic() < deadline, family
+        time.sleep(0.05)
+        family = psutil.Process(pid).children(recursive=True)
+    return family
+
+
 class TestProcesses:
     def test_the_one_above_a_rank_loads_no_package(self) -> None:
         """One small process and a shell between horovodrun and each rank, and nothing else."""
         with started(["-np", "2", "sleep", "100"]) as process:
-            deadline = time.monotonic() + LIMIT
-            family: list[psutil.Process] = []
-            while sum(member.name() == "sleep" for member in family) < 2:
-                assert time.monotonic() < deadline, family
-                time.sleep(0.05)
-                family = psutil.Process(process.pid).children(recursive=True)
+            family = descendants_with_two_ranks(process.pid)
             pythons = [member for member in family if member.name().startswith("python")]
             assert len(pythons) == 2
             for python in pythons:
@@ -122,12 +128,7 @@ class TestProcesses:
 
     def test_a_killed_horovodrun_leaves_no_rank(self) -> None:
         with started(["-np", "2", "sleep", "100"]) as process:
-            deadline = time.monotonic() + LIMIT
-            family: list[psutil.Process] = []
-            while sum(member.name() == "sleep" for member in family) < 2:
-                assert time.monotonic() < deadline, family
-                time.sleep(0.05)
-                family = psutil.Process(process.pid).children(recursive=True)
+            family = descendants_with_two_ranks(process.pid)
             process.kill()
             _, alive = psutil.wait_procs(family, timeout=LIMIT)
             for member in alive:

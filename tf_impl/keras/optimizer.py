@@ -481,17 +481,20 @@ def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def members(optimizer: Any) -> list[Any]:
     """The optimizers inside of an optimizer."""
+    return [one for member in _direct_members(optimizer) for one in (member, *members(member))]
+
+
+def _direct_members(optimizer: Any) -> list[Any]:
+    """The optimizer in a LossScaleOptimizer, those in a MultiOptimizer."""
     inner = getattr(optimizer, "inner_optimizer", None)
-    direct = list(getattr(optimizer, "optimizers", ())) if inner is None else [inner]
-    return [one for member in direct for one in (member, *members(member))]
+    return list(getattr(optimizer, "optimizers", ())) if inner is None else [inner]
 
 
 def is_distributed(optimizer: object) -> bool:
     """Whether an optimizer averages over the ranks: itself, or those inside of it (of a MultiOptimizer, all)."""
     if isinstance(optimizer, _Distributed):
         return True
-    inner = getattr(optimizer, "inner_optimizer", None)
-    direct = getattr(optimizer, "optimizers", ()) if inner is None else [inner]
+    direct = _direct_members(optimizer)
     return bool(direct) and all(map(is_distributed, direct))
 
 
