@@ -1,7 +1,8 @@
-"""What the room asks of Horovod and of the other ranks."""
+"""Horovod for the Keras modules, and what they ask of the other ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -10,6 +11,11 @@ from hvd_syncbn import horovod
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
+
+
+# Called with a model that several ranks train, and whether this rank speaks for all. `training.start` adds its check: the layer
+# and the optimizer run it without importing that module.
+training_checks: list[Callable[[keras.layers.Layer, bool], None]] = []
 
 
 def require() -> Any:
@@ -36,3 +42,12 @@ def gather(value: object, name: str, process_set: ProcessSet | None) -> tuple[li
     if horovod.size(hvd, process_set) == 1:
         return [value], hvd, process_set
     return hvd.allgather_object(value, name=f"hvd_syncbn.{name}", process_set=process_set), hvd, process_set
+
+
+def check_before_training(model: keras.layers.Layer, process_set: ProcessSet | None = None) -> None:
+    """Run the training checks on a model, if several ranks train it; the first of them speaks for all."""
+    hvd = require()
+    if horovod.size(hvd, process_set) > 1:
+        among: Any = process_set if horovod.process_set_id(process_set) else hvd
+        for check in training_checks:
+            check(model, among.rank() == 0)
