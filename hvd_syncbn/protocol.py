@@ -369,7 +369,12 @@ def stored_statistics(mean: Sequence[float], var: Sequence[float], eps: float) -
 
 
 def running(old: float, batch: float, old_weight: float, new_weight: float, dtype: str = "float32") -> float:
-    """The new value of a running statistic kept in ``dtype``; the weights are rounded to float32 first."""
+    """The new value of a running statistic kept in ``dtype``; the weights are rounded to float32 first.
+
+    A batch statistic that is NaN leaves the old value unchanged.
+    """
+    if math.isnan(batch):
+        return old
     return round_to(round_to(old_weight, "float32") * old + round_to(new_weight, "float32") * batch, dtype)
 
 

@@ -37,6 +37,14 @@ _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))  # f
 torch.library.define("hvd_syncbn::allreduce_", "(Tensor(a!) packet, str name, int process_set) -> ()", tags=_TAGS)
 
 
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+torch.library.define("hvd_syncbn::warn", "(str message) -> ()")
+torch.library.impl("hvd_syncbn::warn", "CompositeExplicitAutograd", _warn)
+
+
 def process_set_id(process_set: Any) -> int | None:
     """The id by which operators know a ``horovod.ProcessSet`` (None is the set of all ranks), or None if it has one rank.
 

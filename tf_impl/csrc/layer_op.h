@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "hvd_syncbn/core.h"
 #include "hvd_syncbn/elastic.h"
+#include "hvd_syncbn/nonfinite.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace hvd_syncbn {

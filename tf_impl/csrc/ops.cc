@@ -255,6 +255,8 @@ class CpuForwardApplyOp : public ForwardApplyOp {
   Status Launch(OpKernelContext* ctx, const ForwardApplyArrays& arrays) const override {
     const hvd_syncbn_shape& shape = arrays.shape;
     TF_RETURN_IF_ERROR(CheckPacket(HVD_SYNCBN_FORWARD, *arrays.x, shape, epsilon_, arrays.packet, layer_));
+    const std::string warning = nonfinite_warning(layer_, shape.c, Data<const int64_t>(arrays.packet));
+    if (!warning.empty()) LOG(WARNING) << "hvd-syncbn: " << warning;
     PreferHugePages(arrays.y);
     std::memcpy(arrays.new_mean->data(), arrays.moving_mean->data(), arrays.moving_mean->TotalBytes());
     std::memcpy(arrays.new_variance->data(), arrays.moving_variance->data(), arrays.moving_variance->TotalBytes());

@@ -14,6 +14,7 @@
 //
 // autograd.cc makes a layer of them. Shape functions are in torch_impl/ops.py.
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -53,6 +54,13 @@ Tensor forward_moments(const Tensor& x, double eps, bool needs_gradient) {
                    });
   hvd_syncbn_forward_close(&in.shape, eps, needs_gradient, in.shape.n * in.shape.s, words);
   return packet;
+}
+
+// A warning of Python's, which TORCH_WARN is only in operators that PyTorch binds itself.
+void warn(const std::string& message) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("hvd_syncbn::warn", "").typed<void(const std::string&)>();
+  op.call(message);
 }
 
 // What forward_finish found, applied.
@@ -95,6 +103,8 @@ std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, 
   raise_failure(hvd_syncbn_check_packet(HVD_SYNCBN_FORWARD, words), name, " This rank has: ", in.shape.c,
                 " channels, eps ", eps, ", dtype ", x.scalar_type(), ", ", needs_gradient ? "a" : "no",
                 " gradient needed");
+  const std::string warning = nonfinite_warning(name, in.shape.c, words);
+  if (!warning.empty()) warn(warning);
   const auto [share_of_old, share_of_new] = weights(batches, old_weight, new_weight);
   Tensor stats = at::empty({2, in.shape.c}, at::TensorOptions().dtype(at::kDouble));
   Tensor scratch = coefficients(in.shape);

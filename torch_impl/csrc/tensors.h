@@ -12,6 +12,7 @@
 
 #include "hvd_syncbn/core.h"
 #include "hvd_syncbn/elastic.h"
+#include "hvd_syncbn/nonfinite.h"
 
 namespace hvd_syncbn {
 

@@ -58,9 +58,9 @@ HVD_SYNCBN_HD Statistics<double> statistics(const int64_t* packet, int64_t c, in
                     static_cast<double>(packet[1]), eps);
 }
 
-// `weight`s are f32 values, widened; one rounding follows, into the buffer.
+// `weight`s are f32 values, widened; one rounding follows, into the buffer. A batch that is not finite is left out.
 HVD_SYNCBN_HD double running(double old_weight, double old, double new_weight, double batch) {
-  return old_weight * old + new_weight * batch;
+  return batch == batch ? old_weight * old + new_weight * batch : old;
 }
 
 // base^n, n >= 0, always in this order; pow() may differ between machines.

@@ -165,6 +165,12 @@ void hvd_syncbn_backward_close(const hvd_syncbn_shape* shape, const double* stat
 
 int32_t hvd_syncbn_check_packet(int32_t direction, const int64_t* packet) { return check_header(direction, packet); }
 
+int64_t hvd_syncbn_nonfinite_channels(int64_t c, const int64_t* packet) {
+  int64_t channels = 0;
+  for (int64_t i = 0; i < c; ++i) channels += packet[nonfinite_at(i)] != 0;
+  return channels;
+}
+
 void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const int64_t* packet,
                                hvd_syncbn_vector gamma, hvd_syncbn_vector beta, hvd_syncbn_vector running_mean,
                                hvd_syncbn_vector running_var, double old_weight, double new_weight, int32_t unbiased,

@@ -124,9 +124,13 @@ HVD_SYNCBN_API void hvd_syncbn_backward_close(const hvd_syncbn_shape* shape, con
 // Reads the header of a reduced packet: HVD_SYNCBN_OK or what is wrong. Same answer on every rank.
 HVD_SYNCBN_API int32_t hvd_syncbn_check_packet(int32_t direction, const int64_t* packet);
 
+// The number of channels that are not finite on at least one rank, from a reduced packet of c channels.
+HVD_SYNCBN_API int64_t hvd_syncbn_nonfinite_channels(int64_t c, const int64_t* packet);
+
 // Reduced packet -> stats (float64 mean[c], invstd[c]), coefficients for forward_apply, and the running statistics in
 // place: new = f32(old_weight) * old + f32(new_weight) * batch statistic; `unbiased` picks var*n/(n-1) (PyTorch) or var
-// (Keras). running_mean.data and running_var.data may be NULL. An empty global batch changes no running statistic.
+// (Keras). running_mean.data and running_var.data may be NULL. An empty global batch changes no running statistic,
+// and a channel that is not finite in the batch keeps its own.
 // packet: NULL for a frozen layer, which is normalised by its running statistics and leaves them as they are.
 HVD_SYNCBN_API void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const int64_t* packet,
                                               hvd_syncbn_vector gamma, hvd_syncbn_vector beta,
