@@ -171,7 +171,7 @@ def test_gradients_and_repr() -> None:
 
 def test_what_cannot_be_kept_is_said() -> None:
     model = keras.Sequential([keras.Input((3,)), SyncBatchNormalization(momentum=None)])
-    with pytest.raises(ValueError, match=r"averages with a momentum alone\. Received: .*momentum=None"):
+    with pytest.raises(ValueError, match=r"only supports averaging with a momentum\. Received: .*momentum=None"):
         revert_sync_batchnorm(model)
     assert (
         not convert_sync_batchnorm(keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])).layers[0].averages

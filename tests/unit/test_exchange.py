@@ -249,7 +249,7 @@ def test_layers_that_cannot_hold_a_state() -> None:
         with pytest.raises(TypeError, match="Received: BatchNorm2d of torch"):
             call(nn.BatchNorm2d(3))
     if hasattr(layers.BatchNormalization(), "renorm"):  # newer than Keras 3.12
-        with pytest.raises(ValueError, match=r"renormalization has more state.*Received: layer 're'"):
+        with pytest.raises(ValueError, match=r"state of batch renormalization.*Received: layer 're'"):
             hvd_syncbn.keras.set_state(keras_layer(layers.BatchNormalization, renorm=True, name="re"), want)
     with pytest.raises(TypeError, match=r"expected a BatchNormState. Received: dict"):
         hvd_syncbn.torch.set_state(nn.BatchNorm2d(5), {})

@@ -381,7 +381,7 @@ def test_wrong_calls(convert: Any) -> None:
             convert(wrong)
     tf_keras = pytest.importorskip("tf_keras")
     for wrong in (tf_keras.Sequential([tf_keras.layers.BatchNormalization()]), tf_keras.layers.BatchNormalization()):
-        with pytest.raises(TypeError, match=r"tf_keras \(Keras 2\) is another library. Received: .*tf_keras"):
+        with pytest.raises(TypeError, match=r"tf_keras \(Keras 2\) is not supported. Received: .*tf_keras"):
             convert(wrong)
 
 

@@ -317,7 +317,7 @@ def norm(shape: tuple[int | None, ...] = (4,), **options: Any) -> keras.Model:
         (norm, tf.zeros((3, 4)), {}, TypeError, r"expected batches to be.*Received: .*Tensor"),
         (norm, {"x": 1}, {}, TypeError, r"expected batches to be.*Received: dict"),
         (norm, ["text"], {}, TypeError, r"pass `forward`. Received: str"),
-        (norm, tf.data.Dataset.from_tensors(normal(3, 4)).repeat(), {}, ValueError, r"without an end"),
+        (norm, tf.data.Dataset.from_tensors(normal(3, 4)).repeat(), {}, ValueError, r"an infinite tf.data.Dataset"),
         (norm, [normal(3, 5)], {}, ValueError, r"incompatible with the layer"),
         (norm, [normal(1, 4)], {"estimator": "pooled"}, ValueError, r"1 value per channel in the data.*'norm'"),
         (norm, [normal(1, 4)] * 2, {}, ValueError, r"in a global batch.*drop_last"),
