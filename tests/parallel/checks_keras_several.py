@@ -136,7 +136,7 @@ def check_multi_optimizer_of_distributed_ones() -> None:
         warnings.simplefilter("error")
         model = fit(sgd(0.1), sgd(0.1))
     assert all_equal([v.tobytes() for v in model.get_weights()])
-    with pytest.warns(UserWarning, match=r"some do not average.*\['plain'\]"):
+    with pytest.warns(UserWarning, match=r"some of its optimizers do not average.*\['plain'\]"):
         fit(sgd(0.1), plain())
     with pytest.warns(UserWarning, match="optimizer that does not average"):
         fit(plain(), plain())
