@@ -94,7 +94,7 @@ def check_learning_rates_of_several_optimizers() -> None:
     """A callback sets the optimizer that it is given, and does not guess."""
     gan = built_gan(0, hvd.DistributedOptimizer)
     warmup = hvd.callbacks.LearningRateWarmupCallback
-    with pytest.raises(ValueError, match=r"Say which to set: LearningRateWarmupCallback\(..., optimizer=optimizer\)"):
+    with pytest.raises(ValueError, match=r"for each optimizer: LearningRateWarmupCallback\(..., optimizer=optimizer\)"):
         gan.fit(X, batch_size=4, verbose=0, callbacks=[warmup(0.5, 1)])
     unused = float(gan.optimizer.learning_rate.numpy())
     chosen = [warmup(0.5, 1, optimizer=gan.d_optimizer)]

@@ -275,7 +275,7 @@ class Derived(layers.BatchNormalization):
 
 def test_wrong_calls() -> None:
     for call in (freeze_batchnorm, unfreeze_batchnorm):
-        with pytest.raises(TypeError, match=r"has to be a model or layer of Keras 3.*builtins.dict"):
+        with pytest.raises(TypeError, match=r"must be a single Keras 3 model or layer.*builtins.dict"):
             call({})
         with pytest.warns(UserWarning, match="found no batch normalization. Received: 'dense"):
             call(layers.Dense(2))

@@ -307,7 +307,7 @@ def norm(shape: tuple[int | None, ...] = (4,), **options: Any) -> keras.Model:
 @pytest.mark.parametrize(
     ("model", "data", "options", "error", "message"),
     [
-        ("resnet", [], {}, TypeError, r"expected a model or layer of Keras 3. Received: builtins.str"),
+        ("resnet", [], {}, TypeError, r"expected a Keras 3 model or layer. Received: builtins.str"),
         (lambda: layers.Dense(2), [], {}, ValueError, r"no batch normalization layer.*Received: Dense"),
         (lambda: freeze_batchnorm(norm(), affine=True), [], {}, ValueError, r"Received: frozen layers \['norm'\]"),
         (lambda: norm(trainable=False), [], {}, ValueError, r"Received: frozen layers \['norm'\]"),
@@ -323,7 +323,7 @@ def norm(shape: tuple[int | None, ...] = (4,), **options: Any) -> keras.Model:
         (norm, [normal(1, 4)] * 2, {}, ValueError, r"in a global batch.*drop_last"),
         (norm, [normal(3, 4)], {"estimator": "mean"}, ValueError, r"\('pooled', 'batches'\). Received: 'mean'"),
         (norm, [normal(3, 4)], {"forward": 3}, TypeError, r"expected forward to be a function.*Received: int"),
-        (lambda: norm(scale=False), [], {"init_affine": True}, ValueError, r"scale and center. Received: layer 'norm'"),
+        (lambda: norm(scale=False), [], {"init_affine": True}, ValueError, r"gamma and beta. Received: layer 'norm'"),
         (norm, iter([normal(3, 4)]), {"layer_by_layer": True}, ValueError, r"can be read once"),
         (norm, [], {"layer_by_layer": True, "init_affine": True}, ValueError, r"init_affine=True"),
         (norm, [1], {"forward": lambda m, b: None}, ValueError, r"does `forward` run this model"),
