@@ -194,7 +194,7 @@ def test_scale(make: Any) -> None:
     assert count(pair, Scale) == 1 and len(pair.weights) == 2
     twice = folds(make((8, 8, 6), norm(), norm(cls=SyncBatchNormalization, activation="relu")))
     assert count(twice, Scale) == 1
-    with pytest.warns(UserWarning, match=r"Found no batch normalization to fold. Received: model "):
+    with pytest.warns(UserWarning, match=r"found no batch normalization to fold. Received: model "):
         again = fold_batchnorm(pair)
     assert_equal(again, pair)
     layer = Scale.from_config(Scale(axis=1, center=False, name="scale").get_config())
@@ -410,7 +410,7 @@ def test_wrong_calls() -> None:
             ValueError, match=rf"functional and Sequential models only. Received: {type(model).__name__}, built="
         ):
             fold_batchnorm(model)
-    with pytest.warns(UserWarning, match=r"Found no batch normalization to fold"):
+    with pytest.warns(UserWarning, match=r"found no batch normalization to fold"):
         fold_batchnorm(sequence((3,), layers.Dense(3)))
 
 

@@ -34,7 +34,7 @@ _Affine = tuple[Array, Array]  # (scale, shift)
 class Scale(keras.layers.Layer):
     """Layer that computes `gamma * inputs + beta` per channel, like Caffe's `Scale`.
 
-    `fold_batchnorm` replaces a batch normalization by it if there is no layer to fold it into.
+    `fold_batchnorm` replaces a batch normalization with this layer if it cannot be folded into another one.
 
     Args:
         axis: Integer, the axis of the channels.
@@ -118,7 +118,7 @@ def fold_batchnorm(model: keras.Model) -> keras.Model:
         )
     norms = {id(layer): path for path, layer in _walk(model, "", set()) if isinstance(layer, keras.layers.BatchNormalization)}
     if not norms:
-        warnings.warn(f"Found no batch normalization to fold. Received: model {model.name!r}", stacklevel=2)
+        warnings.warn(f"found no batch normalization to fold. Received: model {model.name!r}", stacklevel=2)
     folder = _Folder(model)
     for graph in list(folder.graphs):
         folder.fold(graph)

@@ -99,5 +99,9 @@ def unfreeze_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
 def _batch_norms(model: keras.layers.Layer) -> list[tuple[str, Any]]:
     norms = list(batch_norms(checked(model)))
     if not norms:
-        warnings.warn(f"found no batch normalization. Received: {model.name!r}", stacklevel=3)
+        warnings.warn(
+            "found no batch normalization. A model that creates layers in `build()` or `call()` must be built first. "
+            f"Received: {model.name!r}",
+            stacklevel=3,
+        )
     return norms
