@@ -1,6 +1,6 @@
 """Runs a group of checks under one `horovodrun`, and hands each check's outcome to pytest.
 
-A group is a module `tests/parallel/checks_<group>.py` of functions `check_*()`. All ranks run all of them in the order of the
+A group is a module `tests/parallel/checks/<group>.py` of functions `check_*()`. All ranks run all of them in the order of the
 file, with Horovod initialised. A check raises, or returns something JSON can hold. A rank in which a check raises ends there:
 its peers would wait for it in the next collective; they end with an error, and the remaining checks count as failed.
 
@@ -33,7 +33,7 @@ FRAMEWORKS = {"torch": "torch", "tensorflow": "tensorflow", "keras": "tensorflow
 
 def checks(group: str) -> list[str]:
     """The names of a group's checks, read without importing a framework."""
-    text = (Path(__file__).parent / f"checks_{group}.py").read_text()
+    text = (Path(__file__).parent / "checks" / f"{group}.py").read_text()
     return re.findall(r"^def (check_\w+)", text, re.MULTILINE)
 
 
@@ -112,7 +112,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(1)
-    module = importlib.import_module(f"tests.parallel.checks_{group}")
+    module = importlib.import_module(f"tests.parallel.checks.{group}")
     with open(Path(folder) / f"{hvd.rank()}.jsonl", "w") as log:
         for check in checks(group):
             try:

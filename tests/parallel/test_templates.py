@@ -89,7 +89,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     framework = request.param
     need(*{"pytorch": ("torch", "horovod.torch"), "keras": ("keras", "horovod.tensorflow")}[framework], "sklearn")
     folder = tmp_path_factory.mktemp(framework)
-    job = [sys.executable, "-m", "tests.parallel.templates", framework, str(folder)]
+    job = [sys.executable, "-m", "tests.parallel.checks.templates", framework, str(folder)]
     horovodrun = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", "2"]
     plain = execute(*horovodrun, "-H", "localhost:2", *job, "plain")
     hosts = ["--min-np", "1", "-H", "localhost:1,127.0.0.1:1", "--network-interfaces", "lo"]

@@ -710,7 +710,7 @@ def test_docs_name_tests_that_there_are() -> None:
     table = text[text.index("## What works with what") : text.index("## Limits")]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 20 and all("::test_" in row or "check_" in row for row in rows)
-    parallel = "".join(path.read_text() for path in (root / "tests/parallel").glob("checks_torch*.py"))
+    parallel = "".join(path.read_text() for path in (root / "tests/parallel/checks").glob("torch*.py"))
     file = ""
     for name, test, check in re.findall(r"`(test_torch_\w+\.py)?::(test_\w+)`|`(check_\w+)`", text):
         file = name or file

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from hvd_syncbn import progress
 from hvd_syncbn.torch import SyncBatchNorm, freeze_batchnorm, recalibrate
 from tests import recalibration
-from tests.parallel.checks_torch_recalibrate import Stack
+from tests.parallel.checks.torch_recalibrate import Stack
 from tests.torch_tools import assert_same, in_layout, randn, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:the statistics of layer")

@@ -17,7 +17,7 @@ import pytest
 import tensorflow as tf
 
 import hvd_syncbn.keras as hvd
-from tests.parallel.checks_keras_horovod import (
+from tests.parallel.checks.keras_horovod import (
     BATCH,
     FEATURES,
     MSE,
@@ -31,7 +31,7 @@ from tests.parallel.checks_keras_horovod import (
     shared_folder,
 )
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "migration"
+SCRIPTS = Path(__file__).parents[3] / "examples" / "migration"
 
 
 class Recorder(keras.callbacks.Callback):
@@ -126,7 +126,7 @@ def check_momentum_correction() -> None:
                 velocities = [factor * v - rate * g.numpy() for v, g in zip(velocities, gradients, strict=True)]
                 alone.set_weights([w + v for w, v in zip(alone.get_weights(), velocities, strict=True)])
                 old = rate
-            assert_close(here, alone)  # see checks_keras_horovod for the tolerance; a step not corrected is 1e-3 off
+            assert_close(here, alone)  # see keras_horovod.py for the tolerance; a step not corrected is 1e-3 off
 
 
 def check_optimizers_that_cannot_be_set() -> None:

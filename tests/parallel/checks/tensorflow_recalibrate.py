@@ -1,4 +1,4 @@
-"""`recalibrate` in Keras on 1, 2 and 3 ranks; see test_recalibrate.py. The same checks as in checks_torch_recalibrate.py."""
+"""`recalibrate` in Keras on 1, 2 and 3 ranks; see test_recalibrate.py. The same checks as in checks/torch_recalibrate.py."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import hvd_syncbn.keras as hvd
-from tests.parallel.checks_keras_horovod import (
+from tests.parallel.checks.keras_horovod import (
     BATCH,
     FEATURES,
     MSE,

@@ -20,8 +20,8 @@ import tensorflow as tf
 import hvd_syncbn.keras as hvd
 from hvd_syncbn.tf_impl.keras.training.optimizer import is_distributed, optimizers_of
 from tests.keras_gan import Gan, Sides, built_gan
-from tests.parallel.checks_keras_horovod import all_equal, shared_folder
-from tests.parallel.checks_keras_state import X, Y, sgd, shard
+from tests.parallel.checks.keras_horovod import all_equal, shared_folder
+from tests.parallel.checks.keras_state import X, Y, sgd, shard
 
 
 def gan_state(gan: Gan) -> list[bytes]:
