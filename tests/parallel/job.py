@@ -4,7 +4,8 @@ A group is a module `tests/parallel/checks/<group>.py` of functions `check_*()`.
 file, with Horovod initialised. A check raises, or returns something JSON can hold. A rank in which a check raises ends there:
 its peers would wait for it in the next collective; they end with an error, and the remaining checks count as failed.
 
-As a program (`python -m tests.parallel.job GROUP FOLDER`) this module is one rank.
+Ranks are forked from a process that has imported their framework: see fork_server.py. As a program
+(`python -m tests.parallel.job GROUP FOLDER`) this module is one rank without that.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 from hvd_syncbn import horovod
 from hvd_syncbn.cli.job import end
 from tests.needs import need
+from tests.parallel import fork_server
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = {"torch": "torch", "tensorflow": "tensorflow", "keras": "tensorflow"}
@@ -77,7 +79,10 @@ def run(group: str, ranks: int, timeout: float = 240, **environment: str) -> Job
     framework = FRAMEWORKS[group.split("_")[0]]
     need(framework, f"horovod.{framework}")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.parallel.job", group, folder]
+        # TensorFlow reads variables of its own when it is imported.
+        forked = not any(name.startswith("TF_") for name in environment)
+        rank = fork_server.command(framework, rank_environment()) if forked else [sys.executable, "-m"]
+        command = [*rank, "tests.parallel.job", group, folder]
         if ranks > 1:
             horovodrun = Path(sys.executable).parent / "horovodrun"
             # As many slots as ranks: horovodrun starts one process per slot.
