@@ -9,8 +9,8 @@ NATIVE := $(shell find hvd_syncbn torch_impl tf_impl -name "*.cc" -o -name "*.h"
 PATCHES := hvd_syncbn/horovod_build/patches
 CMAKE := $(shell find CMakeLists.txt hvd_syncbn torch_impl tf_impl -name "CMakeLists.txt" -o -name "*.cmake")
 
-# Pytest's options for two tests at a time; see GROUPS in tests/conftest.py. What takes longest comes first.
-TWO := -n 2 --dist loadgroup --no-loadscope-reorder
+# Pytest's options for two files of tests at a time; see TOGETHER in tests/conftest.py. What takes longest comes first.
+TWO := -n 2 --no-loadscope-reorder
 
 .PHONY: setup demo test check test-cluster segmentation bench soak launchers docs gpu lint clean
 .DELETE_ON_ERROR:

@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,21 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("test_cuda_build.py", "test_cuda_emulated.py", "test_cuda_registers.py")  # compile them; others: the marker
 OPTIONAL = "torch|tensorflow|keras|horovod|matplotlib|scipy|sklearn|onnx|onnxruntime|onnxscript"
 
-# With `--dist loadgroup` a group's tests run in one process, one after the other. A group is a file; but these share jobs, and
-# the tests in cluster/ share hosts.
-GROUPS = dict.fromkeys(("test_torch.py", "test_tensorflow.py", "test_same_bits.py"), "layers on several ranks")
+# With xdist a file's tests run in one process. So do all tests of these files: the former share jobs, the latter hosts.
+TOGETHER = ("tests/parallel/test_(torch|tensorflow|same_bits).py", "tests/cluster/.*")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute files, or groups of files, over xdist's processes."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((group for group in TOGETHER if re.fullmatch(group, file)), file)
+
+    return Scheduler(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -39,13 +52,8 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
     return report
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for xdist; skip tests that need the package's sources where there are none (tools/try_wheel.sh)."""
-    for item in items:
-        folder = item.path.parent.name
-        group = GROUPS.get(item.path.name) if folder == "parallel" else "cluster" if folder == "cluster" else None
-        item.add_marker(pytest.mark.xdist_group(group or str(item.path.relative_to(ROOT))))
+    """Tests of an installed package have its sources nowhere near; see tools/try_wheel.sh."""
     if not (ROOT / "CMakeLists.txt").exists():
         for item in items:
             if item.path.name in SOURCES or item.get_closest_marker("sources"):
