@@ -194,7 +194,7 @@ ONES = np.ones(3)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((np.ones(2), ONES, ONES, ONES, 0.1, 0.1, True), ValueError, "gamma of the mean's 3 channels. Received: 2"),
+        ((np.ones(2), ONES, ONES, ONES, 0.1, 0.1, True), ValueError, "gamma to have 3 values, as mean has. Received: 2"),
         ((ONES, np.ones((1, 3)), ONES, ONES, 0.1, 0.1, True), ValueError, r"for beta. Received: shape \(1, 3\)"),
         ((None, None, 1.0, ONES, 0.1, 0.1, True), ValueError, r"for mean. Received: shape \(\)"),
         ((None, None, None, ONES, 0.1, 0.1, True), TypeError, "for mean. Received: object NoneType"),

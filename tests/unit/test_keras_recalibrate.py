@@ -324,9 +324,9 @@ def norm(shape: tuple[int | None, ...] = (4,), **options: Any) -> keras.Model:
         (norm, [normal(3, 4)], {"estimator": "mean"}, ValueError, r"\('pooled', 'batches'\). Received: 'mean'"),
         (norm, [normal(3, 4)], {"forward": 3}, TypeError, r"expected forward to be a function.*Received: int"),
         (lambda: norm(scale=False), [], {"init_affine": True}, ValueError, r"gamma and beta. Received: layer 'norm'"),
-        (norm, iter([normal(3, 4)]), {"layer_by_layer": True}, ValueError, r"can be read once"),
+        (norm, iter([normal(3, 4)]), {"layer_by_layer": True}, ValueError, r"can be read only once"),
         (norm, [], {"layer_by_layer": True, "init_affine": True}, ValueError, r"init_affine=True"),
-        (norm, [1], {"forward": lambda m, b: None}, ValueError, r"does `forward` run this model"),
+        (norm, [1], {"forward": lambda m, b: None}, ValueError, r"Check that `forward` runs this model"),
     ],
 )
 def test_wrong_calls(model: Any, data: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
