@@ -193,7 +193,7 @@ class TestVerifyTells:
     def test_equal(self, jobs: dict[str, Any], good: str, capsys: pytest.CaptureFixture[str]) -> None:
         jobs.update(torch=good, tensorflow=good)
         assert cli.main(["verify"]) == 0
-        assert "EQUAL: 2 configurations, one sha256" in capsys.readouterr().out
+        assert "EQUAL: 2 configurations have one sha256" in capsys.readouterr().out
 
     @pytest.mark.parametrize("other", [{"tensorflow": "ab" * 32}, {"tensorflow": "ab" * 32, "torch": "ab" * 32}])
     def test_not_that_of_the_reference(
