@@ -176,7 +176,7 @@ def test_what_cannot_be_kept_is_said() -> None:
     assert (
         not convert_sync_batchnorm(keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])).layers[0].averages
     )
-    with pytest.warns(UserWarning, match="'0' averages with its momentum alone"):
+    with pytest.warns(UserWarning, match="'0' averages with its momentum only"):
         revert_torch(torch.nn.Sequential(SyncBatchNorm(3, zero_debias=True)))
     with pytest.raises(ValueError, match=r"`batches` is needed.*zero_debias=True"):
         ones = np.ones(3, np.float32)

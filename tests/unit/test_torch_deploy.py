@@ -200,7 +200,7 @@ def test_script_refuses_what_the_layer_refuses() -> None:
 def test_no_training_in_torchscript(make: Callable[[], nn.Module]) -> None:
     """Its statistics would be this rank's alone."""
     scripted = torch.jit.script(make())
-    with pytest.raises(torch.jit.Error, match=r"does not synchronise in TorchScript.*\.eval\(\).*revert_sync_batchnorm"):
+    with pytest.raises(torch.jit.Error, match=r"does not synchronize in TorchScript.*\.eval\(\).*revert_sync_batchnorm"):
         scripted(X)
     scripted.eval()(X)
 
@@ -208,7 +208,7 @@ def test_no_training_in_torchscript(make: Callable[[], nn.Module]) -> None:
 def test_no_training_of_a_subclass_in_torchscript() -> None:
     """TorchScript compiles their forward, not ours, so it is told before it does."""
     layer = convert_sync_batchnorm(nn.Sequential(WithActivation(3)))
-    with pytest.raises(RuntimeError, match=r"does not synchronise in TorchScript.*\.eval\(\).*SyncWithActivation in training"):
+    with pytest.raises(RuntimeError, match=r"does not synchronize in TorchScript.*\.eval\(\).*SyncWithActivation in training"):
         torch.jit.script(layer)
     torch.jit.script(revert_sync_batchnorm(layer))
 
