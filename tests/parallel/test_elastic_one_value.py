@@ -13,7 +13,7 @@ from tests.parallel.job import ROOT, rank_environment
 
 pytest.importorskip("horovod.torch")
 
-ADVICE = "start it with `horovodrun --min-np 2`, or more, "
+ADVICE = "start it with `horovodrun --min-np 2` or more, "
 
 
 def run(folder: Path, *options: str) -> tuple[int, str]:
