@@ -6,6 +6,7 @@ needs neither Horovod nor the native library.
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -230,8 +231,12 @@ class SyncBatchNormalization(BatchNormalization):
             mask = getattr(inputs, "_keras_mask", None)
         if backend not in _TRAIN:
             raise RuntimeError(f"training needs Keras's TensorFlow or PyTorch backend. Received: KERAS_BACKEND={backend}")
-        self._look(backend)
-        return keras.ops.cast(_TRAIN[backend](self, inputs, mask, residual), self.compute_dtype)
+        group = self._group(backend)
+        if group.size > 1:
+            from hvd_syncbn.tf_impl.keras import start
+
+            start.look(self._get_call_context().entry_layer)
+        return keras.ops.cast(_TRAIN[backend](self, inputs, mask, residual, group), self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         """Keras's config of the layer and ours. A process set becomes the list of its ranks."""
@@ -262,19 +267,13 @@ class SyncBatchNormalization(BatchNormalization):
         """Return Keras's words, with the name that tells it from Keras's layer."""
         return f"<SyncBatchNormalization name={self.name}, built={self.built}>"
 
-    def _look(self, framework: str) -> None:
-        """Have the model that was called looked at, where several ranks train."""
-        from hvd_syncbn.tf_impl.keras import start
-
-        if horovod.size(horovod.require(framework), self._registered_process_set(framework)) > 1:
-            start.look(self._get_call_context().entry_layer)
-
-    def _registered_process_set(self, framework: str) -> ProcessSet | None:
-        """The process set as Horovod knows it: a saved model has only ranks."""
-        if not isinstance(self.process_set, tuple):
-            return self.process_set
-        hvd = horovod.require(framework)
-        return horovod.registered_process_set(hvd, self.process_set, f"layer {self.collective_name!r}")
+    def _group(self, framework: str) -> Any:
+        """Return the group of ranks that share the batch: a saved model has only the ranks' numbers."""
+        process_set = self.process_set
+        if isinstance(process_set, tuple):
+            hvd = horovod.require(framework)
+            process_set = horovod.registered_process_set(hvd, process_set, f"layer {self.collective_name!r}")
+        return importlib.import_module(f"hvd_syncbn.{_ADAPTERS[framework]}.ranks").find(process_set)
 
 
 # Keras stores the members of lists under their classes' names, and counts layers' names by them. Pickle uses __qualname__.
@@ -305,7 +304,7 @@ def _may_be_equal(a: Sequence[int | None], b: Sequence[int | None]) -> bool:
     return len(a) == len(b) and all(m is None or n is None or m == n for m, n in zip(a, b, strict=True))
 
 
-def _train_tensorflow(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any) -> Any:
+def _train_tensorflow(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any, group: Any) -> Any:
     from hvd_syncbn.tf_impl.functional import sync_batch_norm
 
     outputs, moving_mean, moving_variance = sync_batch_norm(
@@ -324,7 +323,7 @@ def _train_tensorflow(layer: SyncBatchNormalization, inputs: Any, mask: Any, res
         unbiased_variance=layer.unbiased_variance,
         zero_debias=layer.zero_debias,
         batches=layer.batches if layer.averages else None,
-        process_set=layer._registered_process_set("tensorflow"),
+        process_set=group,
         name=layer.collective_name,
     )
     layer.moving_mean.assign(moving_mean)
@@ -334,7 +333,7 @@ def _train_tensorflow(layer: SyncBatchNormalization, inputs: Any, mask: Any, res
     return outputs
 
 
-def _train_torch(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any) -> Any:
+def _train_torch(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any, group: Any) -> Any:
     from hvd_syncbn.torch_impl.functional import check_input, normalize
 
     if mask is not None:
@@ -360,7 +359,7 @@ def _train_torch(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual
         layer.epsilon,
         residual,
         layer.activation,
-        layer._registered_process_set("torch"),
+        group,
         layer.collective_name,
     )
     return outputs.movedim(1, layer.axis)
@@ -398,5 +397,6 @@ def _train_frozen_torch(layer: SyncBatchNormalization, inputs: Any, residual: An
     return outputs.movedim(1, layer.axis)
 
 
+_ADAPTERS = {"tensorflow": "tf_impl", "torch": "torch_impl"}
 _TRAIN = {"tensorflow": _train_tensorflow, "torch": _train_torch}
 _TRAIN_FROZEN = {"tensorflow": _train_frozen_tensorflow, "torch": _train_frozen_torch}

@@ -11,6 +11,8 @@ from hvd_syncbn import horovod
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
 
+    from hvd_syncbn.tf_impl.horovod import Group
+
 
 def require() -> Any:
     """Return Horovod, or say what is missing and how to get it."""
@@ -29,10 +31,9 @@ def require_to_communicate() -> Any:
     return hvd
 
 
-def gather(value: object, name: str, process_set: ProcessSet | None) -> tuple[list[Any], Any, ProcessSet]:
-    """Return the values of all ranks, Horovod and the process set."""
-    hvd = require()
-    process_set = process_set or hvd.global_process_set
-    if horovod.size(hvd, process_set) == 1:
-        return [value], hvd, process_set
-    return hvd.allgather_object(value, name=f"hvd_syncbn.{name}", process_set=process_set), hvd, process_set
+def find(process_set: ProcessSet | None) -> Group:
+    """Return the group of ranks behind a `process_set` argument (None is all ranks)."""
+    require()
+    from hvd_syncbn.tf_impl import ranks
+
+    return ranks.find(process_set)

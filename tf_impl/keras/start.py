@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import keras
 
-from hvd_syncbn import horovod
 from hvd_syncbn.tf_impl.keras import ranks
 from hvd_syncbn.tf_impl.keras.convert import batch_norms
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
@@ -26,10 +25,9 @@ _looked: WeakKeyDictionary[keras.layers.Layer, set[int | None]] = WeakKeyDiction
 
 def look_if_several(model: keras.layers.Layer, process_set: ProcessSet | None = None) -> None:
     """`look`, if several ranks train; the first of them speaks of a model that has plain norms only."""
-    hvd = ranks.require()
-    if horovod.size(hvd, process_set) > 1:
-        among: Any = process_set if horovod.process_set_id(process_set) else hvd
-        look(model, names_local=among.rank() == 0)
+    group = ranks.find(process_set)
+    if group.size > 1:
+        look(model, names_local=group.rank == group.ranks[0])
 
 
 def look(model: keras.layers.Layer, names_local: bool = False) -> None:
