@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvd_syncbn.torch_impl import ops
+from hvd_syncbn.torch_impl import ops, ranks
 
 ACTIVATIONS = (None, "relu")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -84,7 +84,7 @@ def normalize(
         unbiased,
         eps,
         activation == "relu",
-        None if x.is_meta else ops.process_set_id(process_set),  # shapes alone need no other rank
+        None if x.is_meta else ranks.key_of(process_set),  # shapes alone need no other rank
         name,
     )
     return y

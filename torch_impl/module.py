@@ -207,11 +207,11 @@ class SyncBatchNorm(BatchNorm):
         return text if self.process_set is None else f"{text}, process_set={self.process_set}"
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_set: Any = None) -> nn.Module:
-        """``hvd_syncbn.torch.convert_sync_batchnorm``, where ``torch.nn.SyncBatchNorm`` has it."""
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None, *, process_set: Any = None) -> nn.Module:
+        """``hvd_syncbn.torch.convert_sync_batchnorm``, where ``torch.nn.SyncBatchNorm`` has it, with its argument's name."""
         from hvd_syncbn.torch_impl.convert import convert_sync_batchnorm
 
-        return convert_sync_batchnorm(module, process_set)
+        return convert_sync_batchnorm(module, process_set if process_group is None else process_group)
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

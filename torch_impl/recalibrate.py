@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.overrides import TorchFunctionMode
 
-from hvd_syncbn import horovod, population, protocol
+from hvd_syncbn import population, protocol
 from hvd_syncbn.population import Take, Vector, Words
 from hvd_syncbn.torch_impl import ops, ranks
 from hvd_syncbn.torch_impl.freeze import is_frozen
@@ -102,19 +102,16 @@ def _gpus(model: Any) -> list[int]:
 
 class _Ranks:
     def __init__(self, process_set: Any) -> None:
-        hvd = horovod.require("torch")
-        self.size = horovod.size(hvd, process_set)
-        self.process_set = process_set
-        self.rank = hvd.rank() if process_set is None else process_set.rank()
-        self.id = ops.process_set_id(process_set)
+        self.group = ranks.find(process_set)
+        self.size = self.group.size
+        self.rank = self.group.ranks.index(self.group.rank)
 
     def gather(self, value: Any) -> list[Any]:
-        return ranks.gather(value, "recalibrate", self.process_set)[0]
+        return self.group.gather(value, "recalibrate")
 
     def sum(self, words: Words, name: str) -> Words:
         packet = torch.from_numpy(words)
-        if self.id is not None:
-            ops.allreduce_(packet, f"hvd_syncbn.{name}", self.id)
+        self.group.sum(packet, f"hvd_syncbn.{name}")
         return packet.numpy()
 
 
