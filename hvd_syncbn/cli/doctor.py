@@ -124,8 +124,10 @@ def examine() -> list[Finding]:
     if keras is not None:
         findings.append(Finding("Keras", keras))
 
-    for problem in horovod_build.check():
-        findings.append(Finding("Horovod", problem, build_horovod))
+    if importlib.util.find_spec("horovod") is None and set(frameworks) == {"torch"}:
+        findings.append(Finding("Horovod", f"not installed, and jobs of torchrun need none; for horovodrun: {build_horovod}"))
+    else:
+        findings += [Finding("Horovod", problem, build_horovod) for problem in horovod_build.check()]
     if importlib.util.find_spec("horovod") is not None:
         findings.append(Finding("Horovod", _package_version("horovod") or "unknown"))
         for name in frameworks:

@@ -123,6 +123,7 @@ def run(
     hosts: list[Host] | None = None,
     *,
     limit: float = TIME_LIMIT,
+    launcher: str = "horovodrun",
     report: Callable[[Report], None] = lambda _: None,
     environment: Mapping[str, str] | None = None,
 ) -> list[Report]:
@@ -133,6 +134,7 @@ def run(
         framework: ``"torch"`` or ``"tensorflow"``.
         hosts: what ``place`` returns.
         limit: seconds, after which the job is ended.
+        launcher: ``"horovodrun"``, or ``"torchrun"`` for ranks on this host.
         report: called with each of rank 0's reports as it comes.
         environment: for all ranks, besides ours.
 
@@ -143,7 +145,10 @@ def run(
         JobError: horovodrun, a host or a rank failed, or the time is up. Nothing of the job is left running.
     """
     command = [sys.executable, "-m", "hvd_syncbn.cli.rank", task, framework, str(int(limit))]
-    if hosts is not None:
+    if hosts is not None and launcher == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(hosts[0].slots)]
+        command = [sys.executable, *torchrun, *command[1:]]
+    elif hosts is not None:
         slots = ",".join(f"{host.name}:{host.slots}" for host in hosts)
         command = [horovodrun(), "-np", str(sum(host.slots for host in hosts)), "-H", slots, *command]
     # Safe path: ranks import the package that this process imports, not one in the current folder.
@@ -216,7 +221,16 @@ def end(process: subprocess.Popen[Any], grace: float = 0) -> None:
         process: the launcher.
         grace: seconds that it has to end its ranks itself, on other hosts, too, before what is left is killed.
     """
-    import psutil  # Horovod's requirement, not ours
+    try:
+        import psutil  # Horovod's requirement, not ours
+    except ModuleNotFoundError:  # torchrun ends its ranks
+        process.terminate()
+        try:
+            process.wait(grace or 5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return
 
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,7 +1,8 @@
 """``hvd-syncbn verify``: does this machine, or this cluster, give the same bits in every framework, layout and split?
 
 Each framework runs in processes of its own (Horovod serves one framework per process) the stack of ``vectors.py``: alone on the
-whole global batch and every instruction-set path, or with ``-np`` under ``horovodrun`` with the batch dealt out to the ranks.
+whole global batch and every instruction-set path, or with ``-np`` under ``horovodrun`` or ``torchrun`` with the batch dealt out
+to the ranks.
 All has to equal what the reference in Python makes of the whole batch.
 """
 
@@ -31,12 +32,20 @@ reach them without a password. Exit status: 0 if all is equal, 1 if not or if so
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     job.add_arguments(parser)
+    parser.add_argument(
+        "--launcher",
+        choices=("horovodrun", "torchrun"),
+        default="horovodrun",
+        help="what starts the ranks of -np; torchrun starts PyTorch's alone, on this host (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the sha256 of every configuration and whether they are one; the exit status is 0 if so."""
     hosts = job.hosts_of(args)
-    found = examine(hosts, args.time_limit)
+    if args.launcher == "torchrun" and (hosts is None or args.hosts is not None):
+        args.usage_error("--launcher torchrun needs -np, and no -H: it starts ranks on this host")
+    found = examine(hosts, args.time_limit, args.launcher)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
@@ -44,11 +53,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found["equal"] else 1
 
 
-def examine(hosts: list[job.Host] | None, limit: float) -> dict[str, Any]:
+def examine(hosts: list[job.Host] | None, limit: float, launcher: str = "horovodrun") -> dict[str, Any]:
     """Run everything; ``hosts`` is None for one process of each framework. The keys of the result are those of ``--json``:
     ``ranks`` (0 without horovodrun), ``hosts``, ``machines``, ``reference`` (a sha256), ``results``, ``failures``,
     ``left_out``, ``equal``."""
-    installed = [framework for framework in FRAMEWORKS if importlib.util.find_spec(framework) is not None]
+    frameworks = ("torch",) if launcher == "torchrun" else tuple(FRAMEWORKS)
+    installed = [framework for framework in frameworks if importlib.util.find_spec(framework) is not None]
     results: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
     machines: list[Any] = []
@@ -72,7 +82,7 @@ def examine(hosts: list[job.Host] | None, limit: float) -> dict[str, Any]:
                     ]
 
             try:
-                job.run("paths" if hosts is None else "splits", framework, hosts, limit=limit, report=note)
+                job.run("paths" if hosts is None else "splits", framework, hosts, limit=limit, launcher=launcher, report=note)
             except job.JobError as error:
                 failures[framework] = str(error)
     return {
@@ -82,7 +92,7 @@ def examine(hosts: list[job.Host] | None, limit: float) -> dict[str, Any]:
         "reference": reference,
         "results": results,
         "failures": failures,
-        "left_out": [framework for framework in FRAMEWORKS if framework not in installed],
+        "left_out": [framework for framework in frameworks if framework not in installed],
         "equal": bool(results) and not failures and all(result["equal"] for result in results),
     }
 
