@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -140,7 +139,7 @@ def from_caffe(
     total = float(factor.reshape(()))
     sums = (_numbers("mean", mean), _numbers("variance", variance))
     a, b = (np.zeros_like(s) if total == 0 else s / total for s in sums)
-    return BatchNormState(_array(gamma), _array(beta), _array(a), _array(b), epsilon, CAFFE_MOMENTUM, unbiased=True)
+    return BatchNormState(gamma, beta, a, b, epsilon, CAFFE_MOMENTUM, unbiased=True)  # type: ignore[arg-type]
 
 
 def complement(momentum: float) -> float:
@@ -175,11 +174,6 @@ def scale_and_shift(
     mean = np.asarray(mean, np.float64)
     scale = (1.0 if gamma is None else np.asarray(gamma, np.float64)) / np.sqrt(np.asarray(variance, np.float64) + epsilon)
     return scale, (0.0 if beta is None else np.asarray(beta, np.float64)) - scale * mean
-
-
-def _array(value: ArrayLike | None) -> Any:
-    """What BatchNormState will check and convert."""
-    return value
 
 
 def _numbers(name: str, value: object) -> NDArray[np.float64]:

@@ -1,8 +1,6 @@
-"""Groups of ranks that share a batch, for TensorFlow, and for Keras on its TensorFlow and PyTorch backends."""
+"""Groups of ranks that share a batch, for TensorFlow and Keras."""
 
 from __future__ import annotations
-
-import sys
 
 from hvd_syncbn import horovod
 from hvd_syncbn.groups import Groups
@@ -40,10 +38,4 @@ def groups(size: int | None = None) -> Groups:
         hvd.init(process_sets="dynamic")
         model = convert_sync_batchnorm(model, process_set=groups(8).mine)
     """
-    return horovod.groups(horovod.require(_framework()), size)
-
-
-def _framework() -> str:
-    """Whose Horovod: Keras trains on its backend's, and everything else here on TensorFlow's."""
-    keras = sys.modules.get("keras")
-    return "torch" if keras is not None and keras.backend.backend() == "torch" else "tensorflow"
+    return horovod.groups(horovod.require("tensorflow"), size)

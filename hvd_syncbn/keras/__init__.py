@@ -8,13 +8,18 @@ first used.
 import importlib
 from typing import Any
 
-import keras as _keras
-
 from hvd_syncbn import horovod as _horovod
 from hvd_syncbn.keras import callbacks
 from hvd_syncbn.tf_impl.groups import groups
-from hvd_syncbn.tf_impl.keras.backup import BackupAndRestore
-from hvd_syncbn.tf_impl.keras.callbacks import (
+from hvd_syncbn.tf_impl.keras.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from hvd_syncbn.tf_impl.keras.fold import Scale, fold_batchnorm
+from hvd_syncbn.tf_impl.keras.freeze import freeze_batchnorm, unfreeze_batchnorm
+from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
+from hvd_syncbn.tf_impl.keras.recalibrate import recalibrate
+from hvd_syncbn.tf_impl.keras.state import get_state, set_state
+from hvd_syncbn.tf_impl.keras.training import start as _start  # noqa: F401, registers the training check
+from hvd_syncbn.tf_impl.keras.training.backup import BackupAndRestore
+from hvd_syncbn.tf_impl.keras.training.callbacks import (
     BestModelCheckpoint,
     BroadcastGlobalVariablesCallback,
     BroadcastVariablesCallback,
@@ -22,11 +27,8 @@ from hvd_syncbn.tf_impl.keras.callbacks import (
     LearningRateWarmupCallback,
     MetricAverageCallback,
 )
-from hvd_syncbn.tf_impl.keras.convert import convert_sync_batchnorm, revert_sync_batchnorm
-from hvd_syncbn.tf_impl.keras.drift import check_ranks_agree
-from hvd_syncbn.tf_impl.keras.fold import Scale, fold_batchnorm
-from hvd_syncbn.tf_impl.keras.freeze import freeze_batchnorm, unfreeze_batchnorm
-from hvd_syncbn.tf_impl.keras.functions import (
+from hvd_syncbn.tf_impl.keras.training.drift import check_ranks_agree
+from hvd_syncbn.tf_impl.keras.training.functions import (
     DistributedGradientTape,
     PartialDistributedGradientTape,
     allgather,
@@ -35,11 +37,8 @@ from hvd_syncbn.tf_impl.keras.functions import (
     broadcast_variables,
     reducescatter,
 )
-from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
-from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
-from hvd_syncbn.tf_impl.keras.recalibrate import recalibrate
-from hvd_syncbn.tf_impl.keras.saving import load_model
-from hvd_syncbn.tf_impl.keras.state import get_state, set_state
+from hvd_syncbn.tf_impl.keras.training.optimizer import DistributedOptimizer, PartialDistributedOptimizer
+from hvd_syncbn.tf_impl.keras.training.saving import load_model
 
 # Horovod's own, which know nothing of Keras.
 _HOROVODS = {
@@ -88,7 +87,7 @@ def __getattr__(name: str) -> Any:
     if name == "elastic":  # imports Horovod
         return importlib.import_module("hvd_syncbn.keras.elastic")
     if name in _HOROVODS:
-        return getattr(_horovod.load("torch" if _keras.backend.backend() == "torch" else "tensorflow"), name)
+        return getattr(_horovod.load("tensorflow"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,7 +1,7 @@
 """``hvd.callbacks``: what Horovod has under this name, for Keras 3."""
 
-from hvd_syncbn.tf_impl.keras.backup import BackupAndRestore
-from hvd_syncbn.tf_impl.keras.callbacks import (
+from hvd_syncbn.tf_impl.keras.training.backup import BackupAndRestore
+from hvd_syncbn.tf_impl.keras.training.callbacks import (
     BestModelCheckpoint,
     BroadcastGlobalVariablesCallback,
     BroadcastVariablesCallback,

@@ -1,6 +1,6 @@
 """``hvd.elastic``: what Horovod has under this name, for Keras 3. Imports Horovod."""
 
-from hvd_syncbn.tf_impl.keras.elastic import (
+from hvd_syncbn.tf_impl.keras.training.elastic import (
     CommitStateCallback,
     KerasState,
     TensorFlowKerasState,

@@ -18,7 +18,7 @@ import pytest
 import tensorflow as tf
 
 import hvd_syncbn.keras as hvd
-from hvd_syncbn.tf_impl.keras.optimizer import is_distributed, optimizers_of
+from hvd_syncbn.tf_impl.keras.training.optimizer import is_distributed, optimizers_of
 from tests.keras_gan import Gan, Sides, built_gan
 from tests.parallel.checks_keras_horovod import all_equal, shared_folder
 from tests.parallel.checks_keras_state import X, Y, sgd, shard

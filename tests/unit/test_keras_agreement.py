@@ -15,7 +15,7 @@ import numpy as np
 
 from hvd_syncbn import drift as core
 from hvd_syncbn.keras import DistributedOptimizer, MetricAverageCallback, SyncBatchNormalization, check_ranks_agree
-from hvd_syncbn.tf_impl.keras import drift
+from hvd_syncbn.tf_impl.keras.training import drift
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -31,7 +31,7 @@ from hvd_syncbn.keras import (  # noqa: E402
     revert_sync_batchnorm,
     unfreeze_batchnorm,
 )
-from hvd_syncbn.tf_impl.keras.optimizer import is_distributed  # noqa: E402
+from hvd_syncbn.tf_impl.keras.training.optimizer import is_distributed  # noqa: E402
 from tests.arrays import same_bits  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)
@@ -288,7 +288,7 @@ def test_copies_of_a_model_average(copied: Any, scaled: bool) -> None:
 UNPICKLE = """
 import pickle, sys
 import hvd_syncbn.keras
-from hvd_syncbn.tf_impl.keras.optimizer import is_distributed
+from hvd_syncbn.tf_impl.keras.training.optimizer import is_distributed
 with open(sys.argv[1], "rb") as file:
     model, optimizer = pickle.load(file)
 assert is_distributed(model.optimizer) and is_distributed(optimizer)

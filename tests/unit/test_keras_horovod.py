@@ -27,7 +27,7 @@ from hvd_syncbn.keras import (
     DistributedOptimizer,
     MetricAverageCallback,
 )
-from hvd_syncbn.tf_impl.keras.optimizer import is_distributed
+from hvd_syncbn.tf_impl.keras.training.optimizer import is_distributed
 
 pytestmark = pytest.mark.timeout(120)
 LossScaleOptimizer = keras.mixed_precision.LossScaleOptimizer

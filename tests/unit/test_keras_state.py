@@ -16,7 +16,7 @@ import keras
 
 import hvd_syncbn.keras as hvd
 from hvd_syncbn.tf_impl.keras import layer_state
-from hvd_syncbn.tf_impl.keras.optimizer import is_distributed, is_new, optimizers_of
+from hvd_syncbn.tf_impl.keras.training.optimizer import is_distributed, is_new, optimizers_of
 from tests.keras_gan import Gan, Sides, built_gan
 
 pytestmark = pytest.mark.timeout(180)

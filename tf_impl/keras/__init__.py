@@ -1,5 +1,4 @@
-"""Keras 3: the layer, conversion of models, and what it takes to train them under Horovod.
+"""Keras 3: the layer, its conversion, freezing, folding, recalibration and state. ``training`` adds Horovod's Keras API.
 
-Keras may run on PyTorch, where the layer and the conversion serve without the rest: TensorFlow is not imported there.
-``hvd_syncbn.keras`` is the face of this room.
+``hvd_syncbn.keras`` is the public module. Only Keras's TensorFlow backend trains; evaluation runs on every backend.
 """

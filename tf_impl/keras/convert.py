@@ -44,7 +44,7 @@ def convert_sync_batchnorm(model: keras.layers.Layer, process_set: ProcessSet | 
     Warns:
         UserWarning: There is nothing to convert. A model that makes its layers in `build()` or `call()` has to be built first.
     """
-    layers = list(batch_norms(_checked(model)))
+    layers = list(batch_norms(checked(model)))
     for path, layer in layers:
         if renormalizes(layer):
             raise ValueError(f"SyncBatchNormalization does no batch renormalization. Received: layer {path!r} with renorm=True")
@@ -110,7 +110,7 @@ def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
     Warns:
         UserWarning: There is nothing to convert.
     """
-    layers = [(path, layer) for path, layer in batch_norms(_checked(model)) if isinstance(layer, SyncBatchNormalization)]
+    layers = [(path, layer) for path, layer in batch_norms(checked(model)) if isinstance(layer, SyncBatchNormalization)]
     for path, layer in layers:
         if layer.activation is not None:
             raise ValueError(
@@ -135,7 +135,8 @@ def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
     return model
 
 
-def _checked(model: Any) -> keras.layers.Layer:
+def checked(model: Any) -> keras.layers.Layer:
+    """Return `model` if it is a model or layer of Keras 3; raise ``TypeError`` otherwise."""
     if not isinstance(model, keras.layers.Layer):
         kind = model if isinstance(model, type) else type(model)
         hint = " tf_keras (Keras 2) is another library." if kind.__module__.partition(".")[0] == "tf_keras" else ""
@@ -168,12 +169,12 @@ def _warn(path: str, layer: keras.layers.Layer) -> None:
     )
 
 
-def forget_traces(model: keras.layers.Layer) -> None:
-    """Make compiled models trace their next step anew."""
+def forget_traces(model: keras.layers.Layer, allow_xla: bool = False) -> None:
+    """Make compiled models trace their next step anew; without XLA, which cannot compile collectives, unless it is allowed."""
     for _, layer in _walk(model, "", set()):
         if isinstance(layer, keras.Model) and layer.compiled:
             layer.train_function = layer.test_function = layer.predict_function = None
-            layer.jit_compile = False  # as compile() decides for a model that has our layers
+            layer.jit_compile = allow_xla and layer.jit_compile
 
 
 def batch_norms(model: keras.layers.Layer) -> Iterator[tuple[str, Any]]:

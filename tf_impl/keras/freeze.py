@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from hvd_syncbn.tf_impl.keras.convert import _walk, change_class
+from hvd_syncbn.tf_impl.keras.convert import batch_norms, change_class, checked, forget_traces
 from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization, renormalizes
 
 
@@ -68,7 +68,7 @@ def freeze_batchnorm(model: keras.layers.Layer, affine: bool = False) -> keras.l
         if layer.frozen:
             layer.unfreeze()
         layer.freeze(affine)
-    _forget_traces(model)
+    forget_traces(model, allow_xla=True)
     return model
 
 
@@ -90,21 +90,12 @@ def unfreeze_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
         layer.unfreeze()
         if type(layer) is BatchNormalization:
             change_class(layer, keras.layers.BatchNormalization)
-    _forget_traces(model)
+    forget_traces(model, allow_xla=True)
     return model
 
 
 def _batch_norms(model: keras.layers.Layer) -> list[tuple[str, Any]]:
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"Expected a Keras model or layer. Received: {type(model).__name__} of {type(model).__module__}")
-    layers = [(path or layer.name, layer) for path, layer in _walk(model, "", set())]
-    norms = [(path, layer) for path, layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+    norms = list(batch_norms(checked(model)))
     if not norms:
-        warnings.warn(f"Found no batch normalization. Received: {model.name!r}", stacklevel=3)
+        warnings.warn(f"found no batch normalization. Received: {model.name!r}", stacklevel=3)
     return norms
-
-
-def _forget_traces(model: keras.layers.Layer) -> None:
-    for _, layer in _walk(model, "", set()):
-        if isinstance(layer, keras.Model) and layer.compiled:
-            layer.train_function = layer.test_function = layer.predict_function = None

@@ -1,4 +1,4 @@
-"""``SyncBatchNormalization``: the Keras layer, on Keras's TensorFlow and PyTorch backends.
+"""``SyncBatchNormalization``: the Keras layer. It trains on Keras's TensorFlow backend.
 
 Keras's own layer does everything but the training step: weights, config and evaluation are inherited, so an exported model
 needs neither Horovod nor the native library.
@@ -6,7 +6,6 @@ needs neither Horovod nor the native library.
 
 from __future__ import annotations
 
-import importlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -16,9 +15,12 @@ import keras
 
 from hvd_syncbn import horovod, native
 from hvd_syncbn.horovod import ranks_of
+from hvd_syncbn.tf_impl.keras import ranks
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
+
+    from hvd_syncbn.tf_impl.horovod import Group
 
 _OLDEST = (3, 10)  # that was tried and found right in everything: docs/versions.md
 
@@ -126,7 +128,7 @@ class SyncBatchNormalization(BatchNormalization):
     parameters' gradients. The layer cannot be differentiated twice in training, nor compiled by XLA (`compile()` knows).
 
     Differences from Keras's layer: a batch of one value per channel is an error in training; a batch without any unmasked
-    position leaves the moving statistics alone; a mask needs `axis=-1` and the TensorFlow backend.
+    position leaves the moving statistics alone; a mask needs `axis=-1`. Training needs the TensorFlow backend.
 
     Files of weights and models cross between this layer and Keras's in both directions. To that end both classes have the same
     `__name__`: Keras stores the members of lists under the names of their classes, and `model.summary()` shows those, too;
@@ -219,8 +221,8 @@ class SyncBatchNormalization(BatchNormalization):
                 f"inputs.shape={inputs.shape}"
             )
         backend = keras.backend.backend()
-        if training and self.frozen and backend in _TRAIN_FROZEN:
-            return keras.ops.cast(_TRAIN_FROZEN[backend](self, inputs, residual), self.compute_dtype)
+        if training and self.frozen and backend == "tensorflow":
+            return keras.ops.cast(_train_frozen(self, inputs, residual), self.compute_dtype)
         if not (training and self.trainable) or self.frozen:
             outputs = super().call(inputs, training=False, mask=mask)
             if residual is not None:
@@ -229,14 +231,11 @@ class SyncBatchNormalization(BatchNormalization):
         if mask is None and residual is not None:
             # Keras hands masks to layers of one tensor only.
             mask = getattr(inputs, "_keras_mask", None)
-        if backend not in _TRAIN:
-            raise RuntimeError(f"training needs Keras's TensorFlow or PyTorch backend. Received: KERAS_BACKEND={backend}")
-        group = self._group(backend)
+        group = self._group()
         if group.size > 1:
-            from hvd_syncbn.tf_impl.keras import start
-
-            start.look(self._get_call_context().entry_layer)
-        return keras.ops.cast(_TRAIN[backend](self, inputs, mask, residual, group), self.compute_dtype)
+            for check in ranks.training_checks:
+                check(self._get_call_context().entry_layer, False)
+        return keras.ops.cast(_train(self, inputs, mask, residual, group), self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         """Keras's config of the layer and ours. A process set becomes the list of its ranks."""
@@ -267,13 +266,12 @@ class SyncBatchNormalization(BatchNormalization):
         """Return Keras's words, with the name that tells it from Keras's layer."""
         return f"<SyncBatchNormalization name={self.name}, built={self.built}>"
 
-    def _group(self, framework: str) -> Any:
+    def _group(self) -> Group:
         """Return the group of ranks that share the batch: a saved model has only the ranks' numbers."""
         process_set = self.process_set
         if isinstance(process_set, tuple):
-            hvd = horovod.require(framework)
-            process_set = horovod.registered_process_set(hvd, process_set, f"layer {self.collective_name!r}")
-        return importlib.import_module(f"hvd_syncbn.{_ADAPTERS[framework]}.ranks").find(process_set)
+            process_set = horovod.registered_process_set(ranks.require(), process_set, f"layer {self.collective_name!r}")
+        return ranks.find(process_set)
 
 
 # Keras stores the members of lists under their classes' names, and counts layers' names by them. Pickle uses __qualname__.
@@ -304,7 +302,7 @@ def _may_be_equal(a: Sequence[int | None], b: Sequence[int | None]) -> bool:
     return len(a) == len(b) and all(m is None or n is None or m == n for m, n in zip(a, b, strict=True))
 
 
-def _train_tensorflow(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any, group: Any) -> Any:
+def _train(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any, group: Group) -> Any:
     from hvd_syncbn.tf_impl.functional import sync_batch_norm
 
     outputs, moving_mean, moving_variance = sync_batch_norm(
@@ -333,39 +331,7 @@ def _train_tensorflow(layer: SyncBatchNormalization, inputs: Any, mask: Any, res
     return outputs
 
 
-def _train_torch(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any, group: Any) -> Any:
-    from hvd_syncbn.torch_impl.functional import check_input, normalize
-
-    if mask is not None:
-        raise ValueError(f"a mask needs Keras's TensorFlow backend. Received: mask of shape {tuple(mask.shape)}")
-    if inputs.ndim < 2:
-        raise ValueError(f"inputs have to have at least 2 dims. Received: inputs.shape={tuple(inputs.shape)}")
-    # PyTorch's channels are axis 1; a view, not a copy.
-    x = inputs.movedim(layer.axis, 1)
-    residual = None if residual is None else residual.movedim(layer.axis, 1)
-    gamma, beta = (None if variable is None else variable.value for variable in (layer.gamma, layer.beta))
-    mean, variance = layer.moving_mean.value, layer.moving_variance.value
-    residual = check_input(x, mean.shape[0], residual, layer.activation)
-    old_weight = 1.0 if layer.momentum is None else layer.momentum
-    outputs = normalize(
-        x,
-        gamma,
-        beta,
-        mean,
-        variance,
-        layer.batches.value if layer.averages else None,
-        (old_weight, None if layer.averages else 1.0 - old_weight),
-        layer.unbiased_variance or layer.zero_debias,
-        layer.epsilon,
-        residual,
-        layer.activation,
-        group,
-        layer.collective_name,
-    )
-    return outputs.movedim(1, layer.axis)
-
-
-def _train_frozen_tensorflow(layer: SyncBatchNormalization, inputs: Any, residual: Any) -> Any:
+def _train_frozen(layer: SyncBatchNormalization, inputs: Any, residual: Any) -> Any:
     from hvd_syncbn.tf_impl.functional import frozen_batch_norm
 
     return frozen_batch_norm(
@@ -381,22 +347,3 @@ def _train_frozen_tensorflow(layer: SyncBatchNormalization, inputs: Any, residua
         learns=layer.trainable,
         name=layer.collective_name,
     )
-
-
-def _train_frozen_torch(layer: SyncBatchNormalization, inputs: Any, residual: Any) -> Any:
-    from hvd_syncbn.torch_impl.functional import check_input, frozen_batch_norm
-
-    x = inputs.movedim(layer.axis, 1)
-    residual = None if residual is None else residual.movedim(layer.axis, 1)
-    gamma, beta = (None if v is None else v.value for v in (layer.gamma, layer.beta))
-    if not layer.trainable:
-        gamma, beta = (None if tensor is None else tensor.detach() for tensor in (gamma, beta))
-    mean, variance = layer.moving_mean.value, layer.moving_variance.value
-    residual = check_input(x, mean.shape[0], residual, layer.activation)
-    outputs = frozen_batch_norm(x, mean, variance, gamma, beta, layer.epsilon, residual, layer.activation)
-    return outputs.movedim(1, layer.axis)
-
-
-_ADAPTERS = {"tensorflow": "tf_impl", "torch": "torch_impl"}
-_TRAIN = {"tensorflow": _train_tensorflow, "torch": _train_torch}
-_TRAIN_FROZEN = {"tensorflow": _train_frozen_tensorflow, "torch": _train_frozen_torch}

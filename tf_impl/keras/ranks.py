@@ -1,7 +1,8 @@
-"""What the room asks of Horovod and of the other ranks."""
+"""Horovod for the Keras modules, and what they ask of the other ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
 
     from hvd_syncbn.tf_impl.horovod import Group
+
+
+# Called with a model that several ranks train, and whether this rank speaks for all. `training.start` adds its check: the layer
+# and the optimizer run it without importing that module.
+training_checks: list[Callable[[keras.layers.Layer, bool], None]] = []
 
 
 def require() -> Any:
@@ -37,3 +43,11 @@ def find(process_set: ProcessSet | None) -> Group:
     from hvd_syncbn.tf_impl import ranks
 
     return ranks.find(process_set)
+
+
+def check_before_training(model: keras.layers.Layer, process_set: ProcessSet | None = None) -> None:
+    """Run the training checks on a model, if several ranks train it; the first of them speaks for all."""
+    group = find(process_set)
+    if group.size > 1:
+        for check in training_checks:
+            check(model, group.rank == group.ranks[0])

@@ -14,9 +14,10 @@ import keras
 import numpy as np
 
 from hvd_syncbn import horovod
-from hvd_syncbn.tf_impl.keras import backup, drift, ranks, start
-from hvd_syncbn.tf_impl.keras.functions import broadcast_state
-from hvd_syncbn.tf_impl.keras.optimizer import backing, is_new, optimizers_of
+from hvd_syncbn.tf_impl.keras import ranks
+from hvd_syncbn.tf_impl.keras.training import backup, drift
+from hvd_syncbn.tf_impl.keras.training.functions import broadcast_state
+from hvd_syncbn.tf_impl.keras.training.optimizer import backing, is_new, optimizers_of
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -100,7 +101,7 @@ class BroadcastVariablesCallback(keras.callbacks.Callback):
         broadcast_state(variables, [model], self.root_rank, self.process_set, local)
         if model.train_function is None:  # the step that was traced had other constants
             model.make_train_function()
-        start.look_if_several(model, self.process_set)
+        ranks.check_before_training(model, self.process_set)
 
 
 class BroadcastGlobalVariablesCallback(BroadcastVariablesCallback):
@@ -167,7 +168,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Look at what trains, and at the order of the callbacks."""
-        start.look_if_several(self.model, self.process_set)
+        ranks.check_before_training(self.model, self.process_set)
         too_early = [type(other).__name__ for other in self._callbacks[: self._callbacks.index(self)] if _decides(other)]
         everyone = self.meet("the start of fit()", too_early)
         if any(everyone) and len(everyone) > 1:
@@ -558,7 +559,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if self.filepath is None:
             raise ValueError("BestModelCheckpoint needs to know where to save: pass `filepath`. Received: filepath=None")
         self.filepath = str(self.filepath)
-        start.look_if_several(self.model)
+        ranks.check_before_training(self.model)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Save, on one rank, where `save_freq` is a number."""

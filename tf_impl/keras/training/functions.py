@@ -15,7 +15,7 @@ import numpy as np
 
 from hvd_syncbn.tf_impl.keras import layer_state, ranks
 from hvd_syncbn.tf_impl.keras.convert import forget_traces
-from hvd_syncbn.tf_impl.keras.optimizer import _Averager, backing, local_variables
+from hvd_syncbn.tf_impl.keras.training.optimizer import _Averager, backing, local_variables
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf

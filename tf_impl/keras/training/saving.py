@@ -18,7 +18,7 @@ import keras
 
 from hvd_syncbn.tf_impl.keras.convert import batch_norms, change_class, forget_traces, synchronize
 from hvd_syncbn.tf_impl.keras.layer import RECORD, BatchNormalization
-from hvd_syncbn.tf_impl.keras.optimizer import DistributedOptimizer, optimizers_of
+from hvd_syncbn.tf_impl.keras.training.optimizer import DistributedOptimizer, optimizers_of
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet

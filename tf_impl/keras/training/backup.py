@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from hvd_syncbn.tf_impl.keras import ranks
-from hvd_syncbn.tf_impl.keras.functions import broadcast_state
-from hvd_syncbn.tf_impl.keras.optimizer import forget_gradients, optimizers_of, require_built
+from hvd_syncbn.tf_impl.keras.training.functions import broadcast_state
+from hvd_syncbn.tf_impl.keras.training.optimizer import forget_gradients, optimizers_of, require_built
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf

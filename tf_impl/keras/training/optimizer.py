@@ -285,7 +285,7 @@ class _Distributed(keras.optimizers.Optimizer):
             )
         averager = self._averager
         averager.applied = True
-        _look(averager.process_set)
+        _check_model_in_training(averager.process_set)
         if averager.passes > 1:
             self._accumulate(list(grads), trainable_variables)
         else:
@@ -407,17 +407,15 @@ def _pickling() -> bool:
     return frame is not None
 
 
-def _look(process_set: ProcessSet) -> None:
-    """Have the model looked at whose training step this is called in."""
-    from hvd_syncbn.tf_impl.keras import start
-
+def _check_model_in_training(process_set: ProcessSet) -> None:
+    """Run the training checks on the model whose training step called the optimizer."""
     if horovod.size(ranks.require(), process_set) == 1:
         return
-    frame: Any = sys._getframe(2)
+    frame: Any = sys._getframe(2)  # Keras passes an optimizer its variables only, not the model
     while frame is not None and not isinstance(frame.f_locals.get("self"), keras.Model):
         frame = frame.f_back
     if frame is not None:
-        start.look_if_several(frame.f_locals["self"], process_set)
+        ranks.check_before_training(frame.f_locals["self"], process_set)
 
 
 def _distribute(optimizer: Any, averager: _Averager) -> Any:

@@ -12,7 +12,7 @@ from hvd_syncbn import drift, horovod
 from hvd_syncbn.drift import Difference, Entry
 from hvd_syncbn.tf_impl.keras import layer_state, ranks
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
-from hvd_syncbn.tf_impl.keras.optimizer import backing, optimizers_of
+from hvd_syncbn.tf_impl.keras.training.optimizer import backing, optimizers_of
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf

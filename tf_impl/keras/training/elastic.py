@@ -17,10 +17,10 @@ import tensorflow as tf
 from horovod.common.elastic import ObjectState, run_fn
 from horovod.common.exceptions import HorovodInternalError
 
-from hvd_syncbn.tf_impl.keras import layer_state, ranks, start
+from hvd_syncbn.tf_impl.keras import layer_state, ranks
 from hvd_syncbn.tf_impl.keras.convert import forget_traces
-from hvd_syncbn.tf_impl.keras.functions import broadcast_state
-from hvd_syncbn.tf_impl.keras.optimizer import forget_gradients, optimizers_of, require_built
+from hvd_syncbn.tf_impl.keras.training.functions import broadcast_state
+from hvd_syncbn.tf_impl.keras.training.optimizer import forget_gradients, optimizers_of, require_built
 
 
 @contextlib.contextmanager
@@ -146,7 +146,7 @@ class KerasState(ObjectState):
         self._save_variables()
         with _internal_errors():
             super().sync()
-        start.look_if_several(self.model)
+        ranks.check_before_training(self.model)
 
     def _every_optimizer(self) -> list[Any]:
         held = [optimizer for root in self._roots for optimizer in optimizers_of(root)]

@@ -1,13 +1,13 @@
-"""What is looked at when training starts: the mistakes of a job that nobody else would speak of.
+"""Warnings when several ranks start to train a model: plain batch norms, and optimizers that do not average.
 
-A synchronized layer looks when it is first called to train, from the model that was called; callbacks when `fit()` begins; a
-distributed optimizer when it is applied in a model's training step; and an elastic state when ranks come together.
+The check runs when a synchronized layer is first called in training, when `fit()` begins (callbacks), when a distributed
+optimizer is applied in a model's training step, and when an elastic state is synchronized.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import keras
@@ -15,39 +15,30 @@ import keras
 from hvd_syncbn.tf_impl.keras import ranks
 from hvd_syncbn.tf_impl.keras.convert import batch_norms
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
-from hvd_syncbn.tf_impl.keras.optimizer import is_distributed, members
+from hvd_syncbn.tf_impl.keras.training.optimizer import is_distributed, members
 
-if TYPE_CHECKING:
-    from horovod.common.process_sets import ProcessSet
-
-_looked: WeakKeyDictionary[keras.layers.Layer, set[int | None]] = WeakKeyDictionary()
+# The optimizers (by id) that each model was checked with.
+_checked: WeakKeyDictionary[keras.layers.Layer, set[int | None]] = WeakKeyDictionary()
 
 
-def look_if_several(model: keras.layers.Layer, process_set: ProcessSet | None = None) -> None:
-    """`look`, if several ranks train; the first of them speaks of a model that has plain norms only."""
-    group = ranks.find(process_set)
-    if group.size > 1:
-        look(model, names_local=group.rank == group.ranks[0])
-
-
-def look(model: keras.layers.Layer, names_local: bool = False) -> None:
-    """Warn, once for a model and its optimizer, of what trains on each rank alone.
+def warn_if_unsynchronized(model: keras.layers.Layer, names_local: bool) -> None:
+    """Warn, once for a model and its optimizer, of parts that each rank trains alone.
 
     Args:
-        model: What is about to be trained on several ranks.
-        names_local: Whether to warn of a model whose norms are all plain. That may be meant. But it is also all that can be
-            seen of a synchronized model that Keras has loaded or cloned: so one rank says it.
+        model: A model that several ranks are about to train.
+        names_local: Whether to warn if all batch norms of the model are plain. This may be intended, but a synchronized model
+            that Keras loaded or cloned looks the same: one rank warns.
 
     Raises:
         RuntimeError: A LossScaleOptimizer is around a MultiOptimizer whose optimizers average by themselves.
 
     Warns:
         UserWarning: The model has layers that are not synchronized, or is trained by `fit()` or `train_on_batch()` with an
-            optimizer that does not average. Loops of one's own, and a `train_step` of one's own, may average by themselves
-            (`DistributedGradientTape`): nothing is said of their optimizers.
+            optimizer that does not average. The optimizers of custom training loops and of a custom `train_step` are not
+            checked: these may average with a `DistributedGradientTape`.
     """
     optimizer = _optimizer(model)
-    seen = _looked.setdefault(model, set())
+    seen = _checked.setdefault(model, set())
     if (optimizer and id(optimizer)) in seen:
         return
     inner = members(optimizer)
@@ -72,11 +63,11 @@ def look(model: keras.layers.Layer, names_local: bool = False) -> None:
             stacklevel=2,
         )
     if not seen:
-        _look_at_norms(model, names_local)
+        _check_norms(model, names_local)
     seen.add(optimizer and id(optimizer))
 
 
-def _look_at_norms(model: keras.layers.Layer, names_local: bool) -> None:
+def _check_norms(model: keras.layers.Layer, names_local: bool) -> None:
     norms = list(batch_norms(model))
     plain = [path for path, norm in norms if not isinstance(norm, SyncBatchNormalization) and _uses_the_batch(norm)]
     if plain and len(plain) < len(norms):
@@ -96,6 +87,9 @@ def _look_at_norms(model: keras.layers.Layer, names_local: bool) -> None:
             f"Received: plain layers {plain}",
             stacklevel=3,
         )
+
+
+ranks.training_checks.append(warn_if_unsynchronized)
 
 
 def _uses_the_batch(norm: Any) -> bool:
