@@ -1,0 +1,40 @@
+"""The PyTorch layer over torch.distributed, without Horovod: every check of checks/torchrun.py under torchrun; and faults."""
+
+from __future__ import annotations
+
+import pytest
+
+from hvd_syncbn import vectors
+from hvd_syncbn.cli.stacks import reference_stack
+from tests.parallel.torchrun import checks, run
+
+RANKS = (1, 2, 4)
+
+
+@pytest.mark.parametrize("check", checks("torchrun"))
+@pytest.mark.parametrize("ranks", RANKS)
+def test_check(ranks: int, check: str) -> None:
+    reasons = run("torchrun", ranks).values(check)
+    if isinstance(reasons[0], str):
+        pytest.skip(reasons[0])
+
+
+def test_the_digest_of_every_engine() -> None:
+    """1, 2 and 4 ranks, even, uneven, empty and shuffled splits, both layouts: the sha256 that `hvd-syncbn verify` expects."""
+    digests = {}
+    for ranks in RANKS:
+        for of_rank in run("torchrun", ranks).values("check_digest"):
+            digests.update(of_rank)
+    assert len(digests) == len(RANKS) * len(vectors.SPLITS) * 2
+    assert set(digests.values()) == {vectors.digest(*reference_stack())}, digests
+
+
+@pytest.mark.parametrize("check", checks("torchrun_faults"))
+def test_fault(check: str) -> None:
+    """An error on every rank, and the job goes on; the last check kills rank 1."""
+    job = run("torchrun_faults", 2, agent=False)
+    if check == "check_a_rank_is_killed":
+        assert "value" in job.ranks[0][check] and check not in job.ranks[1], job
+        assert "(ended after" not in job.output
+    else:
+        job.values(check)
