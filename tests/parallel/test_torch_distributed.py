@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from hvd_syncbn import vectors
 from hvd_syncbn.cli.stacks import reference_stack
+from tests.needs import need
+from tests.parallel.job import ROOT, rank_environment
 from tests.parallel.torchrun import checks, run
 
 RANKS = (1, 2, 4)
@@ -38,3 +44,20 @@ def test_fault(check: str) -> None:
         assert "(ended after" not in job.output
     else:
         job.values(check)
+
+
+def test_verify() -> None:
+    command = [sys.executable, "-m", "hvd_syncbn.cli", "verify", "--launcher", "torchrun", "-np", "2", "--json"]
+    result = subprocess.run(command, env=rank_environment(), capture_output=True, text=True, timeout=200, check=False)
+    found = json.loads(result.stdout)
+    assert found["equal"] and {row["framework"] for row in found["results"]} == {"torch"}, found
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "lightning", "accelerate"])
+def test_example(trainer: str) -> None:
+    need("torch" if trainer == "ddp" else trainer)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    starts_its_own = trainer == "lightning"
+    command = [sys.executable, *(() if starts_its_own else torchrun), str(ROOT / f"examples/torchrun/with_{trainer}.py")]
+    result = subprocess.run(command, env=rank_environment(), capture_output=True, text=True, timeout=200, check=False)
+    assert "2 ranks, running mean" in result.stdout, result.stderr[-4000:]
