@@ -65,7 +65,7 @@ def run(job: Job, advance: Callable[[int], None]) -> Outcome:
     """Runs a job, ends it at its time limit, and tells `advance` how many more cases are done."""
     with tempfile.TemporaryDirectory(prefix="hvd-syncbn-bench-") as name:
         folder = Path(name)
-        (folder / "job.json").write_text(json.dumps(asdict(job) | {"ports": _free_ports(job.ranks * job.strategy)}))
+        (folder / "job.json").write_text(json.dumps(asdict(job) | {"ports": free_ports(job.ranks * job.strategy)}))
         command = [sys.executable, "-m", "benchmarks.worker", name]
         if job.ranks > 1:
             horovodrun = str(Path(sys.executable).parent / "horovodrun")
@@ -105,7 +105,7 @@ def run(job: Job, advance: Callable[[int], None]) -> Outcome:
         return Outcome(job, records, error, time.monotonic() - start)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on just now; TensorFlow's strategy wants to know them before any rank starts."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

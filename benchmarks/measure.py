@@ -34,6 +34,8 @@ class Framework(Protocol):
     """Contestants that know no other rank: the framework's own layer, and ours."""
     synchronized: tuple[str, ...]
     """Contestants on several ranks."""
+    engines: tuple[str, ...]
+    """What can sum packets, the tuned one first."""
 
     def barrier(self) -> None:
         """Returns when every rank is here."""
@@ -47,8 +49,8 @@ class Framework(Protocol):
     def chain(self, name: str, shape: tuple[int, ...]) -> Step:
         """The same of `depth` layers, one after the other."""
 
-    def allreduce(self, words: int) -> Step:
-        """A bare allreduce of int64 words, once for each direction."""
+    def allreduce(self, words: int, engine: str = "horovod") -> Step:
+        """A bare allreduce of int64 words, once for each direction, by one of `engines`."""
 
     def network(self, name: str, images: int, size: int) -> Step:
         """Forward and backward of a ResNet-50 whose batch norms are a contestant's layers."""
@@ -80,9 +82,12 @@ LABELS = {
 
 def label(framework: str, name: str) -> str:
     """A contestant's name for a person."""
-    return LABELS[framework].get(name) or {"synchronized": "Keras synchronized=True", "allreduce": "bare allreduce"}.get(
-        name, name
-    )
+    other = {
+        "synchronized": "Keras synchronized=True",
+        "allreduce": "bare allreduce",
+        "allreduce, torch.distributed": "bare allreduce of torch.distributed",
+    }
+    return LABELS[framework].get(name) or other.get(name, name)
 
 
 def sizes(shape: Sequence[int]) -> str:

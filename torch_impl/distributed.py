@@ -80,7 +80,8 @@ class Group:
         received = "; ".join(f"{name!r} with {words} integers on ranks {ranks}" for (name, words), ranks in by_call.items())
         raise ValueError(
             f"the ranks disagree about the collective {name!r}: every rank has to call the same layers in the same order, with "
-            f"the same number of channels. Received: {received}"
+            f"the same number of channels. Layers that are not converted are numbered as they are made: make the same ones on "
+            f"every rank, or set `layer.collective_name`. Received: {received}"
         )
 
 
@@ -89,7 +90,10 @@ def is_group(process_set: Any) -> bool:
     if process_set is None:
         hvd: Any = sys.modules.get("horovod.torch")
         return dist.is_initialized() and not (hvd is not None and hvd.is_initialized())
-    return isinstance(process_set, dist.ProcessGroup | dist.DeviceMesh) or process_set is dist.GroupMember.NON_GROUP_MEMBER
+    # One class at a time: torch.compile answers no for two.
+    if isinstance(process_set, dist.ProcessGroup):
+        return True
+    return isinstance(process_set, dist.DeviceMesh) or process_set is dist.GroupMember.NON_GROUP_MEMBER
 
 
 def key(process_set: Any) -> str:

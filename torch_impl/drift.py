@@ -37,12 +37,12 @@ def check_ranks_agree(
         model: The model.
         optimizer: The optimizer, or several.
         local: Modules, parameters and buffers that differ between ranks by design.
-        process_set: ``horovod.ProcessSet`` of the ranks that compare; None is all of them.
+        process_set: the ranks that compare, as in ``convert_sync_batchnorm``; None is all of them.
 
     Raises:
         TypeError: ``model`` is no module, ``optimizer`` no optimizer, or ``local`` holds anything else.
-        RuntimeError: The ranks differ: the message names the first value that does, the ranks, and likely causes. Or Horovod
-            is missing or not initialized.
+        RuntimeError: The ranks differ: the message names the first value that does, the ranks, and likely causes. Or neither
+            Horovod nor torch.distributed is initialized.
 
     Example:
         >>> import horovod.torch as hvd, torch

@@ -53,7 +53,7 @@ def recalibrate(
             normalising by their running statistics meanwhile: right behind layers whose running statistics are right. None is
             ``"batches"``, with ``layer_by_layer`` and ``init_affine`` ``"pooled"``.
         forward: called as ``forward(model, batch)`` in place of all that, with the batch as it comes.
-        process_set: ``horovod.ProcessSet`` of the ranks that share the data; None is all of them.
+        process_set: the ranks that share the data, as in ``convert_sync_batchnorm``; None is all of them.
         init_affine: whether to set weight and bias to standard deviation and mean, too, so that every layer becomes the
             identity: for norms that were inserted into a trained network. They are the identity during the pass.
         progress: whether the first rank shows a bar where it takes more than a second.
@@ -68,7 +68,7 @@ def recalibrate(
         ValueError: no layer has running statistics (or all are frozen), no rank has a batch, one value per channel, an unknown
             estimator, ranks with different models. All of these, and what ``forward`` raises, on every rank, and the model is
             as it was.
-        RuntimeError: Horovod is missing or not initialised; another rank failed.
+        RuntimeError: neither Horovod nor torch.distributed is initialized; another rank failed.
 
     Example:
         >>> import horovod.torch as hvd, torch

@@ -151,7 +151,8 @@ def examine() -> list[Finding]:
 
     gpus = _gpus(probes)
     on_cpu = "torch" in frameworks and not probes.get("torch GPUs", {}).get("gpus")
-    return findings + gpus + _advice() + (_memory() if on_cpu else [])
+    advice = _advice() if importlib.util.find_spec("horovod") is not None else []
+    return findings + gpus + advice + (_memory() if on_cpu else [])
 
 
 def _gpus(probes: dict[str, dict[str, object]]) -> list[Finding]:
