@@ -65,7 +65,7 @@ def run(job: Job, advance: Callable[[int], None]) -> Outcome:
     """Run a job, end it at its time limit, and call `advance` with the number of newly finished cases."""
     with tempfile.TemporaryDirectory(prefix="hvd-syncbn-bench-") as name:
         folder = Path(name)
-        (folder / "job.json").write_text(json.dumps(asdict(job) | {"ports": _free_ports(job.ranks * job.strategy)}))
+        (folder / "job.json").write_text(json.dumps(asdict(job) | {"ports": free_ports(job.ranks * job.strategy)}))
         command = [sys.executable, "-m", "benchmarks.worker", name]
         if job.ranks > 1:
             horovodrun = str(Path(sys.executable).parent / "horovodrun")
@@ -105,7 +105,7 @@ def run(job: Job, advance: Callable[[int], None]) -> Outcome:
         return Outcome(job, records, error, time.monotonic() - start)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports that are free now; TensorFlow's strategy needs them before any rank starts."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

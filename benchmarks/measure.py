@@ -34,6 +34,8 @@ class Framework(Protocol):
     """Contestants on one rank: the framework's own layer, and ours."""
     synchronized: tuple[str, ...]
     """Contestants on several ranks."""
+    engines: tuple[str, ...]
+    """The engines that can sum packets, the tuned one first."""
 
     def barrier(self) -> None:
         """Return when all ranks have called it."""
@@ -47,8 +49,8 @@ class Framework(Protocol):
     def chain(self, name: str, shape: tuple[int, ...]) -> Step:
         """Return the same for `depth` layers, one after the other."""
 
-    def allreduce(self, words: int) -> Step:
-        """Return an allreduce of int64 words without a layer, once for each direction."""
+    def allreduce(self, words: int, engine: str = "horovod") -> Step:
+        """Return an allreduce of int64 words without a layer, once for each direction, by one of `engines`."""
 
     def network(self, name: str, images: int, size: int) -> Step:
         """Return forward and backward of a ResNet-50 with a contestant's batch norm layers."""
@@ -80,9 +82,12 @@ LABELS = {
 
 def label(framework: str, name: str) -> str:
     """Return the name of a contestant for tables."""
-    return LABELS[framework].get(name) or {"synchronized": "Keras synchronized=True", "allreduce": "bare allreduce"}.get(
-        name, name
-    )
+    other = {
+        "synchronized": "Keras synchronized=True",
+        "allreduce": "bare allreduce",
+        "allreduce, torch.distributed": "bare allreduce of torch.distributed",
+    }
+    return LABELS[framework].get(name) or other.get(name, name)
 
 
 def sizes(shape: Sequence[int]) -> str:

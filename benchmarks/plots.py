@@ -17,6 +17,7 @@ from benchmarks.measure import Record
 COLORS = {
     "ours": "tab:cyan", "ours alone": "lightblue", "local": "dimgray", "copy": "lightgray", "allreduce": "lightgray",
     "one round": "tab:orange", "two rounds": "tab:red", "horovod": "tab:purple", "synchronized": "tab:olive",
+    "allreduce, torch.distributed": "tan",
 }  # fmt: skip
 
 

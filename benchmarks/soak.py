@@ -33,7 +33,7 @@ from rich.table import Table
 from benchmarks import jobs
 from benchmarks.measure import EPS, FRAMEWORKS, Framework, Record
 from benchmarks.settings import SHORT_CYCLE
-from hvd_syncbn.horovod import Groups
+from hvd_syncbn.groups import Groups
 
 MOST_PROCESSES = 4
 CHANNELS = (3, 16, 19)

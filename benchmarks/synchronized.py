@@ -40,7 +40,9 @@ def measure(framework: Framework, shape: list[int], rounds: int) -> Record:
     """Return the times of every contestant and of the packet alone, in the layout of the framework's networks."""
     size = tuple(shape)
     make = {name: partial(framework.step, name, size, framework.layout, "float32") for name in framework.synchronized}
-    make["allreduce"] = partial(framework.allreduce, native.packet_size(shape[1]))
+    words = native.packet_size(shape[1])
+    make["allreduce"] = partial(framework.allreduce, words)
+    make |= {f"allreduce, {engine}": partial(framework.allreduce, words, engine) for engine in framework.engines[1:]}
     steps, errors = m.attempt(make)
     return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
 
@@ -59,7 +61,17 @@ def floor(times: m.Times) -> list[float]:
 
 
 CONTROLLERS = {"gloo": "Gloo", "mpi": "MPI"}
-CONTESTANTS = ("ours alone", "allreduce", "ours", "one round", "two rounds", "horovod", "synchronized", "local")
+CONTESTANTS = (
+    "ours alone",
+    "allreduce",
+    "allreduce, torch.distributed",
+    "ours",
+    "one round",
+    "two rounds",
+    "horovod",
+    "synchronized",
+    "local",
+)
 PEERS = ("one round", "two rounds", "horovod", "synchronized")
 
 

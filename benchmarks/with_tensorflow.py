@@ -75,6 +75,7 @@ class TensorFlow:
     """See `measure.Framework`."""
 
     local: tuple[str, ...] = ("local", "ours")
+    engines: tuple[str, ...] = ("horovod",)
     layout = "channels last"
     depth = 20
 
@@ -133,7 +134,7 @@ class TensorFlow:
         x, dy = (tf.constant(_random(seed, shape, "channels last")) for seed in range(2))
         return self._step(name, _Chain([self.layer(name) for _ in range(self.depth)]), x, dy)
 
-    def allreduce(self, words: int) -> Step:
+    def allreduce(self, words: int, engine: str = "horovod") -> Step:
         packet = tf.zeros(words, tf.int64)
 
         @tf.function(autograph=False)

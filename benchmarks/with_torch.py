@@ -9,11 +9,13 @@ from typing import Any
 import horovod.torch as hvd
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from benchmarks.jobs import free_ports
 from benchmarks.measure import EPS, Step, timed
 from hvd_syncbn.cli.networks import EXPANSION, STEM, Block, resnet
 from hvd_syncbn.torch import SyncBatchNorm
@@ -101,6 +103,7 @@ class Torch:
 
     local: tuple[str, ...] = ("local", "ours")
     synchronized: tuple[str, ...] = ("ours alone", "ours", "local", "one round", "two rounds", "horovod")
+    engines: tuple[str, ...] = ("horovod", "torch.distributed")
     layout = "channels first"
     depth = 20
 
@@ -112,6 +115,9 @@ class Torch:
         hvd.init(process_sets=alone)
         self.rank = hvd.rank()
         self._alone = alone[self.rank] if alone else None
+        if ranks > 1:
+            address = hvd.broadcast_object(f"tcp://127.0.0.1:{free_ports(1)[0]}")
+            dist.init_process_group("gloo", init_method=address, rank=self.rank, world_size=ranks)
         self._token = torch.zeros(1)
         self._layers = 0
 
@@ -143,9 +149,13 @@ class Torch:
         x, dy = (torch.randn(shape) for _ in range(2))
         return _step(nn.Sequential(*(self.layer(name, shape[1]) for _ in range(self.depth))), x.requires_grad_(), dy)
 
-    def allreduce(self, words: int) -> Step:
+    def allreduce(self, words: int, engine: str = "horovod") -> Step:
         packet = torch.zeros(words, dtype=torch.int64)
-
+        if engine == "torch.distributed":
+            group = dist.group.WORLD
+            assert group is not None
+            bare = timed(lambda: group.allreduce([packet]).wait())
+            return lambda: bare() + bare()
         once = timed(lambda: hvd.allreduce_(packet, name=f"hvd_syncbn.bare.{words}", op=hvd.Sum))
         return lambda: once() + once()
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import socket
 import sys
 import warnings
 from collections.abc import Iterable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
+
+from hvd_syncbn.groups import Groups, deal
 
 # By the name of the Horovod module, what people call the framework.
 FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
+
+# What else a job can use, by the name of the framework.
+_OTHER_ENGINES = {
+    "torch": " Or use torchrun, and call `torch.distributed.init_process_group()`.",
+    "tensorflow": " Or train under a tf.distribute strategy.",
+}
 
 
 @cache
@@ -27,6 +34,7 @@ def load(framework: str) -> Any:
             raise
         raise RuntimeError(
             f"training with hvd-syncbn needs Horovod for {label}, and it is not installed. Run `hvd-syncbn build-horovod`."
+            + _OTHER_ENGINES.get(framework, "")
         ) from error
     except Exception as error:  # a library built for another version fails in a framework's own ways
         raise RuntimeError(
@@ -44,11 +52,16 @@ def require(framework: str) -> Any:
     """
     hvd = load(framework)
     if not hvd.is_initialized():
-        raise RuntimeError(
-            f"Horovod is not initialised: call `horovod.{framework}.init()` before training "
-            "(evaluation works without). One process without horovodrun is fine, too."
-        )
+        raise _not_initialized(hvd)
     return hvd
+
+
+def _not_initialized(hvd: Any) -> RuntimeError:
+    return RuntimeError(
+        f"Horovod is not initialised: call `{hvd.__name__}.init()` before training "
+        "(evaluation works without). One process without horovodrun is fine, too."
+        + _OTHER_ENGINES.get(hvd.__name__.rpartition(".")[2], "")
+    )
 
 
 # The Horovod modules that were initialised when this process was forked. Their threads are not in this process.
@@ -125,12 +138,15 @@ def size(hvd: Any, process_set: Any) -> int:
 
     Raises:
         ValueError: the process set is not registered with Horovod, or no more, or this rank is not in it.
-        RuntimeError: there are several, and this process was forked after Horovod was initialised.
+        RuntimeError: Horovod is not initialised; there are several ranks, and this process was forked after it was.
     """
     # The global set's own methods speak for whichever framework's Horovod was imported last.
     number = process_set_id(process_set)
     if number == 0:
-        ranks = int(hvd.size())
+        try:
+            ranks = int(hvd.size())
+        except ValueError as error:
+            raise _not_initialized(hvd) from error
         if ranks > 1:
             check_not_forked(hvd)
         return ranks
@@ -158,41 +174,63 @@ def _gone(process_set: Any, detail: str) -> str:
     )
 
 
-class Groups(NamedTuple):
-    """What ``groups`` returns."""
+class Group:
+    """Ranks that share a batch: a process set of Horovod, as one framework uses it.
 
-    mine: Any
-    """``horovod.ProcessSet`` of this rank's group: for ``process_set=``."""
-    all: list[Any]
-    """Those of all groups, the same list on every rank."""
+    Each adapter derives its own from it, with two methods for which the frameworks differ: ``sum(packet, name)`` and
+    ``gather(value, name)``.
+    """
+
+    def __init__(self, framework: str, process_set: Any) -> None:
+        """Find a process set (None is that of all ranks).
+
+        Raises:
+            RuntimeError: Horovod is missing or not initialised, or this process was forked after it was.
+            ValueError: the process set is not registered with Horovod, or no more, or this rank is not in it.
+        """
+        self.hvd = load(framework)
+        self.size = size(self.hvd, process_set)
+        self.number = process_set_id(process_set)
+        self.process_set = process_set if self.number else self.hvd.global_process_set
+
+    @property
+    def key(self) -> str:
+        """The name by which operators know the group."""
+        return key(self.number)
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the job."""
+        return int(self.hvd.rank())
+
+    @property
+    def ranks(self) -> list[int]:
+        """The numbers of the group's ranks in the job."""
+        return ranks_of(self.process_set) or list(range(self.size))
+
+    def current_size(self) -> int:
+        """The number of ranks, which a reset of an elastic job changes; raises the same errors as ``Group``."""
+        return size(self.hvd, self.process_set)
+
+
+def key(number: int) -> str:
+    """The name by which operators know the process set of a number."""
+    return f"horovod:{number}"
+
+
+def process_set_of(framework: str, key: str) -> Any:
+    """The process set that a key names, for operators in a program that another process has compiled or saved."""
+    number = int(key.partition(":")[2])
+    hvd = require(framework)
+    process_set = hvd.ProcessSet(hvd.mpi_ops._basics._get_process_set_ids_and_ranks().get(number, []))
+    process_set.process_set_id = number
+    return process_set
 
 
 def groups(hvd: Any, size: int | None) -> Groups:
     """The process sets behind the frameworks' ``groups``, which say what it does."""
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        size_error = f"expected a group size of 1 or more, or None for the ranks of a host. Received: {size!r}"
-    else:
-        size_error = None
     check_not_forked(hvd)
-    # Every rank hears of every rank's argument, a wrong one, too: all go on, or none.
-    host = os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()
-    asked = hvd.allgather_object((repr(size), size_error, host), name="hvd_syncbn.groups")
-    sizes = [text for text, *_ in asked]
-    errors = [error for _, error, _ in asked if error]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"expected one group size on all ranks. Received: {', '.join(sizes)} on ranks 0 to {len(sizes) - 1}")
-    if errors:
-        raise ValueError(errors[0])
-    ranks = len(asked)
-    if size is None:
-        hosts = [host for *_, host in asked]
-        wanted = [[rank for rank in range(ranks) if hosts[rank] == host] for host in dict.fromkeys(hosts)]
-    else:
-        count = max(1, ranks // size)
-        if ranks < size:
-            warnings.warn(f"the job has {ranks} ranks, fewer than a group of {size}: all of them share a batch", stacklevel=3)
-        edges = [ranks * i // count for i in range(count + 1)]
-        wanted = [list(range(*edges[i : i + 2])) for i in range(count)]
+    wanted = deal(size, lambda value: hvd.allgather_object(value, name="hvd_syncbn.groups"))
     there = {tuple(known): number for number, known in hvd.mpi_ops._basics._get_process_set_ids_and_ranks().items()}
     found = [_process_set(hvd, group, there.get(tuple(group))) for group in wanted]
     return Groups(next(s for s, group in zip(found, wanted, strict=True) if hvd.rank() in group), found)

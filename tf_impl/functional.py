@@ -7,30 +7,20 @@ TensorFlow, so an exported model needs neither Horovod nor the op library.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import struct
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.core.framework import function_pb2
-from tensorflow.python.eager import context, execute
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.saved_model.save_context import in_save_context
 
 from hvd_syncbn import horovod
-from hvd_syncbn.tf_impl import ops
+from hvd_syncbn.tf_impl import ops, ranks
 
 _FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _ACTIVATIONS = (None, "relu")
-
-# Horovod's elastic mode recognizes its own errors by "HorovodAllreduce" in their text.
-_SCOPE = "HorovodAllreduce/"
-
-# An op holds the id of its process set, and its gradient needs the set. None is the set of all ranks.
-_process_sets: dict[int, Any] = {0: None}
 
 
 def sync_batch_norm(
@@ -166,7 +156,7 @@ def normalize_by(packet: Any, x: Any, gamma: Any, beta: Any, residual: Any, epsi
     with _clear_errors(layer):
         y, *_ = ops.library().hvd_syncbn_forward_apply(
             x, packet, unused, unused, _optional(gamma), _optional(beta), _optional(residual), [], [],
-            relu=False, old_weight=1.0, new_weight=0.0, unbiased_variance=False, layer=layer, process_set_id=0,
+            relu=False, old_weight=1.0, new_weight=0.0, unbiased_variance=False, layer=layer, group="",
             data_format=data_format, epsilon_bits=_float64_bits(epsilon),
         )  # fmt: skip
     return _as_it_was(y, to_last)
@@ -351,11 +341,11 @@ def _train(
     layer: str,
 ) -> tuple[Any, Any, Any]:
     _refuse_xla_and_export(layer)
-    set_id = process_set_id(process_set)
+    group = ranks.find(process_set)
     common = {"data_format": data_format, "epsilon_bits": _float64_bits(epsilon), "name": _node_name(layer)}
     with _clear_errors(layer):
         packet = ops.library().hvd_syncbn_forward_moments(x, _optional(mask), _unknown(), **common)
-        packet = sum_over_ranks(packet, f"{layer}.forward", set_id)
+        packet = group.sum(packet, f"{layer}.forward")
         y, _, new_mean, new_variance = ops.library().hvd_syncbn_forward_apply(
             x,
             packet,
@@ -371,7 +361,7 @@ def _train(
             new_weight=weights[1],
             unbiased_variance=unbiased_variance,
             layer=layer,
-            process_set_id=set_id,
+            group=group.key,
             **common,
         )
     return y, new_mean, new_variance
@@ -393,7 +383,7 @@ def _gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
         packet, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(
             x, dy, stats, [y] * relu, mask, _unknown(), U=moving_mean.dtype, **common
         )
-        packet = sum_over_ranks(packet, f"{layer}.backward", op.get_attr("process_set_id"))
+        packet = ranks.known(tf.compat.as_str(op.get_attr("group"))).sum(packet, f"{layer}.backward")
         dx, masked_dy = ops.library().hvd_syncbn_backward_apply(
             x, dy, packet, stats, gamma, [y] * relu, mask, residuals=residuals * relu, layer=layer, **common
         )
@@ -444,78 +434,6 @@ def _unknown() -> list[Any]:
 def _float64_bits(value: float) -> int:
     bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
     return bits
-
-
-def process_set_id(process_set: Any) -> int:
-    """Horovod's number of a process set that this rank is in, by which `sum_over_ranks` knows it."""
-    horovod.size(horovod.require("tensorflow"), process_set)  # raises if this rank has no business there
-    number = horovod.process_set_id(process_set)
-    if number != 0:
-        _process_sets[number] = process_set
-    return number
-
-
-def sum_over_ranks(packet: Any, name: str, set_id: int) -> Any:
-    """The reduced packet: the only collective."""
-    hvd = horovod.require("tensorflow")
-    # An elastic job may grow while a graph traced for one rank is in use.
-    if horovod.size(hvd, _process_sets[set_id]) == 1 and not int(os.environ.get("HOROVOD_ELASTIC", "0")):
-        return packet
-    horovod.check_not_forked(hvd)
-    name = re.sub(r"[^\w.-]", "_", f"hvd_syncbn.{name}", flags=re.ASCII)
-    if not tf.executing_eagerly():
-        return _allreduce(packet, name, set_id)
-    horovod.warn_if_sizes_differ(name, set_id, packet.shape[0])
-    return _eager_allreduce(name, set_id)(packet)
-
-
-def _allreduce(packet: Any, name: str, set_id: int) -> Any:
-    hvd = horovod.require("tensorflow")
-    # From the root scope, so that no scope gets into the name that one rank alone may have counted up; TensorFlow numbers the
-    # uses within a graph.
-    with tf.name_scope(_SCOPE):
-        process_set = _process_sets[set_id] or hvd.global_process_set
-        packet = hvd.allreduce(packet, op=hvd.Sum, name=name, process_set=process_set)
-        if packet.shape[0] is not None:
-            horovod.warn_if_sizes_differ(packet.op.name.removeprefix(_SCOPE), set_id, packet.shape[0])
-        ops.library().hvd_syncbn_keep(packet)
-        return packet
-
-
-class _EagerAllreduce:
-    """An allreduce for eager code, as a function of TensorFlow that holds Horovod's op under its name.
-
-    Horovod takes an op's name, which an op has only inside of a function: alone, all layers' would have the same. A
-    `tf.function` for each name would be slower, larger, and warn of retracing.
-    """
-
-    def __init__(self, name: str, set_id: int) -> None:
-        self.name = f"hvd_syncbn_{set_id}.{name}"
-        node = f"{_SCOPE}{name}"
-        function = function_pb2.FunctionDef()
-        function.signature.name = self.name
-        function.signature.input_arg.add(name="packet", type=tf.int64.as_datatype_enum)
-        function.signature.output_arg.add(name="sum", type=tf.int64.as_datatype_enum)
-        function.node_def.add(name=node, op="HorovodAllreduce", input=["packet"])
-        attributes = function.node_def[0].attr
-        attributes["T"].type = tf.int64.as_datatype_enum
-        attributes["reduce_op"].i = horovod.require("tensorflow").Sum
-        attributes["prescale_factor"].f = attributes["postscale_factor"].f = 1.0
-        attributes["ignore_name_scope"].b = False
-        attributes["process_set_id"].i = set_id
-        function.ret["sum"] = f"{node}:sum:0"
-        context.ensure_initialized()
-        context.context().add_function_def(function)
-
-    def __call__(self, packet: Any) -> Any:
-        return execute.execute(self.name, 1, [packet], None, context.context())[0]
-
-    def __del__(self) -> None:
-        context.context().remove_function(self.name)
-
-
-# More than the layers of a network; models that are made in a loop do not fill the memory.
-_eager_allreduce = lru_cache(maxsize=1024)(_EagerAllreduce)
 
 
 @contextlib.contextmanager

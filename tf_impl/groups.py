@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from hvd_syncbn import horovod
+from hvd_syncbn.groups import Groups
 
 
-def groups(size: int | None = None) -> horovod.Groups:
+def groups(size: int | None = None) -> Groups:
     """Process sets that deal the ranks of the job out in groups, to synchronize inside each of them.
 
     All ranks have to call it, with the same size, after ``hvd.init(process_sets="dynamic")`` (or with

@@ -389,7 +389,8 @@ def convert_sync_batchnorm(module: Module, process_set: Any = None) -> Module:
 
     Args:
         module: model, changed in place.
-        process_set: ``horovod.ProcessSet`` of the ranks that share the batch; None for all ranks.
+        process_set: the ranks that share the batch: a ``horovod.ProcessSet``, a ``torch.distributed.ProcessGroup`` or a 1-D
+            ``DeviceMesh``. None is all ranks of Horovod if it is initialized, else those of torch.distributed.
 
     Returns:
         ``module``.

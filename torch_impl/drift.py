@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from hvd_syncbn import drift, horovod
+from hvd_syncbn import drift
 from hvd_syncbn.drift import Entry
 from hvd_syncbn.torch_impl import ranks
 from hvd_syncbn.torch_impl.module import SyncBatchNorm
@@ -37,12 +37,12 @@ def check_ranks_agree(
         model: The model.
         optimizer: The optimizer, or several.
         local: Modules, parameters and buffers that differ between ranks by design.
-        process_set: ``horovod.ProcessSet`` of the ranks that compare; None is all of them.
+        process_set: the ranks that compare, as in ``convert_sync_batchnorm``; None is all of them.
 
     Raises:
         TypeError: ``model`` is no module, ``optimizer`` no optimizer, or ``local`` holds anything else.
-        RuntimeError: The ranks differ: the message names the first value that does, the ranks, and likely causes. Or Horovod
-            is missing or not initialized.
+        RuntimeError: The ranks differ: the message names the first value that does, the ranks, and likely causes. Or neither
+            Horovod nor torch.distributed is initialized.
 
     Example:
         >>> import horovod.torch as hvd, torch
@@ -58,14 +58,14 @@ def check_ranks_agree(
         if not isinstance(one, Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer or a list of them. Received: {type(one).__name__}")
     own = _own(local)
-    hvd = horovod.require("torch")
-    if horovod.size(hvd, process_set) == 1:
+    group = ranks.find(process_set)
+    if group.size == 1:
         return
     difference = drift.find_difference(
         lambda: _entries(model, optimizers, own),
-        hvd.rank(),
-        horovod.ranks_of(process_set) or range(hvd.size()),
-        lambda value: ranks.gather(value, "check_ranks_agree", process_set)[0],
+        group.rank,
+        group.ranks,
+        lambda value: group.gather(value, "check_ranks_agree"),
     )
     if difference is not None:
         raise RuntimeError(difference.message)
@@ -114,7 +114,7 @@ def _entries(model: nn.Module, optimizers: Sequence[Optimizer], own: set[int]) -
             local.update(map(id, module.buffers(recurse=False)))
     for path, module in model.named_modules():
         if isinstance(module, SyncBatchNorm):
-            scope = _as_scope(module.process_set)
+            scope = ranks.members_of(module.process_set)
             for name, buffer in module.named_buffers(path, recurse=False):
                 if id(buffer) not in own:
                     yield Entry(drift.STATISTICS, name, _value(buffer), scope)
@@ -129,12 +129,7 @@ def _labelled(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Optimizer]
 
 
 def _scope(optimizer: Optimizer) -> tuple[int, ...] | None:
-    return _as_scope(getattr(optimizer, "process_set", None))  # Horovod's
-
-
-def _as_scope(process_set: Any) -> tuple[int, ...] | None:
-    members = horovod.ranks_of(process_set)
-    return None if members is None else tuple(members)
+    return ranks.members_of(getattr(optimizer, "process_set", None))  # Horovod's
 
 
 def _flat(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvd_syncbn.torch_impl import ops
+from hvd_syncbn.torch_impl import ops, ranks
 
 ACTIVATIONS = (None, "relu")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -84,7 +84,7 @@ def normalize(
         unbiased,
         eps,
         activation == "relu",
-        None if x.is_meta else ops.process_set_id(process_set),  # shapes alone need no other rank
+        None if x.is_meta else ranks.key_of(process_set),  # shapes alone need no other rank
         name,
     )
     return y
@@ -155,7 +155,7 @@ def sync_batch_norm(
     process_set: Any = None,
     name: str | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.batch_norm`` over the batch of all Horovod ranks.
+    """``torch.nn.functional.batch_norm`` over the batch of all ranks.
 
     Args:
         x: ``(N, C, ...)``, float32, float64, float16 or bfloat16, contiguous or channels last (other strides are copied).
@@ -166,7 +166,8 @@ def sync_batch_norm(
         eps: added to the variance.
         residual: shaped as x, added before the activation.
         activation: None or ``"relu"``.
-        process_set: ``horovod.ProcessSet`` of the ranks that share the batch; None is all of them.
+        process_set: the ranks that share the batch: a ``horovod.ProcessSet``, a ``torch.distributed.ProcessGroup`` or a 1-D
+            ``DeviceMesh``. None is all ranks of Horovod if it is initialized, else those of torch.distributed.
         name: names the collective, the same on every rank.
 
     Returns:
@@ -175,8 +176,9 @@ def sync_batch_norm(
     Raises:
         TypeError, ValueError: what architecture.md's table of bad input says, on every rank. On a GPU, what only the packets of
             all ranks tell is raised by the next step there; see ``check_device_errors``.
-        RuntimeError: training without an initialised Horovod, and differentiating twice.
-        HorovodInternalError: another rank failed.
+        RuntimeError: training without an initialized Horovod or torch.distributed, and differentiating twice. Over
+            torch.distributed: another rank failed.
+        HorovodInternalError: over Horovod, another rank failed.
     """
     residual = check_input(x, None, residual, activation)
     expected = x.shape[1:2]

@@ -98,15 +98,15 @@ class BatchNorm(_BatchNorm):
 
 
 class SyncBatchNorm(BatchNorm):
-    r"""Batch normalization over the batch of all Horovod ranks, with the bits of one rank that had it all.
+    r"""Batch normalization over the batch of all ranks, with the bits of one rank that had it all.
 
     Outputs, input gradients and running statistics depend on the global batch alone: the same bits for any number of ranks
-    and any split of the samples, contiguous or channels last. One ``hvd.allreduce`` forward and one backward. It takes the
-    place of ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``, with the same ``state_dict``. Conversion makes ``SyncBatchNorm1d``,
-    ``2d`` and ``3d``, which are instances of those classes, too.
+    and any split of the samples, contiguous or channels last. One allreduce forward and one backward, of Horovod or
+    torch.distributed. It takes the place of ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``, with the same ``state_dict``.
+    Conversion makes ``SyncBatchNorm1d``, ``2d`` and ``3d``, which are instances of those classes, too.
 
-    Parameter gradients are this rank's share, as ``hvd.DistributedOptimizer`` expects them. Evaluation needs no Horovod. It
-    cannot be differentiated twice.
+    Parameter gradients are this rank's share, as ``hvd.DistributedOptimizer`` and ``DistributedDataParallel`` expect them.
+    Evaluation needs neither engine. It cannot be differentiated twice.
 
     Args:
         num_features: number of channels ``C``.
@@ -114,7 +114,9 @@ class SyncBatchNorm(BatchNorm):
         momentum: weight of the batch in the running statistics; None for the average over all batches.
         affine: whether there are a weight and a bias to learn.
         track_running_stats: whether running statistics are kept.
-        process_set: ``horovod.ProcessSet`` of the ranks that share the batch; None is all of them.
+        process_set: the ranks that share the batch: a ``horovod.ProcessSet``, a ``torch.distributed.ProcessGroup`` or a 1-D
+            ``DeviceMesh``. None is all ranks of Horovod if it is initialized, else those of torch.distributed. PyTorch cannot
+            copy or pickle a layer that holds a ``ProcessGroup``; a ``DeviceMesh`` it can.
         activation: None, or ``"relu"``, fused in both directions.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
@@ -207,11 +209,11 @@ class SyncBatchNorm(BatchNorm):
         return text if self.process_set is None else f"{text}, process_set={self.process_set}"
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_set: Any = None) -> nn.Module:
-        """``hvd_syncbn.torch.convert_sync_batchnorm``, where ``torch.nn.SyncBatchNorm`` has it."""
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None, *, process_set: Any = None) -> nn.Module:
+        """``hvd_syncbn.torch.convert_sync_batchnorm``, where ``torch.nn.SyncBatchNorm`` has it, with its argument's name."""
         from hvd_syncbn.torch_impl.convert import convert_sync_batchnorm
 
-        return convert_sync_batchnorm(module, process_set)
+        return convert_sync_batchnorm(module, process_set if process_group is None else process_group)
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_syncbn import horovod, native
+from hvd_syncbn import native
+from hvd_syncbn.torch_impl import ranks
 
-GLOBAL = 0  # Horovod's id of the set of all ranks
 HAS_CUDA = native.has_cuda()
 
 _OLDEST = (2, 11)  # that was tried and found right in everything: docs/versions.md
-
-_process_sets: dict[int, Any] = {}
 
 
 def warn_if_older(version: str) -> None:
@@ -34,7 +32,7 @@ warn_if_older(torch.__version__)
 torch.ops.load_library(native.adapter("torch_impl/libhvd_syncbn_torch.so", "PyTorch", torch.__version__))
 # The tag keeps it out of CUDA graphs that torch.compile records: Horovod's threads could not take part in a replay.
 _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))  # from PyTorch 2.8 on
-torch.library.define("hvd_syncbn::allreduce_", "(Tensor(a!) packet, str name, int process_set) -> ()", tags=_TAGS)
+torch.library.define("hvd_syncbn::allreduce_", "(Tensor(a!) packet, str name, str group) -> ()", tags=_TAGS)
 
 
 def _warn(message: str) -> None:
@@ -45,43 +43,8 @@ torch.library.define("hvd_syncbn::warn", "(str message) -> ()")
 torch.library.impl("hvd_syncbn::warn", "CompositeExplicitAutograd", _warn)
 
 
-def process_set_id(process_set: Any) -> int | None:
-    """The id by which operators know a ``horovod.ProcessSet`` (None is the set of all ranks), or None if it has one rank.
-
-    Raises:
-        RuntimeError: Horovod is missing or not initialised.
-        ValueError: the process set is not registered with Horovod, or this rank is not in it.
-    """
-    number = horovod.process_set_id(process_set)
-    if number != GLOBAL:
-        _process_sets[number] = process_set
-    if torch.compiler.is_compiling():  # the program may run in jobs of other sizes
-        return number
-    return None if horovod.size(horovod.require("torch"), process_set) == 1 else number
-
-
-def _allreduce_(packet: Tensor, name: str, process_set: int) -> None:
-    hvd = horovod.require("torch")
-    ranks = None if process_set == GLOBAL else _process_sets[process_set]
-    if horovod.size(hvd, ranks) == 1:
-        return
-    if packet.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"a CUDA graph cannot hold the collective {name!r}: a replay would not ask the other ranks. Capture no layer that "
-            "synchronizes over several ranks; torch.compile leaves it out of its graphs from PyTorch 2.8 on."
-        )
-    horovod.warn_if_sizes_differ(name, process_set, packet.numel())
-    # A Horovod without NCCL takes GPU tensors through host memory, and one without CUDA does not wait for the copy: so here.
-    own = packet.cpu() if packet.is_cuda and not hvd.nccl_built() else packet
-    try:
-        hvd.allreduce_(own, name=name, op=hvd.Sum, process_set=ranks or hvd.global_process_set)
-    except hvd.mpi_ops.HorovodInternalError as error:
-        detail = horovod.mismatch(error)
-        if detail is None:
-            raise
-        raise ValueError(horovod.disagreement(name, detail)) from error
-    if own is not packet:
-        packet.copy_(own)
+def _allreduce_(packet: Tensor, name: str, group: str) -> None:
+    ranks.known(group).sum(packet, name)
 
 
 torch.library.impl("hvd_syncbn::allreduce_", ["CPU", "CUDA"], _allreduce_)
@@ -178,7 +141,7 @@ def _frozen_backward(
 
 
 @torch.library.register_fake("hvd_syncbn::allreduce_")
-def _fake_allreduce_(packet: Tensor, name: str, process_set: int) -> None:
+def _fake_allreduce_(packet: Tensor, name: str, group: str) -> None:
     return None
 
 

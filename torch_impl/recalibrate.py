@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.overrides import TorchFunctionMode
 
-from hvd_syncbn import horovod, population, protocol
+from hvd_syncbn import population, protocol
 from hvd_syncbn.population import Take, Vector, Words
 from hvd_syncbn.torch_impl import ops, ranks
 from hvd_syncbn.torch_impl.freeze import is_frozen
@@ -53,7 +53,7 @@ def recalibrate(
             normalising by their running statistics meanwhile: right behind layers whose running statistics are right. None is
             ``"batches"``, with ``layer_by_layer`` and ``init_affine`` ``"pooled"``.
         forward: called as ``forward(model, batch)`` in place of all that, with the batch as it comes.
-        process_set: ``horovod.ProcessSet`` of the ranks that share the data; None is all of them.
+        process_set: the ranks that share the data, as in ``convert_sync_batchnorm``; None is all of them.
         init_affine: whether to set weight and bias to standard deviation and mean, too, so that every layer becomes the
             identity: for norms that were inserted into a trained network. They are the identity during the pass.
         progress: whether the first rank shows a bar where it takes more than a second.
@@ -68,7 +68,7 @@ def recalibrate(
         ValueError: no layer has running statistics (or all are frozen), no rank has a batch, one value per channel, an unknown
             estimator, ranks with different models. All of these, and what ``forward`` raises, on every rank, and the model is
             as it was.
-        RuntimeError: Horovod is missing or not initialised; another rank failed.
+        RuntimeError: neither Horovod nor torch.distributed is initialized; another rank failed.
 
     Example:
         >>> import horovod.torch as hvd, torch
@@ -102,19 +102,16 @@ def _gpus(model: Any) -> list[int]:
 
 class _Ranks:
     def __init__(self, process_set: Any) -> None:
-        hvd = horovod.require("torch")
-        self.size = horovod.size(hvd, process_set)
-        self.process_set = process_set
-        self.rank = hvd.rank() if process_set is None else process_set.rank()
-        self.id = ops.process_set_id(process_set)
+        self.group = ranks.find(process_set)
+        self.size = self.group.size
+        self.rank = self.group.ranks.index(self.group.rank)
 
     def gather(self, value: Any) -> list[Any]:
-        return ranks.gather(value, "recalibrate", self.process_set)[0]
+        return self.group.gather(value, "recalibrate")
 
     def sum(self, words: Words, name: str) -> Words:
         packet = torch.from_numpy(words)
-        if self.id is not None:
-            ops.allreduce_(packet, f"hvd_syncbn.{name}", self.id)
+        self.group.sum(packet, f"hvd_syncbn.{name}")
         return packet.numpy()
 
 

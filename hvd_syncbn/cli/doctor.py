@@ -124,8 +124,10 @@ def examine() -> list[Finding]:
     if keras is not None:
         findings.append(Finding("Keras", keras))
 
-    for problem in horovod_build.check():
-        findings.append(Finding("Horovod", problem, build_horovod))
+    if importlib.util.find_spec("horovod") is None and set(frameworks) == {"torch"}:
+        findings.append(Finding("Horovod", f"not installed, and jobs of torchrun need none; for horovodrun: {build_horovod}"))
+    else:
+        findings += [Finding("Horovod", problem, build_horovod) for problem in horovod_build.check()]
     if importlib.util.find_spec("horovod") is not None:
         findings.append(Finding("Horovod", _package_version("horovod") or "unknown"))
         for name in frameworks:
@@ -149,7 +151,8 @@ def examine() -> list[Finding]:
 
     gpus = _gpus(probes)
     on_cpu = "torch" in frameworks and not probes.get("torch GPUs", {}).get("gpus")
-    return findings + gpus + _advice() + (_memory() if on_cpu else [])
+    advice = _advice() if importlib.util.find_spec("horovod") is not None else []
+    return findings + gpus + advice + (_memory() if on_cpu else [])
 
 
 def _gpus(probes: dict[str, dict[str, object]]) -> list[Finding]:

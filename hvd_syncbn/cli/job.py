@@ -124,6 +124,7 @@ def run(
     hosts: list[Host] | None = None,
     *,
     limit: float = TIME_LIMIT,
+    launcher: str = "horovodrun",
     report: Callable[[Report], None] = lambda _: None,
     environment: Mapping[str, str] | None = None,
 ) -> list[Report]:
@@ -134,6 +135,7 @@ def run(
         framework: ``"torch"`` or ``"tensorflow"``.
         hosts: the result of ``place``.
         limit: time limit in seconds.
+        launcher: ``"horovodrun"``, or ``"torchrun"`` for ranks on this host.
         report: called with each report of rank 0 as it arrives.
         environment: variables for all ranks, in addition to this process's.
 
@@ -144,7 +146,10 @@ def run(
         JobError: horovodrun, a host or a rank failed, or the time limit was reached. No process of the job is left running.
     """
     command = [sys.executable, "-m", "hvd_syncbn.cli.rank", task, framework, str(int(limit))]
-    if hosts is not None:
+    if hosts is not None and launcher == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(hosts[0].slots)]
+        command = [sys.executable, *torchrun, *command[1:]]
+    elif hosts is not None:
         slots = ",".join(f"{host.name}:{host.slots}" for host in hosts)
         command = [horovodrun(), "-np", str(sum(host.slots for host in hosts)), "-H", slots, *command]
     # Safe path: ranks import the package that this process imports, not one in the current folder.
@@ -217,7 +222,16 @@ def end(process: subprocess.Popen[Any], grace: float = 0) -> None:
         process: the launcher.
         grace: seconds in which the launcher may end its ranks, also on other hosts, before the remaining ones are killed.
     """
-    import psutil  # a requirement of Horovod, not of this package
+    try:
+        import psutil  # a requirement of Horovod, not of this package
+    except ModuleNotFoundError:  # torchrun ends its ranks
+        process.terminate()
+        try:
+            process.wait(grace or 5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return
 
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,7 +1,11 @@
-"""One rank of a job of ``job.py``: ``python -m hvd_syncbn.cli.rank TASK FRAMEWORK SECONDS``. Rank 0 prints the reports."""
+"""One rank of a job of ``job.py``: ``python -m hvd_syncbn.cli.rank TASK FRAMEWORK SECONDS``. Rank 0 prints the reports.
+
+Tasks take ``horovod.<framework>``, or under torchrun the same functions from torch.distributed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -82,6 +86,38 @@ def splits(hvd: Any, framework: str) -> None:
                 digests = {vectors.digest(whole[0], whole[1], part[3]) for part in everyone}
                 configuration = f"{kind}, {_words(layout)}{mode}"
                 report(hvd, configuration=configuration, sha256=digests.pop() if len(digests) == 1 else "ranks differ")
+
+
+class _Distributed:
+    """torch.distributed, by the names of Horovod's functions."""
+
+    def init(self) -> None:
+        import torch.distributed as dist
+
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            dist.init_process_group("gloo")
+        else:
+            dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        self.rank, self.size, self.shutdown = dist.get_rank, dist.get_world_size, dist.destroy_process_group
+
+    def local_rank(self) -> int:
+        return int(os.environ["LOCAL_RANK"])
+
+    def allgather_object(self, value: Any, name: str) -> list[Any]:
+        import torch.distributed as dist
+
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def nccl_built(self) -> bool:
+        return False  # Gloo carries the packets here
+
+
+def _launched_by(framework: str) -> Any:
+    """What ranks talk through: torch.distributed under torchrun, and where one process has PyTorch and no Horovod."""
+    alone = framework == "torch" and importlib.util.find_spec("horovod") is None
+    return _Distributed() if alone or "TORCHELASTIC_RUN_ID" in os.environ else horovod.load(framework)
 
 
 def _words(layout: str) -> str:
@@ -182,7 +218,7 @@ def main() -> None:
     task, framework, seconds = sys.argv[1:]
     # If the launcher is killed, no other process ends this rank on another host.
     signal.alarm(int(seconds))
-    hvd = horovod.load(framework)
+    hvd = _launched_by(framework)
     if framework == "torch":
         import torch
 

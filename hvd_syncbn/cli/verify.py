@@ -1,8 +1,8 @@
 """``hvd-syncbn verify``: checks that results on this machine or cluster are bitwise identical.
 
 Each framework runs the stack of ``vectors.py`` in separate processes (Horovod supports one framework per process): on one rank
-with the global batch and every instruction-set path, or with ``-np`` under ``horovodrun`` with the batch split between ranks.
-All results must equal those of the Python reference on the global batch.
+with the global batch and every instruction-set path, or with ``-np`` under ``horovodrun`` or ``torchrun`` with the batch split
+between ranks. All results must equal those of the Python reference on the global batch.
 """
 
 from __future__ import annotations
@@ -31,12 +31,20 @@ work without a password. Exit status: 0 if all results are equal; 1 if they diff
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     job.add_arguments(parser)
+    parser.add_argument(
+        "--launcher",
+        choices=("horovodrun", "torchrun"),
+        default="horovodrun",
+        help="what starts the ranks of -np; torchrun starts PyTorch's alone, on this host (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the sha256 of every configuration and whether all are equal; return exit status 0 if they are."""
     hosts = job.hosts_of(args)
-    found = examine(hosts, args.time_limit)
+    if args.launcher == "torchrun" and (hosts is None or args.hosts is not None):
+        args.usage_error("--launcher torchrun needs -np, and no -H: it starts ranks on this host")
+    found = examine(hosts, args.time_limit, args.launcher)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
@@ -44,18 +52,20 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found["equal"] else 1
 
 
-def examine(hosts: list[job.Host] | None, limit: float) -> dict[str, Any]:
+def examine(hosts: list[job.Host] | None, limit: float, launcher: str = "horovodrun") -> dict[str, Any]:
     """Run all configurations.
 
     Args:
         hosts: the result of ``job.place``; None for one process of each framework.
         limit: time limit of each job in seconds.
+        launcher: ``"horovodrun"``, or ``"torchrun"`` for PyTorch's ranks on this host.
 
     Returns:
-        The result as ``--json`` prints it, with the keys ``ranks`` (0 without horovodrun), ``hosts``, ``machines``,
+        The result as ``--json`` prints it, with the keys ``ranks`` (0 without a launcher), ``hosts``, ``machines``,
         ``reference`` (a sha256), ``results``, ``failures``, ``left_out`` and ``equal``.
     """
-    installed = [framework for framework in FRAMEWORKS if importlib.util.find_spec(framework) is not None]
+    frameworks = ("torch",) if launcher == "torchrun" else tuple(FRAMEWORKS)
+    installed = [framework for framework in frameworks if importlib.util.find_spec(framework) is not None]
     results: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
     machines: list[Any] = []
@@ -79,7 +89,7 @@ def examine(hosts: list[job.Host] | None, limit: float) -> dict[str, Any]:
                     ]
 
             try:
-                job.run("paths" if hosts is None else "splits", framework, hosts, limit=limit, report=note)
+                job.run("paths" if hosts is None else "splits", framework, hosts, limit=limit, launcher=launcher, report=note)
             except job.JobError as error:
                 failures[framework] = str(error)
     return {
@@ -89,7 +99,7 @@ def examine(hosts: list[job.Host] | None, limit: float) -> dict[str, Any]:
         "reference": reference,
         "results": results,
         "failures": failures,
-        "left_out": [framework for framework in FRAMEWORKS if framework not in installed],
+        "left_out": [framework for framework in frameworks if framework not in installed],
         "equal": bool(results) and not failures and all(result["equal"] for result in results),
     }
 

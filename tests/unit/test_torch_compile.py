@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hvd_syncbn import horovod as hvd_syncbn_horovod
 from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from hvd_syncbn.torch_impl import ops
 from tests.torch_tools import LAYOUTS, assert_same, in_layout, randn, randomize, step
@@ -188,7 +189,7 @@ def test_operators_are_registered_soundly(kind: str) -> None:
         (ops.backward_moments, (x, x.clone(), x.clone(), stats, torch.bfloat16)),
         (ops.backward_apply, (x, x.clone(), x.clone(), back, stats, vector, True, "name")),
         (ops.backward_apply, (x, x.clone(), None, back, stats, None, False, "name")),
-        (ops.allreduce_, (packet, "name", ops.GLOBAL)),
+        (ops.allreduce_, (packet, "name", "horovod:0")),
     ):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -196,7 +197,7 @@ def test_operators_are_registered_soundly(kind: str) -> None:
 def test_the_collective_stays_out_of_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile knows by a tag; who captures one by hand is told. A stand-in for a packet on a GPU, which is not needed."""
     assert torch.Tag.cudagraph_unsafe in torch.ops.hvd_syncbn.allreduce_.default.tags
-    monkeypatch.setattr(ops.horovod, "size", lambda *_: 2)
+    monkeypatch.setattr(hvd_syncbn_horovod, "size", lambda *_: 2)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"CUDA graph cannot hold the collective 'hvd_syncbn\.bn1\.forward'"):
-        ops._allreduce_(SimpleNamespace(is_cuda=True), "hvd_syncbn.bn1.forward", ops.GLOBAL)  # type: ignore[arg-type]
+        ops._allreduce_(SimpleNamespace(is_cuda=True), "hvd_syncbn.bn1.forward", "horovod:0")  # type: ignore[arg-type]

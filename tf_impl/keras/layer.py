@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from hvd_syncbn import horovod, native
+from hvd_syncbn import native
 from hvd_syncbn.horovod import ranks_of
 from hvd_syncbn.tf_impl.keras import ranks
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
+
+    from hvd_syncbn.tf_impl.ranks import Group
 
 _OLDEST = (3, 10)  # the oldest tested version without known problems: docs/versions.md
 
@@ -230,11 +232,11 @@ class SyncBatchNormalization(BatchNormalization):
         if mask is None and residual is not None:
             # Keras passes masks only to layers with one input tensor.
             mask = getattr(inputs, "_keras_mask", None)
-        hvd = ranks.require()
-        if horovod.size(hvd, self._registered_process_set()) > 1:
+        group = self._group()
+        if group.size > 1:
             for check in ranks.training_checks:
                 check(self._get_call_context().entry_layer, False)
-        return keras.ops.cast(_train(self, inputs, mask, residual), self.compute_dtype)
+        return keras.ops.cast(_train(self, inputs, mask, residual, group), self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         """Return the config of Keras's layer and the arguments of this one. A process set becomes the list of its ranks."""
@@ -265,11 +267,9 @@ class SyncBatchNormalization(BatchNormalization):
         """Return Keras's representation with the name of this class."""
         return f"<SyncBatchNormalization name={self.name}, built={self.built}>"
 
-    def _registered_process_set(self) -> ProcessSet | None:
-        """Return the process set that is registered with Horovod; a saved model only has its ranks."""
-        if not isinstance(self.process_set, tuple):
-            return self.process_set
-        return horovod.registered_process_set(ranks.require(), self.process_set, f"layer {self.collective_name!r}")
+    def _group(self) -> Group:
+        """Return the group of ranks that share the batch."""
+        return ranks.find(self.process_set, f"layer {self.collective_name!r}")
 
 
 # Keras derives file entries of list members and default layer names from `__name__`. Pickle uses `__qualname__`.
@@ -281,7 +281,7 @@ RECORD = "hvd_syncbn"
 
 _REFUSED = {
     "renorm": "does not support batch renormalization",
-    "synchronized": "synchronizes with Horovod, not with a tf.distribute strategy",
+    "synchronized": "synchronizes by itself, under Horovod and under a tf.distribute strategy: leave `synchronized` out",
     "virtual_batch_size": "normalizes over the batch of all ranks, not over parts of it",
 }
 
@@ -300,7 +300,7 @@ def _may_be_equal(a: Sequence[int | None], b: Sequence[int | None]) -> bool:
     return len(a) == len(b) and all(m is None or n is None or m == n for m, n in zip(a, b, strict=True))
 
 
-def _train(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any) -> Any:
+def _train(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any, group: Group) -> Any:
     from hvd_syncbn.tf_impl.functional import sync_batch_norm
 
     outputs, moving_mean, moving_variance = sync_batch_norm(
@@ -319,7 +319,7 @@ def _train(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any)
         unbiased_variance=layer.unbiased_variance,
         zero_debias=layer.zero_debias,
         batches=layer.batches if layer.averages else None,
-        process_set=layer._registered_process_set(),
+        process_set=group,
         name=layer.collective_name,
     )
     layer.moving_mean.assign(moving_mean)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from hvd_syncbn import horovod, population, protocol
+from hvd_syncbn import population, protocol
 from hvd_syncbn.population import Take, Vector, Words
 from hvd_syncbn.tf_impl.keras import ranks
 from hvd_syncbn.tf_impl.keras.convert import batch_norms
@@ -106,19 +106,17 @@ def recalibrate(
 
 class _Ranks:
     def __init__(self, process_set: ProcessSet | None) -> None:
-        hvd = ranks.require()
-        self.size = horovod.size(hvd, process_set)
-        self.process_set = process_set
-        self.rank = hvd.rank() if process_set is None else process_set.rank()
-        self.id = functional.process_set_id(process_set)
+        self.group = ranks.find(process_set)
+        self.size = self.group.size
+        self.rank = self.group.ranks.index(self.group.rank)
 
     def gather(self, value: Any) -> list[Any]:
-        return ranks.gather(value, "recalibrate", self.process_set)[0]
+        return self.group.gather(value, "recalibrate")
 
     def sum(self, words: Words, name: str) -> Words:
         if self.size == 1:
             return words
-        return np.array(functional.sum_over_ranks(tf.constant(words), name, self.id).numpy())
+        return np.array(self.group.sum(tf.constant(words), name).numpy())
 
 
 class _Network:

@@ -17,6 +17,9 @@
 #include "tensors.h"
 
 namespace hvd_syncbn {
+
+Tensor sum_over_distributed(const Tensor& packet, const std::string& name, const std::string& group);  // distributed.cc
+
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -36,14 +39,21 @@ struct Options {
   bool unbiased;
   double eps;
   bool relu;
-  bool needs_gradient;                 // this rank will differentiate: the same on every rank, or an error
-  std::optional<int64_t> process_set;  // none: this rank shares its batch with nobody
+  bool needs_gradient;               // this rank will differentiate: the same on every rank, or an error
+  std::optional<std::string> group;  // the ranks that share the batch, as ranks.py knows them; none: this rank is alone
   std::string name;
 };
 
-void allreduce(const Tensor& packet, const std::string& name, std::optional<int64_t> process_set) {
-  static const auto op = find_operator<void(const Tensor&, const std::string&, int64_t)>("hvd_syncbn::allreduce_");
-  if (process_set.has_value()) op.call(packet, "hvd_syncbn." + name, *process_set);
+// Returns the packet summed over the ranks of a group, in place or not. The part of a group's key before the colon is
+// its engine.
+Tensor sum_over_ranks(const Tensor& packet, const std::string& layer, const std::optional<std::string>& group) {
+  static const auto horovod =
+      find_operator<void(const Tensor&, const std::string&, const std::string&)>("hvd_syncbn::allreduce_");
+  if (!group.has_value()) return packet;
+  const std::string name = "hvd_syncbn." + layer;
+  if (group->rfind("distributed:", 0) == 0) return sum_over_distributed(packet, name, *group);
+  horovod.call(packet, name, *group);
+  return packet;
 }
 
 // Inside a transform of torch.func a gradient would have to be a function of Python's.
@@ -78,8 +88,8 @@ class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
     static const auto moments = find_operator<ForwardMoments>("hvd_syncbn::forward_moments");
     static const auto apply = find_operator<ForwardApply>("hvd_syncbn::forward_apply");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Tensor packet = moments.call(x, options.eps, options.needs_gradient);
-    allreduce(packet, options.name + ".forward", options.process_set);
+    const Tensor packet =
+        sum_over_ranks(moments.call(x, options.eps, options.needs_gradient), options.name + ".forward", options.group);
     auto [y, stats] =
         apply.call(x, packet, weight, bias, residual, options.running_mean, options.running_var,
                    options.average ? options.batches : std::nullopt, options.old_weight, options.new_weight,
@@ -89,7 +99,7 @@ class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
     ctx->save_for_backward({x, weight.value_or(Tensor()), stats, options.relu ? y : Tensor()});
     ctx->saved_data["bias_dtype"] = bias.has_value() ? std::optional(bias->scalar_type()) : std::nullopt;
     ctx->saved_data["has_residual"] = residual.has_value();
-    ctx->saved_data["process_set"] = options.process_set;
+    ctx->saved_data["group"] = options.group;
     ctx->saved_data["name"] = options.name;
     return y;
   }
@@ -127,7 +137,7 @@ class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
 
     auto [packet, dweight, dbias] = moments.call(x, dy, y, stats, weight.defined() ? weight.scalar_type() : at::kFloat);
     // Whatever is wanted here: another rank may need the packet.
-    allreduce(packet, name + ".backward", ctx->saved_data["process_set"].toOptional<int64_t>());
+    packet = sum_over_ranks(packet, name + ".backward", ctx->saved_data["group"].toOptional<std::string>());
     Tensor dx, dresidual;
     if (want_x || masks_residual) {
       std::tie(dx, dresidual) = apply.call(x, dy, y, packet, stats, weight, masks_residual, name);
@@ -218,7 +228,7 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
                        const OptionalTensor& residual, const OptionalTensor& running_mean,
                        const OptionalTensor& running_var, const OptionalTensor& batches,
                        std::optional<double> old_weight, std::optional<double> new_weight, bool unbiased, double eps,
-                       bool relu, std::optional<int64_t> process_set, const std::string& name) {
+                       bool relu, std::optional<std::string> group, const std::string& name) {
   check_no_transform(name);
   check_devices(x,
                 {{"weight", &weight},
@@ -237,7 +247,7 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
   const bool needs_gradient = at::GradMode::is_enabled() && (x.requires_grad() || differentiated(weight) ||
                                                              differentiated(bias) || differentiated(residual));
   const Options options{running_mean, running_var, batches, average,        *old_weight, new_weight.value_or(0),
-                        unbiased,     eps,         relu,    needs_gradient, process_set, name};
+                        unbiased,     eps,         relu,    needs_gradient, group,       name};
   return SyncBatchNorm::apply(x, weight, bias, residual, options);
 }
 
@@ -251,7 +261,7 @@ TORCH_LIBRARY_FRAGMENT(hvd_syncbn, m) {
   m.def(
       "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? batches, float? old_weight, float? new_weight, bool unbiased, "
-      "float eps, bool relu, int? process_set, str name) -> Tensor",
+      "float eps, bool relu, str? group, str name) -> Tensor",
       hvd_syncbn::sync_batch_norm);
   m.def(
       "frozen_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor "

@@ -17,7 +17,7 @@ import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 
 from hvd_syncbn.keras import convert_sync_batchnorm
-from hvd_syncbn.tf_impl import functional
+from hvd_syncbn.tf_impl.horovod import Group
 from tests.tensorflow_tools import assert_same_bits, in_graph
 
 ROWS = slice(3 * hvd.rank(), 3 * hvd.rank() + 3)
@@ -72,12 +72,12 @@ def check_a_slow_rank() -> dict[str, Any]:
 
 def check_an_allreduce_fails_and_is_retried() -> None:
     """On one rank, before it sends anything: no statistics are touched, and a second try gives what the first would have."""
-    real = functional.sum_over_ranks
+    real = Group.sum
     for how in HOW:
         want = Training(how).step()
         calls: list[str] = []
 
-        def failing(packet: Any, name: str, set_id: int, calls: list[str] = calls) -> Any:
+        def failing(group: Group, packet: Any, name: str, calls: list[str] = calls) -> Any:
             def fail(packet: Any) -> Any:
                 calls.append(name)
                 if hvd.rank() == 1 and len(calls) == 1:
@@ -87,9 +87,9 @@ def check_an_allreduce_fails_and_is_retried() -> None:
             shape = packet.shape
             packet = tf.py_function(fail, [packet], packet.dtype)
             packet.set_shape(shape)
-            return real(packet, name, set_id)
+            return real(group, packet, name)
 
-        with mock.patch.object(functional, "sum_over_ranks", failing):
+        with mock.patch.object(Group, "sum", failing):
             training = Training(how)
             if hvd.rank() == 1:
                 before = [weight.numpy() for weight in training.model.weights]

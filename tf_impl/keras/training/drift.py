@@ -70,14 +70,14 @@ def find_difference(model: Any, optimizer: Any, local: Iterable[Any], process_se
         if not isinstance(one, keras.optimizers.Optimizer):
             raise TypeError(f"expected a keras.optimizers.Optimizer or a list of them. Received: {type(one).__name__}")
     own = _own(model, optimizers, local)
-    hvd = ranks.require()
-    if horovod.size(hvd, process_set) == 1:
+    group = ranks.find_horovod(process_set)
+    if group.size == 1:
         return None
     return drift.find_difference(
         lambda: _entries(model, optimizers, own),
-        hvd.rank(),
-        horovod.ranks_of(process_set) or range(hvd.size()),
-        lambda value: ranks.gather(value, "check_ranks_agree", process_set)[0],
+        group.rank,
+        group.ranks,
+        lambda value: group.gather(value, "check_ranks_agree"),
     )
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
 
+    from hvd_syncbn.tf_impl.horovod import Group
+
 
 def broadcast_variables(
     variables: Any, root_rank: int = 0, process_set: ProcessSet | None = None, inplace: bool = False
@@ -100,7 +102,8 @@ def broadcast_state(
     adapted = _normalizations([v for v in variables if id(v) not in owned])
     layout = [(tuple(v.shape), keras.backend.standardize_dtype(v.dtype), getattr(v, "path", v.name)) for v in variables]
     kinds = [(path, type(layer).__name__) for path, layer in stateful]
-    gathered, hvd, process_set = ranks.gather((layout, kinds, adapted), "layout", process_set)
+    group = ranks.find_horovod(process_set)
+    gathered = group.gather((layout, kinds, adapted), "layout")
     _check_layouts([layout for layout, _, _ in gathered])
     if any([kind for _, kind in kinds] != [kind for _, kind in gathered[0][1]] for _, kinds, _ in gathered):
         raise ValueError(
@@ -120,11 +123,11 @@ def broadcast_state(
             for variable in variables:
                 # As signed integers, because Horovod supports neither bfloat16 nor uint32 in TensorFlow.
                 value = np.asarray(tf.convert_to_tensor(variable).numpy())
-                bits = hvd.broadcast(value.view(f"i{value.itemsize}"), root_rank, process_set=process_set)
+                bits = group.hvd.broadcast(value.view(f"i{value.itemsize}"), root_rank, process_set=group.process_set)
                 variable.assign(np.asarray(bits.numpy()).view(value.dtype))
         if layers:
-            _broadcast_layers(layers, stateful, root_rank, hvd, process_set)
-    if stateful:  # on one rank, too: its layers may have been adapted after the trace
+            _broadcast_layers(layers, stateful, root_rank, group)
+    if stateful:  # also on one rank: its layers may have been adapted after the trace
         for root in roots:
             forget_traces(root)
 
@@ -139,19 +142,20 @@ def _check_layouts(layouts: list[list[tuple[Any, ...]]]) -> None:
             )
 
 
-def _broadcast_layers(layers: Any, stateful: Any, root_rank: int, hvd: Any, process_set: Any) -> None:
+def _broadcast_layers(layers: Any, stateful: Any, root_rank: int, group: Group) -> None:
     """Broadcast the state of layers outside their variables; raise on every rank if it cannot be set on one of them."""
     error = None
     if stateful:
-        here = hvd.rank() == root_rank
+        here = group.rank == root_rank
         state = layer_state.capture(stateful) if here else None
-        state = hvd.broadcast_object(state, root_rank, name="hvd_syncbn.layer_state", process_set=process_set)
+        options = {"name": "hvd_syncbn.layer_state", "process_set": group.process_set}
+        state = group.hvd.broadcast_object(state, root_rank, **options)
         try:
             layer_state.restore(stateful, state)
         except ValueError as failure:
             error = str(failure)
     outcome = (error, layer_state.constants(layers))
-    everyone, _, _ = ranks.gather(outcome, "layer_state", process_set)
+    everyone = group.gather(outcome, "layer_state")
     errors = {rank: error for rank, (error, _) in enumerate(everyone) if error}
     if errors:
         raise ValueError(f"The layers' state was not broadcast. Received: by rank: {errors}")
