@@ -388,7 +388,7 @@ def built_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def test_a_library_for_another_tensorflow(built_for: Path) -> None:
     (built_for / "libhvd_syncbn_tf.so").touch()
     (built_for / "built_for.txt").write_text("2.3.4")
-    with pytest.raises(ImportError, match=r"TensorFlow 2\.3\.4, and this is .* `make setup` .*pip install"):
+    with pytest.raises(ImportError, match=r"TensorFlow 2\.3\.4, and .* is installed\. .*`make setup` .*pip install"):
         ops.library()
 
 
