@@ -17,7 +17,12 @@ with contextlib.suppress(ImportError):
     import triton  # noqa: F401  # what PyTorch for CUDA brings crashes at its import if TensorFlow came first
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("test_cuda_build.py", "test_cuda_emulated.py", "test_cuda_registers.py")  # compile them; others: the marker
+SOURCES = (
+    "test_cuda_build.py",
+    "test_cuda_emulated.py",
+    "test_cuda_driver.py",
+    "test_cuda_registers.py",
+)  # compile them; others: the marker
 OPTIONAL = "torch|tensorflow|keras|horovod|matplotlib|scipy|sklearn|onnx|onnxruntime|onnxscript"
 
 # With xdist a file's tests run in one process. So do all tests of these files: the former share jobs, the latter hosts.

@@ -15,7 +15,7 @@ from torch import Tensor
 from hvd_syncbn.torch import SyncBatchNorm, check_device_errors, sync_batch_norm
 from hvd_syncbn.torch_impl import ops
 from tests.arrays import hostile
-from tests.cuda_emulator import LAG
+from tests.cuda_kernels import LAG
 from tests.torch_tools import DTYPES, LAYOUTS, assert_same, in_layout, randn, randomize, step, to_torch
 
 EPS = 1e-5

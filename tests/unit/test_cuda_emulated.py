@@ -15,15 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_syncbn import native, protocol
-from tests import cuda_emulator as cuda
-from tests.arrays import NUMPY, hostile, same_bits, storage
+from tests import cuda_emulator
+from tests import cuda_kernels as cuda
+from tests.arrays import same_bits, storage
+from tests.cuda_steps import EPS, step
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++, and there is none"),
 ]
 
-EPS = 1e-5
 CHANNELS = (1, 3, 5, 33, 70, 300)
 POSITIONS = (1, 2, 7, 31, 32, 33, 49, 64, 65, 100, 4096, 4097, 8200)
 SAMPLES = (1, 3, 40, 0)
@@ -31,95 +32,12 @@ SAMPLES = (1, 3, 40, 0)
 MOST = 60_000
 
 
-def step(
-    n: int,
-    c: int,
-    s: int,
-    dtype: str,
-    layout: str,
-    seed: int,
-    *,
-    relu: bool = False,
-    masked: bool = False,
-    misaligned: bool = False,
-    multiprocessors: int = 4,
+def emulated_step(
+    n: int, c: int, s: int, dtype: str, layout: str, seed: int, *, multiprocessors: int = 4, **options: bool
 ) -> None:
-    """One training step of a rank beside another one, on the emulated device and on the CPU."""
-    rng = np.random.default_rng(seed)
-    cuda.configure(multiprocessors, seed)
-    offset = 1 if misaligned else 0
-    x, dy = (hostile(rng, (n, c, s), dtype, nonfinite=bool(rng.random() < 0.3)) for _ in range(2))
-    residual = hostile(rng, (n, c, s), dtype, nonfinite=False) if rng.random() < 0.5 else None
-    xs, dys = (cuda.guarded(storage(v, dtype, layout), offset) for v in (x, dy))
-    rs = None if residual is None else cuda.guarded(storage(residual, dtype, layout), offset)
-    mask = (rng.random((n, s)) < 0.7).astype(np.uint8) * 3 if masked else None
-    count = n * s if mask is None else int(np.count_nonzero(mask))
-    parameter = str(rng.choice(protocol.DTYPES))
-    gamma, beta, mean, var = (storage(rng.standard_normal((1, c, 1)), parameter).reshape(c) for _ in range(4))
-    affine = rng.random() < 0.8
-    given_gamma, given_beta = (cuda.vector(v if affine else None, parameter) for v in (gamma, beta))
-    shape = native.shape(n, c, s, dtype, layout)
-
-    needs_gradient = bool(rng.random() < 0.5)
-    packet = cuda.forward_moments(shape, xs, mask, EPS, needs_gradient)
-    assert same_bits(packet, native.forward_packet(shape, xs, EPS, mask, needs_gradient=needs_gradient))
-    other = native.shape(2, c, 5, dtype, layout)
-    theirs = [storage(hostile(rng, (2, c, 5), dtype, nonfinite=False), dtype, layout) for _ in range(2)]
-    packet += native.forward_packet(other, theirs[0], EPS, needs_gradient=needs_gradient)
-
-    if parameter in ("float32", "float64"):  # what native.forward takes
-        want_mean, want_var = mean.copy(), var.copy()
-        want_y, want_stats = native.forward(
-            shape,
-            xs,
-            packet,
-            EPS,
-            gamma if affine else None,
-            beta if affine else None,
-            want_mean,
-            want_var,
-            (0.9, 0.1),
-            True,
-            rs,
-            relu,
-        )
-    else:
-        want_mean = want_var = None
-        wide_gamma, wide_beta = (v.view(NUMPY[parameter]).astype(np.float64) if affine else None for v in (gamma, beta))
-        want_y, want_stats = native.forward(shape, xs, packet, EPS, wide_gamma, wide_beta, residual=rs, relu=relu)
-    y = cuda.guarded(np.zeros_like(want_y), offset)
-    new_mean, new_var = cuda.guarded(mean), cuda.guarded(var)
-    old = [cuda.vector(v, parameter) for v in (mean, var)]
-    new = [cuda.vector(v, parameter) for v in (new_mean, new_var)]
-    vectors = (given_gamma, given_beta, *old, *new)
-    stats = cuda.forward_apply(shape, EPS, xs, rs, relu, packet, vectors, (0.9, 0.1), True, "layer", y)
-    assert same_bits(stats, want_stats)
-    assert same_bits(y, want_y)
-    if want_mean is not None:
-        assert same_bits(new_mean, want_mean)
-        assert same_bits(new_var, want_var)
-    assert cuda.intact(y) and cuda.intact(new_mean) and cuda.intact(new_var)
-
-    ys = y if relu else None
-    dgamma, dbeta = (cuda.guarded(np.empty_like(gamma)) for _ in range(2))
-    packet = cuda.backward_moments(
-        shape, xs, dys, ys, mask, stats, cuda.vector(dgamma, parameter), cuda.vector(dbeta, parameter)
-    )
-    assert same_bits(packet, native.backward_packet(shape, xs, dys, stats, ys, count))
-    want_gradients = native.parameter_gradients(shape, packet, stats, parameter)
-    assert same_bits(dgamma, want_gradients[0]) and same_bits(dbeta, want_gradients[1])
-    assert cuda.intact(dgamma) and cuda.intact(dbeta)
-    packet += native.backward_packet(other, *theirs, stats)
-
-    wide_gamma = gamma.view(NUMPY[parameter]).astype(np.float64) if affine else None
-    want_dx, want_dresidual = native.backward(shape, xs, dys, packet, stats, wide_gamma, ys, mask)
-    dx = cuda.guarded(np.zeros_like(want_dx), offset)
-    dresidual = cuda.guarded(np.zeros_like(want_dx), offset) if rng.random() < 0.5 else None
-    cuda.backward_apply(shape, xs, dys, ys, mask, packet, stats, given_gamma, "layer", dx, dresidual)
-    assert same_bits(dx, want_dx) and cuda.intact(dx)
-    if dresidual is not None:
-        assert same_bits(dresidual, want_dresidual) and cuda.intact(dresidual)
-    assert cuda.failure() == (native.OK, "")
+    """`cuda_steps.step` on a device with so many multiprocessors."""
+    cuda_emulator.configure(multiprocessors, seed)
+    step(n, c, s, dtype, layout, seed, **options)
 
 
 def cases() -> list[tuple[int, int, int, str, str]]:
@@ -135,7 +53,7 @@ def cases() -> list[tuple[int, int, int, str, str]]:
 @pytest.mark.parametrize(("n", "c", "s", "dtype", "layout"), cases())
 def test_step_equals_cpu(n: int, c: int, s: int, dtype: str, layout: str) -> None:
     seed = n + 7 * c + 131 * s
-    step(
+    emulated_step(
         n,
         c,
         s,
@@ -167,7 +85,7 @@ def test_any_step_equals_cpu(
 ) -> None:
     c = min(c, 1 + 20_000 // (n * s + 1))
     options = {"relu": relu, "masked": masked, "misaligned": misaligned, "multiprocessors": multiprocessors}
-    step(n, c, s, dtype, layout, seed, **options)
+    emulated_step(n, c, s, dtype, layout, seed, **options)
 
 
 @pytest.mark.parametrize("value", [-(2.0**118) * (1 - 2.0**-53), 2.0**100 * (1 - 2.0**-53)])
@@ -177,7 +95,7 @@ def test_limbs_do_not_overflow(value: float) -> None:
     shape = native.shape(n, 1, 1, "float64")
     # A thread sees them in turn, and none fits where its predecessor put TwoPartSum: all go to the limbs.
     x = np.where(np.arange(n) // 4 % 2 == 0, value, value * 2.0**-50)
-    cuda.configure(1, 0)
+    cuda_emulator.configure(1, 0)
     assert same_bits(cuda.forward_moments(shape, x, None, EPS), native.forward_packet(shape, x, EPS))
 
 
@@ -224,7 +142,7 @@ def test_a_failure_is_told_a_fixed_number_of_launches_later() -> None:
         none = tuple(cuda.vector(None) for _ in range(6))
         cuda.forward_apply(shape, EPS, x, None, False, packet, none, (0.9, 0.1), True, name, y, stream)
 
-    assert f"#define HVD_SYNCBN_CUDA_LAG {cuda.LAG}\n" in (cuda.CSRC / "include/hvd_syncbn/cuda.h").read_text()
+    assert f"#define HVD_SYNCBN_CUDA_LAG {cuda.LAG}\n" in (cuda_emulator.CSRC / "include/hvd_syncbn/cuda.h").read_text()
     apply(one_value, "first")
     apply(one_value, "captured", cuda.CAPTURING)
     apply(one_value, "second")
