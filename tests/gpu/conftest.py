@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import types
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker("gpu")
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
+    """End a worker of pytest-xdist whose GPU context a kernel has broken, so that the next test gets a new process."""
+    yield
+    if "PYTEST_XDIST_WORKER" not in os.environ or _reason() is not None:
+        return
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"{item.nodeid} broke the GPU context, and its process ends: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @pytest.fixture(autouse=True)

@@ -284,32 +284,6 @@ def test_tensors_of_another_device_are_refused() -> None:
         sync_batch_norm(randn(1, 4, 3).cuda(), torch.zeros(3), torch.ones(3))
 
 
-def test_more_than_2_31_elements() -> None:
-    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
-        pytest.skip("needs a GPU with 40 GiB of memory")
-    n, c, s = 3, 2, 2**29 - 3
-    x = torch.empty(n, c, s, dtype=torch.bfloat16, device="cuda").normal_()
-    parts = [ops.forward_moments(x[i : i + 1], EPS) for i in range(n)]
-    packet = ops.forward_moments(x, EPS)
-
-    def apply(part: Tensor) -> Tensor:
-        mean, var = torch.zeros(c, device="cuda"), torch.ones(c, device="cuda")
-        return ops.forward_apply(part, packet, None, None, None, mean, var, None, 0.9, 0.1, True, EPS, False, "layer")[0]
-
-    total = torch.stack(parts).sum(0)
-    assert packet[1] == n * s and total[1] == n * s
-    shifts = torch.arange(8, dtype=torch.int64) * 40
-
-    def integers(words: Tensor) -> list[int]:
-        limbs = words.cpu()[4 + c :].reshape(-1, 8).tolist()
-        return [sum(limb << int(shift) for limb, shift in zip(row, shifts, strict=True)) for row in limbs]
-
-    assert integers(packet) == integers(total)
-    y = apply(x)
-    for i in range(n):
-        assert torch.equal(y[i].view(torch.int16), apply(x[i : i + 1])[0].view(torch.int16))
-
-
 def test_several_gpus() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
