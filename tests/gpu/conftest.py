@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
-import types
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+from benchmarks.gpu import size_one
 
 
 def _reason() -> str | None:
@@ -48,11 +48,5 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
 
 @pytest.fixture(autouse=True)
 def _horovod(monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec("horovod") is not None:
-        import horovod.torch
-
-        horovod.torch.init()
-    else:
-        stub = types.SimpleNamespace(is_initialized=lambda: True, size=lambda: 1)
-        monkeypatch.setitem(sys.modules, "horovod", types.ModuleType("horovod"))
-        monkeypatch.setitem(sys.modules, "horovod.torch", stub)
+    for name, module in size_one.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
