@@ -52,9 +52,9 @@ launchers: $(LAUNCHERS)/.installed
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build -q
 
-# On a machine with a GPU, CUDA and a Python that has PyTorch; sets nothing up (see benchmarks/gpu).
+# On a machine with a GPU, CUDA and a Python that has PyTorch; sets nothing up (docs/gpu.md).
 gpu:
-	python3 -m benchmarks.gpu --out out/gpu
+	python3 -m benchmarks.gpu --out out/gpu $(if $(wildcard build/carried),--carried build/carried)
 
 # Needs the tools, not the build.
 lint: $(VENV)/.requirements

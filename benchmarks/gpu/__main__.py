@@ -47,6 +47,9 @@ STAGES: dict[str, tuple[Callable[[Stage], Result], int]] = {
 TOTAL_S = 480
 """Of a run; the limits add up to less."""
 
+REHEARSAL_FACTOR = 5
+"""Of the limits in a rehearsal, which runs on few cores beside other work."""
+
 _LOGS = BUILD / "logs"
 _NOT_REACHED = "not reached"
 _ARCHIVE_BYTES = 14 << 20  # before compression; larger files are left out, the largest first
@@ -54,13 +57,14 @@ _ARCHIVE_BYTES = 14 << 20  # before compression; larger files are left out, the 
 Summary = dict[str, dict[str, Any]]
 
 
-def run(names: list[str], out: Path, folder: Path | None, logs: Path = _LOGS) -> Summary:
+def run(names: list[str], out: Path, folder: Path | None, factor: int = 1, logs: Path = _LOGS) -> Summary:
     """Run stages, and leave in `out` what became of them after every one.
 
     Args:
         names: of the stages.
         out: the folder for the summary and the archive.
         folder: what was carried, or None.
+        factor: of the limits.
         logs: the folder for the programs' output.
 
     Returns:
@@ -74,7 +78,7 @@ def run(names: list[str], out: Path, folder: Path | None, logs: Path = _LOGS) ->
     limit = 0
     for name in names:
         function, seconds = STAGES[name]
-        limit += seconds
+        limit += factor * seconds
         start = time.monotonic()
         if name != "build" and "build" in summary and summary["build"]["status"] != PASSED:
             result = Result(NOT_RUN, "build did not pass")
@@ -166,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.rehearse:
             os.environ.update(rehearsal.environment())
-        summary = run(names, out, args.carried and args.carried.resolve())
+        factor = REHEARSAL_FACTOR if args.rehearse else 1
+        summary = run(names, out, args.carried and args.carried.resolve(), factor)
     finally:
         processes.end_all()
     print(f"\n{text(summary)}\n{out / 'logs.tar.gz'}")

@@ -37,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, **outcomes: Result | Excepti
         for name, (_, limit) in command.STAGES.items()
     }
     monkeypatch.setattr(command, "STAGES", fakes)
-    monkeypatch.setattr(command, "run", lambda *arguments: real_run(*arguments, out / "logs"))
+    monkeypatch.setattr(command, "run", lambda *arguments: real_run(*arguments, logs=out / "logs"))
     status = command.main(["--out", str(out)])
     summary = json.loads((out / "summary.json").read_text())["stages"]
     return status, {name: [row["status"], row["what"]] for name, row in summary.items()}
@@ -157,7 +157,7 @@ SO_FAR = "[gw0] [ 50%] PASSED tests/gpu/test_a.py::test_1 \n[gw1] [ 99%] FAILED 
         (["passed", "skipped"], 0, Result(PASSED, "1 tests; 1 skipped: needs a GPU")),
         (["skipped"] * 2, 0, Result(NOT_RUN, "all 2 tests were skipped: needs a GPU")),
         (["passed", "failed"], 1, Result(FAILED, "1 of 2 tests failed (exit status 1), first c: {log}")),
-        (["passed"], 9, Result(FAILED, "0 of 1 tests failed (exit status 9), first ?: {log}")),  # compute-sanitizer's word
+        (["passed"], 3, Result(FAILED, "0 of 1 tests failed (exit status 3), first ?: {log}")),  # pytest itself failed
         (None, OVER_TIME, Result(FAILED, "pytest ended early (over its time limit), 1 tests had passed and 1 failed: {log}")),
     ],
 )
@@ -174,6 +174,19 @@ def test_tests(cases: list[str] | None, status: int, expected: Result, tmp_path:
     stage = Stage(tmp_path, None, 100)
     monkeypatch.setattr(stage, "run", pytest_ran)
     assert stages.test(stage) == expected._replace(what=expected.what.format(log=log))
+
+
+def test_a_sanitizer_that_could_not_run_is_run_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Found errors are not looked for twice."""
+    stage = Stage(tmp_path, None, 100)
+    monkeypatch.setattr(stages, "look", lambda _: HERE | {"tools": {"compute-sanitizer": "/bin/sanitizer"}})
+    statuses = {"memcheck.log": [0], "racecheck.log": [9], "synccheck.log": [1, 0], "initcheck.log": [1, 1]}
+    statuses["memcheck_of_PyTorch.log"] = [OVER_TIME]
+    monkeypatch.setattr(stage, "run", lambda log, *_, **__: statuses[log].pop(0))
+    result = stages.sanitize(stage)
+    assert result.status == FAILED and not any(statuses.values())
+    assert "racecheck: found errors" in result.what and "memcheck of PyTorch: over its time limit" in result.what
+    assert "initcheck: exit status 1" in result.what and result.what.endswith("clean: memcheck, synccheck")
 
 
 def test_a_broken_gpu_context_fails_one_test(tmp_path: Path) -> None:
@@ -291,3 +304,24 @@ def test_without_a_gpu_nothing_is_a_traceback(tmp_path: Path) -> None:
         result = command.STAGES[name][0](stage)
         assert result == Result(NOT_RUN, f"needs an NVIDIA GPU, and PyTorch {torch.__version__} sees none")
     assert (tmp_path / "machine.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.sources
+@pytest.mark.timeout(1500)
+def test_rehearsal(tmp_path: Path) -> None:
+    """Every stage, against stand-ins for the GPU and its tools."""
+    need("torch", "horovod.torch")
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ for the emulator")
+    command_line = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path)]
+    with subprocess.Popen(
+        command_line, cwd=processes.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=1400)
+        finally:
+            processes.end(process)
+    rows = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(NAMES, PASSED), said
+    assert {"logs/test.xml", "logs/speed.json", "logs/network.json", "logs/profile.txt"} <= packed(tmp_path).keys()

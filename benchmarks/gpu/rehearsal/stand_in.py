@@ -76,7 +76,7 @@ def install(torch: Any) -> None:
     constants = {
         "is_available": True,
         "is_current_stream_capturing": False,
-        "device_count": 1,
+        "device_count": 2,
         "get_device_name": "stand-in",
         "get_device_capability": (9, 0),
         "get_device_properties": device,
