@@ -34,6 +34,8 @@ _FOR_A_BUILD = {
     "nvcc": "the CUDA compiler (its folder on PATH, often /usr/local/cuda/bin)",
 }
 _MACHINE_S = 60.0
+# Without putting the checkout, which has a package without libraries, first on sys.path.
+_PYTEST = ("-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", "-v")
 _SANITIZED = ("memcheck", "racecheck", "synccheck", "initcheck", "memcheck of PyTorch")
 _RANKS = {"NCCL_DEBUG": "INFO", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "30"}
 _NO_POOL = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or memcheck sees one allocation for many tensors
@@ -162,8 +164,8 @@ def test(stage: Stage) -> Result:
     log = stage.logs / "test.log"
     report = log.with_suffix(".xml")
     # A test that waits for a GPU in C code is ended by a thread alone, with its process.
-    options = ("-p", "no:cacheprovider", "-v", "-o", "timeout=100", "-o", "timeout_method=thread", f"--junitxml={report}")
-    status = stage.run(log.name, "-m", "pytest", *options, "-n", "4", "--dist", "load", "tests/gpu")
+    options = ("-o", "timeout=100", "-o", "timeout_method=thread", f"--junitxml={report}", "-n", "4", "--dist", "load")
+    status = stage.run(log.name, *_PYTEST, *options, "tests/gpu")
     if not report.exists():
         lines = log.read_text(errors="replace").splitlines()
         counts = {word: sum(f" {word} " in f" {line} " for line in lines) for word in ("PASSED", "FAILED")}
@@ -259,8 +261,8 @@ def sanitize(stage: Stage) -> Result:
             environment = {"HVD_SYNCBN_INITCHECK": "1"} if tool == "initcheck" else {}
             return stage.run(log, *prefix, sys.executable, *_main("launches", "check"), environment=environment)
         prefix += ["--report-api-errors", "no"]  # PyTorch makes calls that may fail
-        tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "tests/gpu/test_torch.py", "-k", "small_steps"]
-        return stage.run(log, *prefix, *tests, environment=_NO_POOL)
+        tests = ("tests/gpu/test_torch.py", "-k", "small_steps")
+        return stage.run(log, *prefix, sys.executable, *_PYTEST, *tests, environment=_NO_POOL)
 
     with ThreadPoolExecutor(len(_SANITIZED)) as pool:
         found = dict(zip(_SANITIZED, pool.map(check, _SANITIZED), strict=True))

@@ -87,4 +87,6 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+# An editable install would come before the package that the build stage lays out.
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "_editable_skbc_hvd_syncbn"]
 sys.meta_path.insert(0, _Finder())

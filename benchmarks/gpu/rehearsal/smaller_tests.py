@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 SMALLER: dict[str, dict[str, Any]] = {
@@ -24,6 +25,10 @@ AT_MOST = 4
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """Choose the tests and change their modules."""
+    import hvd_syncbn
+    from benchmarks.gpu.processes import SITE
+
+    assert Path(hvd_syncbn.__file__ or "").is_relative_to(SITE), f"expected the built package. Received: {hvd_syncbn.__file__}"
     seen: dict[str, int] = {}
     kept: list[Any] = []
     left_out: list[Any] = []
