@@ -107,8 +107,9 @@ def _compile(stage: Stage, here: dict[str, Any]) -> Result | None:
     architectures = f"{here['capability']}-real" if here["gpu"] else None
     for command in carried.configure(BUILD / "cmake", SITE, architectures):
         if status := stage.run(log.name, *command):
-            said = "\n".join(horovod_build.first_error(log.read_text(errors="replace").splitlines()))
-            return Result(FAILED, f"{command[0]} {command[1]}: {_ended(status)}; the first error of {log}:\n{said}")
+            lines = log.read_text(errors="replace").splitlines()
+            said = "\n".join(lines[-3:] if status == OVER_TIME else horovod_build.first_error(lines))
+            return Result(FAILED, f"{' '.join(command[:2])}: {_ended(status)}: {log}:\n{said}")
     lay_out(SITE / "hvd_syncbn")
     if status := _load(stage):
         return Result(FAILED, f"what was built cannot be loaded ({_ended(status)}): {stage.logs / 'load.log'}")
