@@ -110,7 +110,7 @@ def step_ms(model: nn.Module) -> tuple[float, float]:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return statistics.median(times[WARM_UP:]), float(loss)
+    return statistics.median(times[WARM_UP:]), loss.item()
 
 
 def call_us(layer: nn.Module) -> dict[str, float]:

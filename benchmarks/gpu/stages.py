@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import xml.etree.ElementTree as ET
@@ -34,6 +35,7 @@ _FOR_A_BUILD = {
     "nvcc": "the CUDA compiler (its folder on PATH, often /usr/local/cuda/bin)",
 }
 _MACHINE_S = 60.0
+_WORKERS = 4
 # Without putting the checkout, which has a package without libraries, first on sys.path.
 _PYTEST = ("-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", "-v")
 _SANITIZED = ("memcheck", "racecheck", "synccheck", "initcheck", "memcheck of PyTorch")
@@ -93,7 +95,7 @@ def build(stage: Stage) -> Result:
             why = f"the carried libraries could not be loaded ({_ended(status)}: {stage.logs / 'load.log'})"
     if why and (failure := _compile(stage, here)) is not None:
         return failure._replace(what=f"{failure.what} ({why})")
-    whose = f"{here['gpu']}, compute capability {here['capability']}" if here["gpu"] else "all architectures"
+    whose = f"{here['gpu']}, compute capability {here['capability']}" if here["gpu"] else "no GPU"
     how = f"built here, because {why}" if why else "carried"
     return Result(PASSED, f"for {whose}; PyTorch {here['torch']}; {how}; {_prepare_horovod(stage, here)}")
 
@@ -165,8 +167,19 @@ def test(stage: Stage) -> Result:
     log = stage.logs / "test.log"
     report = log.with_suffix(".xml")
     # A test that waits for a GPU in C code is ended by a thread alone, with its process.
-    options = ("-o", "timeout=100", "-o", "timeout_method=thread", f"--junitxml={report}", "-n", "4", "--dist", "load")
-    status = stage.run(log.name, *_PYTEST, *options, "tests/gpu")
+    options = (
+        "-o",
+        "timeout=100",
+        "-o",
+        "timeout_method=thread",
+        f"--junitxml={report}",
+        "-n",
+        str(_WORKERS),
+        "--dist",
+        "load",
+    )
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // _WORKERS))}
+    status = stage.run(log.name, *_PYTEST, *options, "tests/gpu", environment=environment)
     if not report.exists():
         lines = log.read_text(errors="replace").splitlines()
         counts = {word: sum(f" {word} " in f" {line} " for line in lines) for word in ("PASSED", "FAILED")}
