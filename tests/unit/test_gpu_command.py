@@ -172,6 +172,7 @@ def test_tests(cases: list[str] | None, status: int, expected: Result, tmp_path:
         return status
 
     stage = Stage(tmp_path, None, 100)
+    monkeypatch.setattr(stages, "look", lambda _: {"missing": []})
     monkeypatch.setattr(stage, "run", pytest_ran)
     assert stages.test(stage) == expected._replace(what=expected.what.format(log=log))
 
@@ -282,8 +283,9 @@ def test_a_build_that_fails_says_the_first_error(monkeypatch: pytest.MonkeyPatch
     here["tools"]["nvcc"] = None
     result = stages.build(stage)
     assert result.status == NOT_RUN and "nvcc (the CUDA compiler" in result.what
+    # What the tests alone need costs no other stage.
     here["missing"] = ["xdist"]
-    assert stages.build(stage) == Result(NOT_RUN, "this machine lacks the Python modules xdist")
+    assert stages.test(stage) == Result(NOT_RUN, "this machine lacks the Python modules xdist")
 
 
 @pytest.mark.sources
