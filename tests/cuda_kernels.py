@@ -92,9 +92,11 @@ def _given(argument: Any) -> Any:
 
 def _call(name: str, *arguments: Any) -> None:
     function = getattr(_memory.library(), f"hvd_syncbn_cuda_{name}")
-    error = function(*map(_given, arguments))
-    assert error == 0, _error(error)
-    _memory.take_back()
+    try:
+        error = function(*map(_given, arguments))
+        assert error == 0, _error(error)
+    finally:
+        _memory.take_back()
 
 
 def _error(error: int) -> str:

@@ -85,9 +85,10 @@ class Driver:
 
     def take_back(self) -> None:
         """Wait for the GPU, copy everything back, check the bytes around it, and free it."""
+        whole, self._given = self._given, {}  # none is left for the next call, whatever fails
         self._call("cuCtxSynchronize")
         overwritten = []
-        for given in self._given.values():
+        for given in whole.values():
             array = given.array
             self._copy("DtoH", ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(given.base + given.before), array.nbytes)
             around = np.empty(given.before + GUARD, np.uint8)
@@ -98,7 +99,6 @@ class Driver:
             if (around != _GUARD_BYTE).any():
                 overwritten.append(array.shape)
             self._call("cuMemFree_v2", ctypes.c_uint64(given.base))
-        self._given.clear()
         assert not overwritten, f"memory beside arrays of these shapes was overwritten: {overwritten}"
 
     def _fill(self, address: int, byte: int, size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import types
 from collections.abc import Iterator
 
 import numpy as np
@@ -80,6 +81,19 @@ def test_what_a_kernel_does_not_write_is_found(driver: Driver, monkeypatch: pyte
     other.give(array, True)
     other.take_back()
     assert (array.view(np.uint8) == 0x3C).all()
+
+
+def test_a_failed_call_leaves_no_array_behind(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one may have another array at the same address."""
+    shape = native.shape(2, 3, 5, "float32")
+    x = np.ones((2, 3, 5), np.float32)
+    failing = {"hvd_syncbn_cuda_forward_moments": lambda *_: 1, "hvd_syncbn_cuda_error": lambda _: b"invalid value"}
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "library", lambda: types.SimpleNamespace(**failing))
+        with pytest.raises(AssertionError, match="invalid value"):
+            cuda_kernels.forward_moments(shape, x, None, 1e-5)
+    x[...] = 2
+    assert same_bits(cuda_kernels.forward_moments(shape, x, None, 1e-5), native.forward_packet(shape, x, 1e-5))
 
 
 def test_an_error_of_the_driver_is_raised_in_its_words(driver: Driver) -> None:
