@@ -135,9 +135,9 @@ def _prepare_horovod(stage: Stage, here: dict[str, Any]) -> str:
     """Install the carried wheel, or start to build one; says which."""
     global _horovod
     _horovod = None
+    shutil.rmtree(HOROVOD, ignore_errors=True)  # of an earlier run, perhaps by another Python
     if here["horovod"]:
         return "Horovod is installed"
-    shutil.rmtree(HOROVOD, ignore_errors=True)
     if stage.carried is None:
         return "Horovod is not installed and was not carried"
     wheel = next((stage.carried / "wheels").glob("horovod-*.whl"), None)
@@ -157,7 +157,8 @@ def _install_horovod(stage: Stage, wheel: Path) -> str:
     log = "horovod_install.log"
     options = ("--no-deps", "--no-index", "--no-compile", "--upgrade", "--target", str(HOROVOD))
     status = stage.run(log, "-m", "pip", "install", "-q", *options, str(wheel))
-    status = status or stage.run(log, "-c", "import horovod.torch", path=[HOROVOD])
+    # A wheel for another Python or PyTorch imports with a warning, and has no functions.
+    status = status or stage.run(log, "-c", "from horovod.torch import init", path=[HOROVOD])
     return f"{wheel.name} cannot be used ({_ended(status)}): {stage.logs / log}" if status else ""
 
 

@@ -252,13 +252,16 @@ def test_carried_horovod_is_installed_or_built(monkeypatch: pytest.MonkeyPatch, 
     started = processes.Background(subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]), tmp_path / "log")
     monkeypatch.setattr(stage, "run", ran)
     monkeypatch.setattr(stage, "start", lambda *arguments, **options: calls.append((*arguments, options)) or started)
+    (tmp_path / "horovod").mkdir()
     assert stages._prepare_horovod(stage, here | {"horovod": True}) == "Horovod is installed" and not calls
+    assert not (tmp_path / "horovod").exists()  # or an earlier run's would come before it
     assert "not carried" in stages._prepare_horovod(Stage(tmp_path, None, 1), here)
     (tmp_path / "carried" / "wheels").mkdir(parents=True)
     (tmp_path / "carried" / "wheels" / "horovod-1.whl").touch()
     status = 0
     assert stages._prepare_horovod(stage, here) == "Horovod was carried"
     assert calls[0][:4] == ("horovod_install.log", "-m", "pip", "install") and len(calls) == 2
+    assert "import init" in calls[1][-1]  # horovod.torch can be imported without its library
     status = 1
     assert "being built" in stages._prepare_horovod(stage, here)
     assert calls[-1][1:3] == ("-m", "hvd_syncbn.horovod_build")
