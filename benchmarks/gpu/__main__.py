@@ -4,11 +4,11 @@ Stages, in this order; each needs the build and no other:
     build      the native libraries: the carried ones if they fit this machine, else by CMake; and Horovod
     test       the bytes of every kernel and of the layer against the CPU's, in 4 processes
     speed      the kernels beside torch.nn.SyncBatchNorm's, F.batch_norm and a copy of the same bytes; a ResNet-50 step
-    ranks      NCCL at size 1, `hvd-syncbn verify` alone and with 2 ranks on the one GPU, and 2 GPUs where they are
+    ranks      NCCL at size 1, `hvd-syncbn verify` alone and with 2 ranks on one GPU, and 2 GPUs if there are
     sanitize   compute-sanitizer: memcheck, racecheck, synccheck and initcheck
     profile    Nsight Compute over eight kernels
 
-Every stage has a time limit, and a stage that ends early leaves its time to later ones. After every stage FOLDER has
+Every stage has a time limit. The time that a stage does not use is added to the later ones. After every stage FOLDER has
 summary.json, summary.txt and logs.tar.gz with the output and the figures of all programs so far.
 
 The machine needs no network. `python -m benchmarks.gpu --prepare FOLDER` puts into a folder what it would have to build, and
@@ -42,7 +42,7 @@ STAGES: dict[str, tuple[Callable[[Stage], Result], int]] = {
     "sanitize": (stages.sanitize, 70),
     "profile": (stages.profile, 35),
 }
-"""What runs a stage, and its time limit in seconds. Carried libraries leave most of the build's time to the others."""
+"""What runs a stage, and its time limit in seconds. With carried libraries most of the build's time is added to the others."""
 
 TOTAL_S = 480
 """Of a run; the limits add up to less."""
@@ -58,7 +58,7 @@ Summary = dict[str, dict[str, Any]]
 
 
 def run(names: list[str], out: Path, folder: Path | None, factor: int = 1, logs: Path = _LOGS) -> Summary:
-    """Run stages, and leave in `out` what became of them after every one.
+    """Run stages, and write the summary and the archive after every one.
 
     Args:
         names: of the stages.
@@ -68,7 +68,7 @@ def run(names: list[str], out: Path, folder: Path | None, factor: int = 1, logs:
         logs: the folder for the programs' output.
 
     Returns:
-        By name the status, what is to say, and the seconds.
+        By name the status, a sentence, and the seconds.
     """
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
@@ -99,7 +99,7 @@ def run(names: list[str], out: Path, folder: Path | None, factor: int = 1, logs:
 
 
 def show_ends(logs: Path, start: float) -> None:
-    """Print the ends of the logs that a failed stage wrote; the archive may not come back from a lent machine."""
+    """Print the ends of the logs that a failed stage wrote: the archive may not be at hand."""
     since = time.time() - (time.monotonic() - start)
     for log in sorted(logs.glob("*.log")):
         if log.stat().st_mtime >= since:
@@ -126,19 +126,19 @@ def write(summary: Summary, out: Path, logs: Path) -> None:
 
 
 def text(summary: Summary) -> str:
-    """The summary for a person; without packages, which may be missing."""
+    """Return the summary as text. It needs no package, because some may be missing."""
     return "\n".join(f"{name:<9} {row['status']:<8} {row['seconds']:6.1f} s  {row['what']}" for name, row in summary.items())
 
 
 def plan(names: list[str]) -> str:
-    """The stages with their limits."""
+    """Return the stages with their limits as text."""
     limits = {name: STAGES[name][1] for name in names}
     limits["together"] = sum(limits.values())
     return "\n".join(f"{name:<9} at most {limit:4d} s" for name, limit in limits.items())
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options; wrong ones end the program."""
+    """Return the options; wrong ones end the program."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What a machine without a network gets along: the native libraries and Horovod, built here for its GPU, Python and PyTorch.
+"""The native libraries and Horovod for a machine without a network, built here for its GPU, Python and PyTorch.
 
 `--prepare FOLDER` makes in FOLDER:
     site/          the native libraries of this package, for compute capability 9.0
@@ -25,13 +25,13 @@ from hvd_syncbn.horovod_build.system import cuda_frameworks, framework_versions
 
 ARCHITECTURE = "90"
 MEGABYTES = 64
-"""What the GPU machine of this project takes along, the checkout included."""
+"""The limit of what travels to this project's GPU machine, the checkout included."""
 
 _CHECKOUT_MEGABYTES = 4
 
 
 def digest() -> str:
-    """Of every file that the native libraries are built from."""
+    """Return the SHA-256 of all files that the native libraries are built from."""
     paths = [ROOT / "CMakeLists.txt", ROOT / "torch_impl" / "CMakeLists.txt", ROOT / "torch_impl" / "find_torch.py"]
     paths += [path for folder in ("hvd_syncbn/csrc", "torch_impl/csrc") for path in (ROOT / folder).rglob("*")]
     result = hashlib.sha256()
@@ -41,7 +41,7 @@ def digest() -> str:
 
 
 def reason_against(folder: Path | None, here: dict[str, Any]) -> str:
-    """Why the carried libraries cannot be used on this machine; empty if they can.
+    """Return why the carried libraries cannot be used on this machine; empty if they can.
 
     Args:
         folder: what `prepare` made, or None.
@@ -63,7 +63,7 @@ def reason_against(folder: Path | None, here: dict[str, Any]) -> str:
 
 
 def configure(build: Path, prefix: Path, architectures: str | None) -> list[list[str]]:
-    """The commands that build the native libraries and install them below a prefix."""
+    """Return the commands that build the native libraries and install them below a prefix."""
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={prefix}", "-DHVD_SYNCBN_CUDA=on"]
     if architectures is not None:
         options.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")

@@ -18,12 +18,12 @@ _TOOLS = ("cmake", "ninja", "g++", "nvcc", "nvidia-smi", "compute-sanitizer", "n
 
 
 def python() -> dict[str, str]:
-    """What decides whether a Python extension can be loaded, besides PyTorch."""
+    """Return what decides whether a Python extension can be loaded, besides PyTorch."""
     return {"python": f"{sys.implementation.cache_tag}", "platform": sysconfig.get_platform()}
 
 
 def look() -> dict[str, Any]:
-    """Everything that a stage wants to know."""
+    """Return everything that a stage needs to know."""
     import torch
 
     found: dict[str, Any] = {

@@ -38,7 +38,7 @@ class Background(NamedTuple):
     log: Path
 
     def wait(self, seconds: float) -> int:
-        """The exit status, or OVER_TIME."""
+        """Wait, end the program, and return the exit status or OVER_TIME."""
         try:
             return self.process.wait(max(seconds, 0.0))
         except subprocess.TimeoutExpired:
@@ -62,7 +62,7 @@ class Stage:
         self._deadline = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds until the stage has to be over."""
+        """Return the seconds until the stage has to be over."""
         return max(self._deadline - time.monotonic(), 0.0)
 
     def run(
@@ -121,7 +121,7 @@ def end_all() -> None:
 
 
 def python_environment(path: Iterable[Path]) -> dict[str, str]:
-    """The built package first, then this checkout's tests and benchmarks."""
+    """Return variables by which Python finds the built package, then this checkout's tests and benchmarks."""
     # Safe path: `hvd_syncbn` is the built package, not the checkout's.
     before = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     folders = [*before, *map(str, path), str(SITE), str(ROOT)]
@@ -172,7 +172,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def last_lines(log: Path, lines: int = 25) -> str:
-    """The end of a log."""
+    """Return the end of a log."""
     if not log.exists():
         return ""
     return "\n".join(line[:200] for line in log.read_text(errors="replace").splitlines()[-lines:])

@@ -7,7 +7,7 @@ import types
 
 
 def modules() -> dict[str, types.ModuleType]:
-    """What to put into sys.modules; nothing where Horovod is installed."""
+    """Return what to put into sys.modules; initialize Horovod and return nothing where it is installed."""
     if importlib.util.find_spec("horovod") is not None:
         import horovod.torch
 

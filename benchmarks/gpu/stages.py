@@ -53,7 +53,7 @@ _horovod: Background | None = None  # its build, beside the stages
 
 
 def look(stage: Stage) -> dict[str, Any]:
-    """What this machine has; found out once a run.
+    """Return what this machine has; found out once in a run.
 
     Raises:
         RuntimeError: PyTorch cannot be imported, or does not answer.
@@ -72,7 +72,7 @@ def _ended(status: int) -> str:
 
 
 def _no_gpu(stage: Stage) -> str:
-    """Why nothing can run on a GPU; empty if it can."""
+    """Return why nothing can run on a GPU; empty if it can."""
     here = look(stage)
     return "" if here["gpu"] else f"needs an NVIDIA GPU, and PyTorch {here['torch']} sees none"
 
@@ -97,13 +97,13 @@ def build(stage: Stage) -> Result:
     how = f"built here, because {why}" if why else "carried"
     try:
         horovod = _prepare_horovod(stage, here)
-    except OSError as error:  # costs the ranks stage alone
+    except OSError as error:  # only the ranks stage needs it
         horovod = f"Horovod could not be installed: {error}"
     return Result(PASSED, f"for {whose}; PyTorch {here['torch']}; {how}; {horovod}")
 
 
 def _compile(stage: Stage, here: dict[str, Any]) -> Result | None:
-    """Build in `SITE`; what went wrong, or None."""
+    """Build in `SITE`; return what failed, or None."""
     if lacks := [f"{name} ({what})" for name, what in _FOR_A_BUILD.items() if here["tools"][name] is None]:
         return Result(NOT_RUN, f"this machine lacks {', '.join(lacks)}")
     shutil.rmtree(SITE, ignore_errors=True)
@@ -132,7 +132,7 @@ def _load(stage: Stage) -> int:
 
 
 def _prepare_horovod(stage: Stage, here: dict[str, Any]) -> str:
-    """Install the carried wheel, or start to build one; says which."""
+    """Install the carried wheel, or start to build one; return which, in words."""
     global _horovod
     _horovod = None
     shutil.rmtree(HOROVOD, ignore_errors=True)  # of an earlier run, perhaps by another Python
@@ -153,7 +153,7 @@ def _prepare_horovod(stage: Stage, here: dict[str, Any]) -> str:
 
 
 def _install_horovod(stage: Stage, wheel: Path) -> str:
-    """Unpack a wheel in `HOROVOD`, and load it; what went wrong, or nothing."""
+    """Install a wheel into `HOROVOD` and load it; return what failed; empty if nothing did."""
     log = "horovod_install.log"
     options = ("--no-deps", "--no-index", "--no-compile", "--upgrade", "--target", str(HOROVOD))
     status = stage.run(log, "-m", "pip", "install", "-q", *options, str(wheel))
@@ -166,7 +166,7 @@ def _install_horovod(stage: Stage, wheel: Path) -> str:
 
 
 def test(stage: Stage) -> Result:
-    """The bytes of every kernel and of the layer, in 4 processes; one whose GPU context breaks is replaced."""
+    """Compare the bytes of every kernel and the layer with the CPU's, in 4 processes; replace one whose GPU context breaks."""
     if missing := look(stage)["missing"]:
         return Result(NOT_RUN, f"this machine lacks the Python modules {', '.join(missing)}")
     log = stage.logs / "test.log"
@@ -195,7 +195,7 @@ def test(stage: Stage) -> Result:
 
 
 def speed(stage: Stage) -> Result:
-    """The kernels beside their peers, then a ResNet-50 step and the host's time of a call."""
+    """Measure the kernels beside their peers, a ResNet-50 step, and the host's time of a call."""
     if reason := _no_gpu(stage):
         return Result(NOT_RUN, reason)
     parts = {"speed": 0.6, "network": 1.0}  # of the time that is left
@@ -219,7 +219,7 @@ def _joined(failures: list[str], said: list[str]) -> Result:
 
 
 def ranks(stage: Stage) -> Result:
-    """NCCL at size 1, `verify` alone, 2 ranks on one GPU, and 2 GPUs where they are."""
+    """Run `verify` alone, NCCL at size 1, 2 ranks on one GPU, and 2 GPUs if there are."""
     if reason := _no_gpu(stage):
         return Result(NOT_RUN, reason)
     here = look(stage)
@@ -257,7 +257,7 @@ def ranks(stage: Stage) -> Result:
 
 
 def sanitize(stage: Stage) -> Result:
-    """compute-sanitizer's tools over the C interface, and memcheck over PyTorch without its memory pool."""
+    """Run compute-sanitizer's tools over the C interface, and memcheck over PyTorch without its memory pool."""
     sanitizer = look(stage)["tools"]["compute-sanitizer"]
     if (reason := _no_gpu(stage)) or sanitizer is None:
         return Result(NOT_RUN, reason or "compute-sanitizer is not on PATH")
@@ -276,7 +276,7 @@ def sanitize(stage: Stage) -> Result:
     with ThreadPoolExecutor(len(_SANITIZED)) as pool:
         found = dict(zip(_SANITIZED, pool.map(check, _SANITIZED), strict=True))
     for name, status in found.items():
-        # One that could not run may have been in the way of another one.
+        # Several at the same time may disturb one another.
         if status not in (0, _FOUND_ERRORS, OVER_TIME):
             found[name] = check(name)
     failures = []
@@ -291,12 +291,12 @@ def sanitize(stage: Stage) -> Result:
 
 
 def profile(stage: Stage) -> Result:
-    """Nsight Compute's figures of eight kernels: all four in both layouts."""
+    """Run Nsight Compute over eight kernels: all four in both layouts."""
     ncu = look(stage)["tools"]["ncu"]
     if (reason := _no_gpu(stage)) or ncu is None:
         return Result(NOT_RUN, reason or "ncu is not on PATH")
     report = stage.logs / "profile.ncu-rep"
-    # The clocks of a lent machine are not ours to set.
+    # Other users of the machine share its clocks.
     options = ["--clock-control", "none", "--set", "full", "--force-overwrite", "--export", str(report.with_suffix(""))]
     program = [sys.executable, *_main("launches", "profile")]
     if status := stage.run("profile.log", ncu, *options, *program):

@@ -1,4 +1,4 @@
-"""`make gpu`: a stage that fails, hangs or breaks costs no other one, and what it printed is kept."""
+"""`make gpu`: a stage that fails, hangs or raises stops no other one, and its output is kept."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_nothing_runs_without_a_build(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert all(row == [NOT_RUN, "build did not pass"] for name, row in summary.items() if name != "build")
 
 
-@pytest.mark.parametrize("outcome", [Result(FAILED, "1 of 9 tests failed"), OSError("no space")], ids=["fails", "breaks"])
-def test_a_failed_stage_costs_no_other(outcome: Result | Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("outcome", [Result(FAILED, "1 of 9 tests failed"), OSError("no space")], ids=["fails", "raises"])
+def test_a_failed_stage_stops_no_other(outcome: Result | Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     status, summary = run(monkeypatch, tmp_path, test=outcome)
     assert status == 1
     assert summary.pop("test") == [FAILED, "1 of 9 tests failed" if isinstance(outcome, Result) else "OSError: no space"]
@@ -84,7 +84,7 @@ def packed(out: Path) -> dict[str, str]:
         return {member.name: archive.extractfile(member).read().decode() for member in archive.getmembers()}  # type: ignore[union-attr]
 
 
-def test_every_stage_leaves_what_it_printed(
+def test_every_stages_output_is_packed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also where the run is ended in the stage behind it."""
@@ -111,7 +111,7 @@ def test_every_stage_leaves_what_it_printed(
     assert "--- the end of test.log\n42" in capsys.readouterr().out
 
 
-def test_a_program_over_its_time_is_ended_with_all_below_it(tmp_path: Path) -> None:
+def test_a_program_over_its_time_is_ended_with_its_descendants(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'], start_new_session=True)\n"
@@ -133,7 +133,7 @@ def test_a_stage_has_the_time_that_is_left(tmp_path: Path) -> None:
     assert Stage(tmp_path, None, 0).run("late.log", "-c", "import time; time.sleep(300)") == OVER_TIME
 
 
-def test_an_early_stage_leaves_its_time_to_later_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unused_time_is_added_to_later_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     left = []
 
     def record(stage: Stage) -> Result:
@@ -286,7 +286,7 @@ def test_a_build_that_fails_says_the_first_error(monkeypatch: pytest.MonkeyPatch
     here["tools"]["nvcc"] = None
     result = stages.build(stage)
     assert result.status == NOT_RUN and "nvcc (the CUDA compiler" in result.what
-    # What the tests alone need costs no other stage.
+    # Only the tests need it.
     here["missing"] = ["xdist"]
     assert stages.test(stage) == Result(NOT_RUN, "this machine lacks the Python modules xdist")
 
