@@ -1,1 +1,1 @@
-"""`make bench`: speeds side by side, in one run on one machine. Ratios count; absolute figures are of that machine."""
+"""`make bench`: compares speeds in one run on one machine. Ratios are comparable; absolute figures depend on the machine."""

@@ -1,7 +1,7 @@
-"""Runs the benchmarks: `python -m benchmarks [--quick]`. Tables on the screen, figures and plots in benchmarks/results/.
+"""Runs the benchmarks: `python -m benchmarks [--quick]`. Prints tables; writes figures and plots to benchmarks/results/.
 
-Every framework, thread count and rank count has processes of its own; within one, all contestants are called in turn, so
-a machine that changes its speed changes it for all. Ratios are medians of the rounds' ratios.
+Every framework, thread count and rank count runs in separate processes. Within a process all contestants are called in turn,
+so changes of the machine's speed affect all of them. Ratios are medians of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ RESULTS = Path(__file__).parent / "results"
 
 @cache
 def has_mpi() -> bool:
-    """Whether this Horovod can run over MPI."""
+    """Return whether this Horovod can run over MPI."""
     code = "import horovod.torch as hvd; print(hvd.mpi_built())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
     return "True" in said and shutil.which("mpirun") is not None
 
 
 def plan(quick: bool) -> list[Job]:
-    """What runs, in order."""
+    """Return the jobs in the order in which they run."""
     found = []
     for threads in (1,) if quick else (1, 2):
         for framework, name in m.FRAMEWORKS.items():
@@ -83,7 +83,7 @@ def plan(quick: bool) -> list[Job]:
 
 
 def run(plan: list[Job], console: Console) -> list[Outcome]:
-    """Runs all jobs under a progress bar."""
+    """Run all jobs with a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     outcomes = []
     with Progress(*columns, console=console) as progress:
@@ -98,7 +98,7 @@ def run(plan: list[Job], console: Console) -> list[Outcome]:
 
 
 def collect(outcomes: list[Outcome]) -> dict[str, list[m.Record]]:
-    """Rows of every section."""
+    """Return the rows of every section."""
     return {
         "layer": layer.rows(outcomes),
         "kernels": kernels.rows(outcomes),
@@ -114,13 +114,13 @@ def collect(outcomes: list[Outcome]) -> dict[str, list[m.Record]]:
 
 
 def points(packets: list[m.Record]) -> list[Point]:
-    """(ranks, bytes, seconds) of the packets that were measured with a short cycle on every number of ranks."""
+    """Return (ranks, bytes, seconds) of the packets measured with a short cycle on every number of ranks."""
     titles = [f"PyTorch, {ranks} ranks" for ranks in (2, 3, 4)]
     return [(row["ranks"], row["bytes"], row["ms"].middle / 1e3) for row in packets if row["setting"] in titles]
 
 
 def tables(results: dict[str, list[m.Record]]) -> Iterable[Any]:
-    """What a person reads."""
+    """Yield the tables and messages to print."""
     for framework in m.FRAMEWORKS:
         yield layer.table(results["layer"], framework)
     yield kernels.table(results["kernels"])
@@ -141,9 +141,9 @@ def tables(results: dict[str, list[m.Record]]) -> Iterable[Any]:
 
 
 def about() -> dict[str, Any]:
-    """The machine and what is installed."""
+    """Return a description of the machine and the installed versions."""
     model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    owners = packages_distributions()  # TensorFlow comes under several names
+    owners = packages_distributions()  # TensorFlow's package has several names
     modules = ("torch", "tensorflow", "keras", "tf_keras", "horovod", "numpy")
     return {
         "processor": model[0] if model else platform.machine(),
@@ -155,11 +155,11 @@ def about() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs everything and saves it."""
+    """Run all benchmarks, print the tables and save the figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="2 ranks, fewer shapes and rounds: about a minute")
     args = parser.parse_args()
-    # Wide enough for its tables where the output is a file.
+    # Wide enough for the tables if the output is a file.
     console = Console() if Console().is_terminal else Console(width=220)
     machine, start = about(), time.monotonic()
     outcomes = run(plan(args.quick), console)

@@ -1,8 +1,8 @@
-"""How far outputs are from the exact ones, on a batch that the ranks share unevenly and whose mean is large.
+"""The error of outputs on a batch with a large mean that is split unevenly between ranks.
 
-4 samples on one rank, 8 on the other (they differ a little, as batches do), with a standard deviation of about 1 around a large
-mean. Gamma is in 0.5 to 1.5 and beta normal, as in a network that was trained. Exact is computed from the same float32 values
-in extended precision.
+4 samples are on one rank and 8 on the other (with slightly different means), with a standard deviation of about 1 around a
+large mean. Gamma is in 0.5 to 1.5 and beta is normal, as in a trained network. Exact outputs are computed from the same float32
+values in extended precision.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ Array = NDArray[np.float32]
 
 
 def cases() -> list[dict[str, Any]]:
-    """One for each mean."""
+    """Return a case for each mean."""
     return [{"kind": "accuracy", "mean": mean} for mean in MEANS]
 
 
 def batch(mean: float) -> Array:
-    """The global batch."""
+    """Return the global batch."""
     x = np.random.default_rng(0).standard_normal(SHAPE)
     x[:FIRST_RANK] += 1
     return (mean + x / x.std()).astype(np.float32)
 
 
 def affine() -> tuple[Array, Array]:
-    """Gamma and beta."""
+    """Return gamma and beta."""
     generator = np.random.default_rng(1)
     return generator.uniform(0.5, 1.5, SHAPE[1]).astype(np.float32), generator.standard_normal(SHAPE[1]).astype(np.float32)
 
 
 def exact(x: Array, gamma: Array, beta: Array) -> NDArray[np.longdouble]:
-    """The outputs of a layer that does not round."""
+    """Return the outputs in extended precision."""
     wide = x.astype(np.longdouble)
-    centred = wide - wide.mean((0, 2, 3), keepdims=True)
-    normal = centred / np.sqrt(np.square(centred).mean((0, 2, 3), keepdims=True) + np.longdouble(m.EPS))
+    centered = wide - wide.mean((0, 2, 3), keepdims=True)
+    normal = centered / np.sqrt(np.square(centered).mean((0, 2, 3), keepdims=True) + np.longdouble(m.EPS))
     return normal * gamma[:, None, None] + beta[:, None, None]
 
 
 def ulps(error: NDArray[Any], expected: NDArray[Any]) -> float:
-    """The largest error in float32 units in the last place of max(|y|, 1)."""
+    """Return the largest error in float32 units in the last place of max(|y|, 1)."""
     unit = np.spacing(np.maximum(np.abs(expected), 1).astype(np.float32))
     return float(np.max(error / unit))
 
 
 def measure(framework: Framework, mean: float) -> Record:
-    """Errors on this rank's samples: largest absolute, and in ulps; and sha256 of what ours gives here and alone."""
+    """Return each contestant's largest error on this rank's samples, absolute and in ulps, and the sha256 of its outputs."""
     x = batch(mean)
     mine = slice(0, FIRST_RANK) if framework.rank == 0 else slice(FIRST_RANK, None)
     gamma, beta = affine()
@@ -80,7 +80,7 @@ def measure(framework: Framework, mean: float) -> Record:
 
 
 def rows(outcomes: list[Outcome]) -> list[Record]:
-    """One per framework, mean and contestant: the worst rank's error; for ours, whether its bytes are those of one process."""
+    """Return a row per framework, mean and contestant: the worst rank's error, and whether our bytes equal one process."""
     found: list[Record] = []
     for outcome in outcomes:
         framework = outcome.job.framework
@@ -89,7 +89,7 @@ def rows(outcomes: list[Outcome]) -> list[Record]:
             for name in parts[0]:
                 row = {"framework": framework, "mean": case["mean"], "contestant": name}
                 if any(all(r[n] == row[n] for n in row) for r in found):
-                    continue  # the strategy's job repeats ours
+                    continue  # the job with TensorFlow's strategy repeats ours
                 # max() would lose a NaN.
                 row["error"], row["ulps"] = (float(np.max([part[name][n] for part in parts])) for n in ("error", "ulps"))
                 row["sha256"] = [part[name]["sha256"] for part in parts]
@@ -102,11 +102,11 @@ def rows(outcomes: list[Outcome]) -> list[Record]:
 
 
 def table(rows: list[Record]) -> Table:
-    """Contestants down, means across."""
+    """Return a table with a row per contestant and a column per mean."""
     result = Table(
         title="Largest output error, float32, 4 samples on one rank and 8 on the other, standard deviation 1, affine",
         title_justify="left",
-        caption="'ours alone' and the frameworks' own layers have the whole batch in one process",
+        caption="'ours alone' and the frameworks' own layers process the whole batch in one process",
     )
     result.add_column("framework")
     result.add_column("layer")
@@ -123,7 +123,7 @@ def table(rows: list[Record]) -> Table:
                 cells.append("failed")
             else:
                 near = f" ({row['ulps']:.1f} ulp)" if row["ulps"] < 100 else ""
-                same = {True: ", equal bytes", False: ", OTHER BYTES", None: ""}[row.get("equals one process")]
+                same = {True: ", equal bytes", False: ", DIFFERENT BYTES", None: ""}[row.get("equals one process")]
                 cells.append(f"{row['error']:.1e}{near}{same}")
         result.add_row(m.FRAMEWORKS[framework], m.label(framework, name), *cells)
     return result

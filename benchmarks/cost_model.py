@@ -1,4 +1,4 @@
-"""The numbers of docs/cost_model.md: `python -m benchmarks.cost_model` prints its tables and draws its plot."""
+"""The figures of docs/cost_model.md: `python -m benchmarks.cost_model` prints its tables and draws its plot."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ RANKS = [2**i for i in range(1, 11)]
 GROUPS = (8, 32)
 
 
-# Round numbers for hardware that we have not.
+# Round numbers for hardware that was not measured.
 ETHERNET = Link(300e-6, 25e-6, 1 / 2.5e9)  # Gloo over 25 Gb/s, cycle time 0.1 ms
 INSIDE = Link(300e-6, 6e-6, 1 / 100e9)  # NCCL in a node
 ACROSS = Link(0, 12e-6, 1 / 10e9)  # NCCL over 100 Gb/s, the second part of the hierarchical form
 
 
 def networks_table() -> Table:
-    """What the networks send."""
+    """Return a table of the packets that networks send."""
     result = Table(title="Packets of one training step", title_justify="left")
     for column in ("network", "batch norms", "channels", "largest packet, kB", "all packets, MB"):
         result.add_column(column, justify="left" if column == "network" else "right")
@@ -43,7 +43,7 @@ def _grouped(group: int, ranks: int, size: float) -> float:
 
 
 def forms() -> list[tuple[str, Callable[[int, float], float]]]:
-    """The ways that the document compares: ranks and bytes to seconds."""
+    """Return the forms of allreduce that the page compares, as functions of ranks and bytes to seconds."""
     return [
         ("ring, 25 Gb/s", lambda p, size: ring(p, size, ETHERNET)),
         (f"hierarchical, {PER_NODE} per node, 100 Gb/s", lambda p, size: hierarchical(p, size, INSIDE, ACROSS)),
@@ -52,7 +52,7 @@ def forms() -> list[tuple[str, Callable[[int, float], float]]]:
 
 
 def steps_table() -> Table:
-    """Milliseconds that synchronizing adds to a step, network by network."""
+    """Return a table of the milliseconds that synchronization adds to a step, by network."""
     result = Table(title="Milliseconds per step in packets", title_justify="left")
     result.add_column("network")
     result.add_column("form")
@@ -66,7 +66,7 @@ def steps_table() -> Table:
 
 
 def check_table(points: Sequence[Point], link: Link) -> Table:
-    """The model beside what was measured."""
+    """Return a table of the model and the measurements."""
     title = f"Cost model: wait {1e6 * link.wait:.0f} us, alpha {1e6 * link.alpha:.0f} us, beta {1e9 * link.beta:.2f} ns/B"
     result = Table(title=title, title_justify="left", caption="more ranks than cores wait for each other's time slices, too")
     for column in ("ranks", "packet, kB", "measured, ms", "model, ms", "model / measured"):
@@ -78,7 +78,7 @@ def check_table(points: Sequence[Point], link: Link) -> Table:
 
 
 def plot(path: Path) -> None:
-    """Step time against ranks, a panel per network."""
+    """Plot step time against ranks, with a panel per network."""
     figure, axes = plt.subplots(1, len(NETWORKS), figsize=(4 * len(NETWORKS), 3.6), sharey=True, layout="constrained")
     for axis, (name, channels) in zip(axes, NETWORKS.items(), strict=True):
         for form, seconds in forms():
@@ -93,7 +93,7 @@ def plot(path: Path) -> None:
 
 
 def main() -> None:
-    """Prints the document's tables and draws its plot."""
+    """Print the tables of the page and draw its plot."""
     console = Console(width=160)
     console.print(networks_table())
     console.print(steps_table())

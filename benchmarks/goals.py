@@ -1,4 +1,4 @@
-"""The goals of the layer, each with its bound, next to what was measured; and whether it is met."""
+"""The performance goals of the layer: bounds, measured values, and whether each goal is met."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from benchmarks.measure import Record
 
 
 class Found(NamedTuple):
-    """A measured value and where."""
+    """A measured value and the case it belongs to."""
 
     where: str
     value: float
 
 
 class Goal(NamedTuple):
-    """A bound for values: at least, or at most."""
+    """A lower (`at_least`) or upper bound for values."""
 
     text: str
     bound: float
@@ -28,7 +28,7 @@ class Goal(NamedTuple):
     found: list[Found]
 
     def met(self, value: float) -> bool:
-        """Whether a value keeps the bound."""
+        """Return whether a value is within the bound."""
         return value >= self.bound if self.at_least else value <= self.bound
 
 
@@ -47,7 +47,7 @@ def _layer(
 
 
 def goals(results: dict[str, list[Record]]) -> list[Goal]:
-    """Those that this run has values for."""
+    """Return the goals for which this run has values."""
     rows = results["layer"]
     big, seven, flat = layer.BIG, layer.SHAPES[3:4], layer.SHAPES[6:7]
     found = []
@@ -89,7 +89,7 @@ def goals(results: dict[str, list[Record]]) -> list[Goal]:
         for r in results["memory"]
         if r["contestant"].startswith("ours")
     ]
-    found.append(Goal("bytes kept of the input's size, besides it (and the output with relu)", 0.0, False, values))
+    found.append(Goal("bytes kept in other tensors of the input's size (with relu besides the output)", 0.0, False, values))
     ours = [r for r in results["accuracy"] if r["contestant"] == "ours" and "ulps" in r]
     for bound, most, means in ((1.0, "1e2", (0, 1e2)), (1.2, "1e4", (1e4,))):
         values = [Found(f"{m.FRAMEWORKS[r['framework']]}, mean {r['mean']:g}", r["ulps"]) for r in ours if r["mean"] in means]
@@ -104,7 +104,7 @@ def goals(results: dict[str, list[Record]]) -> list[Goal]:
 
 
 def table(goals: list[Goal]) -> Table:
-    """Each goal with its best and its worst value, and where it is missed."""
+    """Return a table of goals with their best and worst values and the cases that miss them."""
     result = Table(title="Goals (float32, 1 thread)", title_justify="left", show_lines=True)
     for column in ("goal", "bound", "measured", "", "missed at"):
         result.add_column(column)

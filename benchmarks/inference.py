@@ -1,7 +1,7 @@
-"""What folding and freezing save, in one process: `python -m benchmarks.inference torch` (or `keras`), about a minute.
+"""The speed of folded and frozen layers in one process: `python -m benchmarks.inference torch` (or `keras`), about a minute.
 
-A ResNet-50's inference before and after `fold_batchnorm`; a frozen layer with a shortcut and relu in training, as one operator
-and as the framework's own operations; each in turns, median (quartiles) of the rounds' ratios.
+Compares a ResNet-50's inference before and after `fold_batchnorm`, and a frozen layer with a shortcut and relu in training, as
+one operator and as the framework's own operations. Both are called in turn; ratios are medians (quartiles) of the rounds.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Keras:
 
 
 def main() -> None:
-    """Prints two tables."""
+    """Print the results as two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("framework", choices=("torch", "keras"))
     parser.add_argument("--threads", type=int, default=1)
@@ -152,7 +152,7 @@ def main() -> None:
     before, after = (m.total(times, name) for name in ("before", "after"))
     console.print(
         f"ResNet-50, {IMAGES} images of {SIZE}: {m.number(1e3 * m.spread(before).middle)} ms, folded "
-        f"{m.number(1e3 * m.spread(after).middle)} ms, {m.ratios(before, after)} times as fast. Folding took "
+        f"{m.number(1e3 * m.spread(after).middle)} ms, speedup {m.ratios(before, after)}. Folding took "
         f"{framework.folding:.2f} s; outputs differ by {framework.difference:.1g} of the largest."
     )
     table = Table(

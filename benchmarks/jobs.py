@@ -1,4 +1,4 @@
-"""Starts the processes of a job, alone or under `horovodrun`, and collects what they measured."""
+"""Starts the processes of a job, alone or under `horovodrun`, and collects their measurements."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class Job:
     ranks: int = 1
     threads: int = 1
     pin: bool = False
-    """Whether each rank stays on one core (a process alone: on as many as it has threads)."""
+    """Whether each rank is pinned to one core (a single process: to as many as it has threads)."""
     strategy: bool = False
-    """Whether the ranks also make TensorFlow's MultiWorkerMirroredStrategy."""
+    """Whether the ranks also create TensorFlow's MultiWorkerMirroredStrategy."""
     environment: dict[str, str] = field(default_factory=dict)
     controller: str = "gloo"
-    """Horovod's: "gloo" or "mpi"."""
+    """Horovod's controller: "gloo" or "mpi"."""
     limit: float = 300
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job left: per case it finished, the records of all ranks; and why it did not finish, if so."""
+    """The records of all ranks for each finished case of a job, and the error if the job did not finish."""
 
     job: Job
     records: list[list[Record]]
@@ -54,7 +54,7 @@ class Outcome:
     seconds: float
 
     def of(self, kind: str) -> Iterator[tuple[Case, Times, dict[str, str], list[Record]]]:
-        """Of every case of a kind: the times of its slowest rank, what failed, and all ranks' records."""
+        """Yield for every case of a kind the case, the times of its slowest rank, the errors, and all ranks' records."""
         for ranks in self.records:
             if ranks[0]["case"]["kind"] == kind:
                 errors = {name: text for record in ranks for name, text in record["errors"].items()}
@@ -62,14 +62,14 @@ class Outcome:
 
 
 def run(job: Job, advance: Callable[[int], None]) -> Outcome:
-    """Runs a job, ends it at its time limit, and tells `advance` how many more cases are done."""
+    """Run a job, end it at its time limit, and call `advance` with the number of newly finished cases."""
     with tempfile.TemporaryDirectory(prefix="hvd-syncbn-bench-") as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps(asdict(job) | {"ports": free_ports(job.ranks * job.strategy)}))
         command = [sys.executable, "-m", "benchmarks.worker", name]
         if job.ranks > 1:
             horovodrun = str(Path(sys.executable).parent / "horovodrun")
-            # As many slots as ranks: horovodrun starts one process per slot.
+            # As many slots as ranks, because horovodrun starts one process per slot.
             command = [horovodrun, f"--{job.controller}", "-np", str(job.ranks), "-H", f"localhost:{job.ranks}", *command]
         environment = os.environ | {
             "OMP_NUM_THREADS": str(job.threads),
@@ -106,7 +106,7 @@ def run(job: Job, advance: Callable[[int], None]) -> Outcome:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on just now; TensorFlow's strategy wants to know them before any rank starts."""
+    """Return ports that are free now; TensorFlow's strategy needs them before any rank starts."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -115,11 +115,11 @@ def free_ports(count: int) -> list[int]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The finished lines of a file that may not be there yet."""
+    """Return the complete lines of a file; an empty list if it does not exist yet."""
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 def _first_error(output: str) -> str | None:
-    """The first error that a rank raised; horovodrun says later that one did."""
+    """Return the first error of a rank, which comes before horovodrun's message that a process failed."""
     lines = re.findall(r"^(?:\[\d+\]<stderr>:)?(\w+(?:\.\w+)*(?:Error|Exception): .*)", output, re.MULTILINE)
     return lines[0][:300] if lines else None

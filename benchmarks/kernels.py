@@ -1,8 +1,8 @@
-"""The CPU kernels alone, in memory that is there already, on every instruction-set path of this machine; beside its own speed.
+"""The CPU kernels alone, in mapped memory, on every instruction-set path of this machine, compared with its memory bandwidth.
 
-A whole call also pays for fresh pages of the output, autograd and the framework's checks: `layer` has those. GB/s counts
-what a kernel moves: moments read the input (backward also the gradient), apply reads as much and writes the output (backward:
-the input's gradient and, here, the residual's).
+A whole call also includes page faults of the output, autograd and the framework's checks; `layer` measures those. GB/s counts
+the bytes that a kernel moves: moments read the input (backward also the gradient); apply reads the same and writes the output
+(backward: the gradients of the input and, here, of the residual).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from benchmarks.measure import Framework, Record
 from hvd_syncbn import native
 
 KERNELS = {"forward moments": 1, "forward apply": 2, "backward moments": 2, "backward apply": 4}
-"""Each with the tensors that it reads or writes."""
+"""The kernels, each with the number of tensors that it reads or writes."""
 
 
 def cases(quick: bool) -> list[dict[str, Any]]:
-    """The shapes of `layer`, but those where a call is all there is."""
+    """Return cases for the shapes of `layer`, without those dominated by the cost of a call."""
     shapes = [layer.SHAPES[2], layer.SHAPES[3], layer.SHAPES[6]] if quick else [*layer.SHAPES[:4], layer.SHAPES[6]]
     return [
         {"kind": "kernels", "shape": shape, "layout": layout, "rounds": 7}
@@ -36,7 +36,7 @@ def cases(quick: bool) -> list[dict[str, Any]]:
 
 
 def measure(_framework: Framework, shape: list[int], layout: str, rounds: int) -> Record:
-    """Times of every kernel on every path, and of reading and copying the input; all in turn, one thread."""
+    """Return the times of every kernel on every path, and of reading and copying the input, in turn on one thread."""
     samples, channels, *spatial = shape
     own = native.shape(samples, channels, math.prod(spatial), "float32", layout.replace(" ", "_"))
     generator = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def measure(_framework: Framework, shape: list[int], layout: str, rounds: int) -
 
 
 def rows(outcomes: list[Outcome]) -> list[Record]:
-    """One per shape, layout, kernel and path: GB/s, and the share of this machine's reading or copying in the same rounds."""
+    """Return a row per shape, layout, kernel and path: GB/s, and the ratio to reading or copying in the same rounds."""
     found = []
     for outcome in outcomes:
         for case, times, _, records in outcome.of("kernels"):
@@ -102,10 +102,10 @@ def rows(outcomes: list[Outcome]) -> list[Record]:
 
 
 def table(rows: list[Record]) -> Table:
-    """A shape and layout down, a kernel and path across."""
+    """Return a table with a row per shape, layout and path, and a column per kernel."""
     paths = list(dict.fromkeys(row["path"] for row in rows))
     result = Table(
-        title="Kernels, 1 thread, warm memory: GB/s (share of reading or of copying in the same rounds)", title_justify="left"
+        title="Kernels, 1 thread, warm memory: GB/s (share of read or copy bandwidth in the same rounds)", title_justify="left"
     )
     for column in ("shape", "layout", "path", *KERNELS):
         result.add_column(column, justify="left" if column in ("shape", "layout", "path") else "right")

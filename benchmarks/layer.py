@@ -1,7 +1,7 @@
-"""The layer at size 1 (the same kernels, no collective) beside the framework's own, forward and backward.
+"""The layer on one rank (the same kernels, no collective) compared with the framework's own layer, forward and backward.
 
-GB/s counts the least traffic that a batch norm needs: forward 3 passes over the tensor, backward 5. Memory is "fresh", as
-PyTorch gets it by default, or "warm" (`WARM_MEMORY`); TensorFlow's allocator keeps it warm by itself.
+GB/s counts the minimum traffic of a batch norm: forward 3 passes over the tensor, backward 5. Memory is "fresh", as PyTorch
+allocates it by default, or "warm" (`WARM_MEMORY`); TensorFlow's allocator reuses memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEYS = ("shape", "layout", "dtype", "threads", "memory")
 
 
 def cases(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Every shape in its layouts; 2-D input has one. What takes seconds per call is left out where it tells nothing new."""
+    """Return every shape in its layouts (2-D input has one), without slow cases that add no information."""
     shapes = [SHAPES[2], SHAPES[3], SHAPES[6]] if quick else SHAPES
     return [
         {"kind": "layer", "shape": shape, "layout": layout, "dtype": dtype, "rounds": _rounds(shape)}
@@ -42,12 +42,12 @@ def cases(quick: bool, threads: int) -> list[dict[str, Any]]:
 
 
 def warm_cases(quick: bool) -> list[dict[str, Any]]:
-    """The shapes large enough for glibc to hand out fresh pages."""
+    """Return the shapes that are large enough for glibc to map new pages."""
     return [case for case in cases(quick, 1) if case["dtype"] == "float32" and math.prod(case["shape"]) > 1 << 20]
 
 
 def exact_sums_cases(quick: bool) -> list[dict[str, Any]]:
-    """What exactness costs, on the four image shapes."""
+    """Return cases for the cost of exact sums, on the four image shapes."""
     return [{"kind": "exact sums", "shape": shape, "rounds": 7} for shape in SHAPES[2 if quick else 0 : 4]]
 
 
@@ -56,7 +56,7 @@ def _rounds(shape: tuple[int, ...]) -> int:
 
 
 def measure(framework: Framework, shape: list[int], layout: str, dtype: str, rounds: int) -> Record:
-    """Times of every contestant and of a copy of the input, which uses the same number of threads."""
+    """Return the times of every contestant, and of a copy of the input with the same number of threads."""
     size = tuple(shape)
     make = {name: partial(framework.step, name, size, layout, dtype) for name in framework.local}
     make["copy"] = partial(_copy, math.prod(size) * ITEM_BYTES[dtype], framework.threads)
@@ -65,7 +65,7 @@ def measure(framework: Framework, shape: list[int], layout: str, dtype: str, rou
 
 
 def _copy(size: int, threads: int) -> Step:
-    """Copies bytes, a slice per thread."""
+    """Return a step that copies bytes, one slice per thread."""
     source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
     edges = [size * i // threads for i in range(threads + 1)]
     pool = ThreadPoolExecutor(threads)
@@ -77,10 +77,10 @@ def _copy(size: int, threads: int) -> Step:
 
 
 def measure_exact_sums(framework: Framework, shape: list[int], rounds: int) -> Record:
-    """Times of the forward kernels alone, and of the moments over the same memory cut into few large pieces and half as large.
+    """Return times of the forward kernels, and of the moments over the same memory in large pieces and in half-sized pieces.
 
-    A piece costs its additions, and what exactness asks besides (the fold of its lanes, the exact sum). The second part is what
-    is left above the time for no pieces at all, which the large and the half-sized ones tell: see `exact_sums_share`.
+    A piece costs its additions plus a fixed part for exactness (the fold of its lanes, the exact sum). The times for large and
+    half-sized pieces are extrapolated to no pieces at all; the fixed part is the time above that (see `exact_sums_share`).
     """
     samples, channels, *spatial = shape
     values = math.prod(shape)
@@ -100,14 +100,14 @@ def measure_exact_sums(framework: Framework, shape: list[int], rounds: int) -> R
 
 
 def exact_sums_share(times: m.Times) -> m.Spread:
-    """Of the forward kernels' time, from what `measure_exact_sums` gives."""
+    """Return the share of exact sums in the forward kernels' time, from the times of `measure_exact_sums`."""
     own, large, half, apply = (m.total(times, name) for name in ("moments", "large pieces", "half pieces", "apply"))
     above = [o - (2 * piece - h) for o, piece, h in zip(own, large, half, strict=True)]
     return m.ratios(above, [o + a for o, a in zip(own, apply, strict=True)])
 
 
 def rows(outcomes: list[Outcome]) -> list[Record]:
-    """One per shape, layout, dtype, threads, framework and direction."""
+    """Return a row per shape, layout, dtype, threads, framework and direction."""
     found = []
     for outcome in outcomes:
         job = outcome.job
@@ -121,7 +121,7 @@ def rows(outcomes: list[Outcome]) -> list[Record]:
                 continue
             for i, (direction, passes) in enumerate(PASSES.items()):
                 seconds = {name: [parts[i] for parts in times[name]] for name in ("ours", "local")}
-                # A copy moves its bytes twice.
+                # A copy reads and writes its bytes.
                 copies = [passes / 2 * parts[0] for parts in times["copy"]]
                 found.append(
                     row
@@ -137,7 +137,7 @@ def rows(outcomes: list[Outcome]) -> list[Record]:
 
 
 def exact_sums_rows(outcomes: list[Outcome]) -> list[Record]:
-    """One per shape."""
+    """Return a row per shape."""
     return [
         {"shape": case["shape"], "share": exact_sums_share(times)}
         for outcome in outcomes
@@ -146,9 +146,10 @@ def exact_sums_rows(outcomes: list[Outcome]) -> list[Record]:
 
 
 def table(rows: list[Record], framework: str) -> Table:
-    """A framework's rows, both directions side by side."""
+    """Return a table of a framework's rows, with both directions in a row."""
     peer = m.label(framework, "local")
-    result = Table(title=f"{m.FRAMEWORKS[framework]} at size 1, GB/s by least traffic: ours / {peer}", title_justify="left")
+    title = f"{m.FRAMEWORKS[framework]}, 1 rank, GB/s by minimum traffic: ours / {peer}"
+    result = Table(title=title, title_justify="left")
     for column in KEYS:
         result.add_column(column)
     for direction in PASSES:

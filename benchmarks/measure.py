@@ -1,4 +1,4 @@
-"""What every section shares: timing in turns, quartiles, and the shape of what is measured."""
+"""Shared by all sections: timing in turns, quartiles, and the interface of a framework."""
 
 from __future__ import annotations
 
@@ -15,63 +15,63 @@ from hvd_syncbn.horovod import FRAMEWORKS as FRAMEWORKS
 
 EPS = 1e-5  # of every layer here
 
-# Seconds of one call's parts: (forward, backward), or one number where a framework has one program for both.
+# Returns seconds of one call: (forward, backward), or one number if a framework runs both as one program.
 Step = Callable[[], tuple[float, ...]]
 Times = dict[str, list[list[float]]]  # contestant -> rounds -> parts
 Record = dict[str, Any]
 
 
 class Framework(Protocol):
-    """What a section asks of a framework. `with_torch` and `with_tensorflow` give it."""
+    """The interface of a framework, implemented by `with_torch` and `with_tensorflow`."""
 
     threads: int
     rank: int
     layout: str
-    """That of its networks."""
+    """The layout of its networks."""
     depth: int
-    """Layers in one step of `chain`: what a graph's call costs is shared by its layers."""
+    """Layers in one step of `chain`, which share the cost of a graph's call."""
     local: tuple[str, ...]
-    """Contestants that know no other rank: the framework's own layer, and ours."""
+    """Contestants on one rank: the framework's own layer, and ours."""
     synchronized: tuple[str, ...]
     """Contestants on several ranks."""
     engines: tuple[str, ...]
     """What can sum packets, the tuned one first."""
 
     def barrier(self) -> None:
-        """Returns when every rank is here."""
+        """Return when all ranks have called it."""
 
     def shutdown(self) -> None:
-        """Leaves Horovod: `mpirun` takes a process that has not for one that failed."""
+        """Shut Horovod down before exit, so that MPI jobs end cleanly."""
 
     def step(self, name: str, shape: tuple[int, ...], layout: str, dtype: str) -> Step:
-        """One forward and backward of a contestant's layer on random values; `shape` is (N, C, ...) in either layout."""
+        """Return one forward and backward of a contestant's layer on random values; `shape` is (N, C, ...) in both layouts."""
 
     def chain(self, name: str, shape: tuple[int, ...]) -> Step:
-        """The same of `depth` layers, one after the other."""
+        """Return the same for `depth` layers, one after the other."""
 
     def allreduce(self, words: int, engine: str = "horovod") -> Step:
-        """A bare allreduce of int64 words, once for each direction, by one of `engines`."""
+        """Return an allreduce of int64 words by one of `engines`, without a layer, once for each direction."""
 
     def network(self, name: str, images: int, size: int) -> Step:
-        """Forward and backward of a ResNet-50 whose batch norms are a contestant's layers."""
+        """Return forward and backward of a ResNet-50 with a contestant's batch norm layers."""
 
     def normalize(
         self, name: str, x: NDArray[np.float32], gamma: NDArray[np.float32], beta: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """The output in training of a new layer with these parameters, channels first."""
+        """Return the output in training of a new layer with these parameters, channels first."""
 
 
 class FrameworkThatTrains(Framework, Protocol):
-    """What only PyTorch's is asked for."""
+    """Methods that are needed only for PyTorch."""
 
     def training(self, name: str, images: int, size: int) -> Step:
-        """Like `network`, and an optimizer's step that averages all gradients over the ranks."""
+        """Return `network` plus an optimizer step that averages all gradients over the ranks."""
 
     def saved(self, name: str, shape: tuple[int, ...], relu: bool) -> dict[str, int]:
-        """Bytes that a layer's forward (and a relu) keeps for its backward, by what they are."""
+        """Return the bytes that a layer's forward (and a relu) keeps for its backward, by kind."""
 
 
-WHOLE_BATCH = ("ours alone", "local")  # contestants whose accuracy is that of one process
+WHOLE_BATCH = ("ours alone", "local")  # contestants that process the whole batch in one process
 
 
 LABELS = {
@@ -81,7 +81,7 @@ LABELS = {
 
 
 def label(framework: str, name: str) -> str:
-    """A contestant's name for a person."""
+    """Return the name of a contestant for tables."""
     other = {
         "synchronized": "Keras synchronized=True",
         "allreduce": "bare allreduce",
@@ -91,7 +91,7 @@ def label(framework: str, name: str) -> str:
 
 
 def sizes(shape: Sequence[int]) -> str:
-    """A shape for a person."""
+    """Return a shape as text."""
     return "x".join(map(str, shape))
 
 
@@ -107,7 +107,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: list[float]) -> Spread:
-    """The quartiles of at least one value."""
+    """Return the quartiles of one or more values."""
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -115,7 +115,7 @@ def spread(values: list[float]) -> Spread:
 
 
 def number(value: float) -> str:
-    """Three digits, as a person writes them."""
+    """Return a number with three digits."""
     if value == 0 or not np.isfinite(value):
         return str(value)
     if not 1e-3 <= abs(value) < 1e5:
@@ -124,13 +124,13 @@ def number(value: float) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error for a table."""
+    """Return an error as one line."""
     text = re.sub(r"\{\{.*?\}\} ?", "", str(error)).strip()  # TensorFlow's numbered nodes
     return f"{type(error).__name__}: {text.partition(chr(10))[0]}"[:300]
 
 
 def timed(function: Callable[[], object]) -> Step:
-    """Of anything."""
+    """Return a step that times a function."""
 
     def step() -> tuple[float]:
         start = time.perf_counter()
@@ -141,7 +141,7 @@ def timed(function: Callable[[], object]) -> Step:
 
 
 def attempt(make: Mapping[str, Callable[[], Step]]) -> tuple[dict[str, Step], dict[str, str]]:
-    """Makes every contestant and calls it twice (programs are traced, caches filled); what failed is a result, too."""
+    """Create every contestant and call it twice (for tracing and caches); return the steps and the errors."""
     steps: dict[str, Step] = {}
     errors: dict[str, str] = {}
     for name, maker in make.items():
@@ -156,7 +156,7 @@ def attempt(make: Mapping[str, Callable[[], Step]]) -> tuple[dict[str, Step], di
 
 
 def rounds(steps: dict[str, Step], errors: dict[str, str], count: int, before: Callable[[], None] = lambda: None) -> Times:
-    """Calls everything once per round, so a machine that changes its speed changes it for all; `errors` gets what fails."""
+    """Call every step once per round, so that changes of the machine's speed affect all; add failures to `errors`."""
     times: Times = {name: [] for name in steps}
     for _ in range(count):
         for name in list(times):
@@ -170,7 +170,7 @@ def rounds(steps: dict[str, Step], errors: dict[str, str], count: int, before: C
 
 
 def slowest(ranks: list[Times]) -> Times:
-    """A job is as fast as its slowest rank, round by round."""
+    """Return the times of the slowest rank in each round, which are those of the job."""
     return {
         name: [
             [max(parts) for parts in zip(*together, strict=True)] for together in zip(*(t[name] for t in ranks), strict=True)
@@ -181,10 +181,10 @@ def slowest(ranks: list[Times]) -> Times:
 
 
 def total(times: Times, name: str) -> list[float]:
-    """Seconds of a contestant's whole calls."""
+    """Return the seconds of a contestant's calls, over all parts."""
     return [sum(parts) for parts in times[name]]
 
 
 def ratios(numerator: list[float], denominator: list[float]) -> Spread:
-    """Of the same rounds, then their quartiles: what slows a round down slows both."""
+    """Return the quartiles of the ratios within rounds, because a slow round affects both."""
     return spread([a / b for a, b in zip(numerator, denominator, strict=True)])

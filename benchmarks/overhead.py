@@ -1,4 +1,4 @@
-"""What a call costs besides its kernels, and what autograd keeps: on an input that is next to nothing."""
+"""The overhead of a call besides its kernels, on a tiny input, and the memory that autograd keeps."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SAVED_SHAPE = (8, 64, 32, 32)
 
 
 def cases(quick: bool) -> list[dict[str, Any]]:
-    """One."""
+    """Return the only case."""
     return [{"kind": "overhead", "rounds": 15 if quick else 51}]
 
 
 def measure(framework: Framework, rounds: int) -> Record:
-    """Times of one layer, per direction, and of the kernels alone."""
+    """Return the times of one layer for each direction, and of the kernels alone."""
     make = {name: partial(framework.chain, name, SHAPE) for name in framework.local} | {
         "kernels": partial(_kernels, framework.depth)
     }
@@ -38,7 +38,7 @@ def measure(framework: Framework, rounds: int) -> Record:
 
 
 def _kernels(depth: int) -> Step:
-    """The calls that an adapter makes, without an adapter: what they compute, and what ctypes takes to call them."""
+    """Return a step with an adapter's calls of the core, made through ctypes."""
     lib = native.library()
     samples, channels, *spatial = SHAPE
     shape = native.shape(samples, channels, int(np.prod(spatial)), "float32")
@@ -84,7 +84,7 @@ def _repeat(call: Callable[[], None], times: int) -> None:
 
 
 def measure_memory(framework: FrameworkThatTrains) -> Record:
-    """Bytes that autograd keeps from a layer's forward for its backward, by what they are."""
+    """Return the bytes that autograd keeps from a layer's forward for its backward, by kind."""
     found = {}
     for name in framework.synchronized[1:-1]:
         for relu in (False, True):
@@ -93,7 +93,7 @@ def measure_memory(framework: FrameworkThatTrains) -> Record:
 
 
 def rows(outcomes: list[Outcome]) -> list[Record]:
-    """One per framework and direction, in microseconds of a call."""
+    """Return a row per framework and direction, in microseconds per call."""
     found = []
     for outcome in outcomes:
         for _, times, _, _ in outcome.of("overhead"):
@@ -107,7 +107,7 @@ def rows(outcomes: list[Outcome]) -> list[Record]:
 
 
 def memory_rows(outcomes: list[Outcome]) -> list[Record]:
-    """One per layer: bytes that autograd keeps."""
+    """Return a row per layer: the bytes that autograd keeps."""
     return [
         {"contestant": name, "bytes": kept}
         for outcome in outcomes
@@ -117,11 +117,11 @@ def memory_rows(outcomes: list[Outcome]) -> list[Record]:
 
 
 def table(rows: list[Record]) -> Table:
-    """Of calls on next to nothing."""
+    """Return a table of the overhead."""
     result = Table(
         title=f"Microseconds of one layer on {m.sizes(SHAPE)}, median (quartiles)",
         title_justify="left",
-        caption="per layer of 20 in a row: modules in eager PyTorch, a graph in TensorFlow. Overhead: ours less its kernels",
+        caption="per layer of a chain of 20: modules in eager PyTorch, a graph in TensorFlow. Overhead: ours minus its kernels",
     )
     for column in ("framework", "direction", "ours", "kernels alone", "overhead", "framework's own layer"):
         result.add_column(column, justify="left" if column in ("framework", "direction") else "right")
@@ -133,7 +133,7 @@ def table(rows: list[Record]) -> Table:
 
 
 def memory_table(rows: list[Record]) -> Table:
-    """In KiB."""
+    """Return a table of the memory in KiB."""
     kinds = list(rows[0]["bytes"]) if rows else []
     result = Table(title=f"KiB that autograd keeps, {m.sizes(SAVED_SHAPE)} float32, PyTorch", title_justify="left")
     result.add_column("layer")

@@ -1,4 +1,4 @@
-"""The pictures of a run."""
+"""The plots of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLORS = {
 
 
 def draw(results: dict[str, list[Record]], folder: Path) -> list[Path]:
-    """Every picture that the run has figures for."""
+    """Draw every plot for which the run has figures and return their paths."""
     pictures = {"layer": _layer, "synchronized": _synchronized, "settings": _settings, "accuracy": _accuracy}
     paths = []
     for name, picture in pictures.items():
@@ -35,8 +35,8 @@ def draw(results: dict[str, list[Record]], folder: Path) -> list[Path]:
 
 
 def _bars(axis: plt.Axes, groups: list[str], bars: dict[str, list[m.Spread | None]], labels: dict[str, str]) -> None:
-    """A bar per group and name, with its quartiles."""
-    if not groups:  # that framework's job did not get there
+    """Draw a bar per group and name, with its quartiles."""
+    if not groups:  # the framework's job failed before
         axis.set_axis_off()
         return
     width = 0.85 / len(bars)
@@ -63,7 +63,7 @@ def _layer(results: dict[str, list[Record]]) -> plt.Figure | None:
             bars: dict[str, list[m.Spread | None]] = {name: [r["GB/s"][name] for r in mine] for name in ("ours", "local")}
             bars["copy"] = [r["copy GB/s"] for r in mine]
             _bars(line[column], groups, bars, {"ours": "ours", "local": m.label(framework, "local"), "copy": "copy"})
-            line[column].set(title=f"{m.FRAMEWORKS[framework]}, {direction}, float32, 1 thread", ylabel="GB/s by least traffic")
+            line[column].set(title=f"{m.FRAMEWORKS[framework]}, {direction}, float32, 1 thread", ylabel="GB/s, minimum traffic")
     return figure
 
 

@@ -1,12 +1,12 @@
-"""`recalibrate` beside what others do about stored statistics, in accuracy and time; PyTorch, on uneven ranks too.
+"""Accuracy and time of `recalibrate` and of other tools that recompute stored statistics, in PyTorch, also on uneven ranks.
 
     python -m benchmarks.recalibration
     horovodrun -np 2 -H localhost:2 python -m benchmarks.recalibration
 
-Every way starts from the same network, whose statistics are stale. The error of a layer is how far mean and standard deviation
-are from the exact ones (those of its inputs in the recalibrated network, float64, all data in one process), in standard
-deviations; the largest over layers and channels. fvcore's estimators are written from their description: training mode, every
-batch's statistics taken, averaged ("naive"), or joined to those of the population.
+Every method starts from the same network with stale statistics. The error of a layer is the distance of mean and standard
+deviation from the exact ones (those of its inputs in the recalibrated network, float64, all data in one process), in standard
+deviations; the table has the largest over layers and channels. fvcore's estimators are implemented from their description: in
+training mode, the statistics of all batches are averaged ("naive") or combined to those of the population.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Statistics = list[tuple[Tensor, Tensor]]
 
 
 def network() -> nn.Sequential:
-    """Convolution, norm, relu; the statistics are 0 and 1 and should not be."""
+    """Return blocks of convolution, norm and relu with stale statistics (0 and 1)."""
     torch.manual_seed(0)
     blocks = (
         m
@@ -56,14 +56,14 @@ def error(found: Statistics, exact: Statistics) -> float:
 
 
 def update_bn(model: nn.Sequential, batches: Sequence[Tensor]) -> nn.Module:
-    """`torch.optim.swa_utils.update_bn` of a rank's own layers and shard."""
+    """Run `torch.optim.swa_utils.update_bn` on this rank's shard only."""
     model = revert_sync_batchnorm(model)
     swa_update_bn(batches, model)
     return model
 
 
 def precise(model: nn.Sequential, batches: Sequence[Tensor], population: bool) -> nn.Module:
-    """fvcore's, of a rank's own layers and shard."""
+    """Run fvcore's estimator on this rank's shard only."""
     model = revert_sync_batchnorm(model).train()
     norms = norms_of(model)
     sums: list[list[Any]] = [[torch.zeros(CHANNELS), torch.zeros(CHANNELS), 0] for _ in norms]
@@ -96,13 +96,13 @@ def ways() -> dict[str, Callable[[nn.Sequential, Sequence[Tensor]], nn.Module]]:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     hvd.init(process_sets="dynamic")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    same = torch.Generator().manual_seed(1)  # on every rank
+    same = torch.Generator().manual_seed(1)  # the same on every rank
     data = torch.randn(SAMPLES, 3, 16, 16, generator=same) * torch.rand(SAMPLES, 1, 1, 1, generator=same) * 4 + 2
-    # The first rank has a quarter of its even share; the last batch of a shard is a short one.
+    # The first rank has a quarter of an even share; the last batch of a shard is shorter.
     first = SAMPLES // hvd.size() // 4 if hvd.size() > 1 else SAMPLES
     rest = SAMPLES - first
     cuts = [0, *(first + rest * r // max(hvd.size() - 1, 1) for r in range(hvd.size()))]

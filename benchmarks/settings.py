@@ -1,6 +1,6 @@
-"""Horovod's own settings: what one packet costs under each, and a whole training step with and without synchronized layers.
+"""Horovod's settings: the time of one packet under each, and of a training step with and without synchronized layers.
 
-Over Gloo, and over MPI where Horovod is built with it. What is found goes into `hvd-syncbn doctor` and docs/performance.md.
+Over Gloo, and over MPI if Horovod is built with it. `hvd-syncbn doctor` and docs/performance.md use the results.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from benchmarks.synchronized import NETWORK_IMAGES, NETWORK_SIZE
 from hvd_syncbn import native
 from hvd_syncbn.cli.doctor import WARM_MEMORY
 
-# Peers' packets wait for Horovod's cycle, ours do not (patch 0019): a short one is fair to all.
+# Packets of other layers wait for Horovod's cycle, ours do not (patch 0019); a short cycle is a fair comparison.
 CYCLE_TIME = "0.1"  # ms
 SHORT_CYCLE = {"HOROVOD_CYCLE_TIME": CYCLE_TIME}
 
 
 class Setting(NamedTuple):
-    """Environment variables, whether ranks keep to a core each, and whether a training step is measured besides packets."""
+    """Environment variables, whether ranks are pinned to cores, and whether to measure a training step besides packets."""
 
     environment: dict[str, str]
     pin: bool = False
@@ -48,30 +48,32 @@ PACKET_CHANNELS = (8, 64, 256, 2048, 16384)
 
 
 def packets_case(rounds: int) -> dict[str, Any]:
-    """Packets from the smallest layers' to twice a large gradient bucket's."""
+    """Return a case with packets from those of the smallest layers to twice a large gradient bucket."""
     return {"kind": "packets", "channels": PACKET_CHANNELS, "rounds": rounds}
 
 
 def training_case(rounds: int) -> dict[str, Any]:
-    """A network's training step."""
+    """Return a case with a network's training step."""
     return {"kind": "training", "images": NETWORK_IMAGES, "size": NETWORK_SIZE, "rounds": rounds}
 
 
 def measure_packets(framework: Framework, channels: list[int], rounds: int) -> Record:
-    """Times of bare allreduces of packets."""
+    """Return the times of allreduces of packets without a layer."""
     steps, errors = m.attempt({str(c): partial(framework.allreduce, native.packet_size(c)) for c in channels})
     return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
 
 
 def measure_training(framework: FrameworkThatTrains, images: int, size: int, rounds: int) -> Record:
-    """Times of forward, backward and the optimizer's step, with its averaging of all gradients: with our layers, and with local
-    ones, which is what a setting does to the rest of the job."""
+    """Return the times of forward, backward and the optimizer's step, which averages all gradients.
+
+    Measured with our layers and with local ones, which show the effect of a setting on the rest of the job.
+    """
     steps, errors = m.attempt({name: partial(framework.training, name, images, size) for name in ("local", "ours")})
     return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
 
 
 def packet_rows(outcomes: list[Outcome]) -> list[Record]:
-    """One per job and packet: milliseconds of one allreduce."""
+    """Return a row per job and packet: milliseconds of one allreduce."""
     return [
         {
             "setting": outcome.job.title,
@@ -87,7 +89,7 @@ def packet_rows(outcomes: list[Outcome]) -> list[Record]:
 
 
 def training_rows(outcomes: list[Outcome]) -> list[Record]:
-    """One per setting."""
+    """Return a row per setting."""
     return [
         {
             "setting": outcome.job.title,
@@ -100,11 +102,11 @@ def training_rows(outcomes: list[Outcome]) -> list[Record]:
 
 
 def table(packets: list[Record], training: list[Record]) -> Table:
-    """Settings down."""
+    """Return a table with a row per setting."""
     result = Table(
-        title="Horovod's settings, PyTorch, 2 ranks, Gloo unless said: ms, median (quartiles)",
+        title="Horovod's settings, PyTorch, 2 ranks, Gloo unless noted: ms, median (quartiles)",
         title_justify="left",
-        caption="a ResNet-50's training step with the averaging of all gradients; with local layers: the rest of the job",
+        caption="steps: a ResNet-50's training step with the averaging of all gradients",
     )
     result.add_column("setting")
     for channels in PACKET_CHANNELS:
@@ -113,7 +115,7 @@ def table(packets: list[Record], training: list[Record]) -> Table:
         result.add_column(column, justify="right")
     for setting in SETTINGS:
         mine = {r["channels"]: str(r["ms"]) for r in packets if r["setting"] == setting}
-        if not mine:  # MPI's, in a Horovod without
+        if not mine:  # an MPI setting, and Horovod is built without MPI
             continue
         cells = [mine.get(channels, "") for channels in PACKET_CHANNELS]
         for row in (row for row in training if row["setting"] == setting):

@@ -1,12 +1,12 @@
-"""Many steps of layers in one job, to see that nothing grows and nothing breaks: `make soak`.
+"""Runs many steps of layers in one job and checks for errors and growing memory: `make soak`.
 
-Every step draws the size of the batch, the spatial size, the layout, how the samples are dealt out to the ranks (some get none)
-and who shares the batch: all ranks, those of a process set of two, or each alone in one of its own; for one of three layers
-that stay for the whole job. Of two ranks the set has both; with `--ranks 3` the first is not in it, and trains alone while the
-others share. In TensorFlow every second call is made in a graph, which was traced once, for all shapes.
-It is held, byte by byte, against the same layer alone on the whole batch; a sha256 over those bytes is the same on all ranks
-and in both frameworks. Memory, threads and file handles are looked at after every chunk of steps. Both frameworks run at once
-where that makes no more than four processes.
+Every step draws the batch size, the spatial size, the layout, the split of the samples between ranks (some get none), one of
+three layers that exist for the whole job, and the ranks that share the batch: all, those of a process set of two, or each rank
+alone in a process set. With two ranks the set has both; with `--ranks 3` the first rank is not a member and trains alone while
+the others share. In TensorFlow every second call runs in a graph, traced once for all shapes.
+Results are compared byte by byte with the same layer on the whole batch on one rank; the sha256 of those bytes must be equal on
+all ranks and in both frameworks. Memory, threads and file handles are recorded after every chunk of steps. Both frameworks run
+at once if that needs at most four processes.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ MOST_SAMPLES = 9
 MOST_POSITIONS = 7  # in either direction
 MOMENTUM = 0.1
 WHO = ("shared", "shared whole", "pair", "pair whole", "own", "twin")
-"""Layers: of all ranks, and its reference, which has the whole batch; of a set of two, and its reference; of this rank alone,
+"""Layers: of all ranks, and its reference on the whole batch; of a process set of two, and its reference; of this rank alone,
 and the same in the other layout."""
 
 Array = NDArray[np.float32]
 
 
 class Step(NamedTuple):
-    """What a step draws; the same on every rank and in every framework."""
+    """The random choices of a step, equal on every rank and in every framework."""
 
     layer: int
     x: Array  # [n, c, h, w], the whole batch
     dy: Array
     last: bool  # channels last
-    parts: dict[int, slice]  # the samples of every rank that shares the batch; of the others each has all for itself
-    among: str  # "shared", "pair", or "own": each rank in a process set of its own
+    parts: dict[int, slice]  # the samples of each rank that shares the batch; every other rank has the whole batch
+    among: str  # "shared", "pair", or "own" (each rank alone in a process set)
 
 
 def draw(number: int, ranks: int) -> Step:
-    """The step of this number."""
+    """Return the step of this number."""
     rng = np.random.default_rng(number)
     layer = int(rng.integers(len(CHANNELS)))
     samples = int(rng.integers(1, MOST_SAMPLES + 1))
-    height, width = rng.integers(2, MOST_POSITIONS + 1, 2)  # more than one value per channel, always
+    height, width = rng.integers(2, MOST_POSITIONS + 1, 2)  # always more than one value per channel
     shape = samples, CHANNELS[layer], int(height), int(width)
     x, dy = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
-    # A third each: the first rank has none, all, some.
+    # With probability 1/3 each, the first rank has no samples, all, or some.
     cuts = [int(rng.choice(np.array([0, samples, rng.integers(samples + 1)]))) for _ in range(ranks - 1)]
     among = str(rng.choice(["shared", "pair", "own"], p=[0.8, 0.1, 0.1]))
     sharing = pair(ranks) if among == "pair" else range(ranks)
@@ -76,12 +76,12 @@ def draw(number: int, ranks: int) -> Step:
 
 
 def pair(ranks: int) -> list[int]:
-    """The last two."""
+    """Return the last two ranks."""
     return list(range(ranks))[-2:]
 
 
 def sets(hvd: Any, groups: Callable[[int], Groups]) -> dict[str, Any]:
-    """The process sets of layers; on two ranks Horovod knows that of both as its global one."""
+    """Return the process sets of the layers; on two ranks the set of both is Horovod's global process set."""
     ranks = hvd.size()
     both = hvd.global_process_set if ranks == 2 else hvd.add_process_set(pair(ranks))
     return {who: groups(1).mine for who in WHO} | {"shared": None, "pair": both}
@@ -120,7 +120,7 @@ class TorchLayers:
 
 
 class TensorFlowLayers:
-    """The same, as functions with state."""
+    """The same layers as functions with state."""
 
     def __init__(self) -> None:
         import horovod.tensorflow as hvd
@@ -148,7 +148,7 @@ class TensorFlowLayers:
         return [*(np.moveaxis(t, -1, 1) if last else t for t in (y, gradient)), *self.state[who, i]]
 
     def _function(self, who: str, i: int, last: bool) -> Any:
-        """A step of this layer as a graph, for all shapes."""
+        """Return a step of this layer as a graph for all shapes."""
         import tensorflow as tf
 
         from hvd_syncbn.tensorflow import sync_batch_norm
@@ -183,12 +183,12 @@ class TensorFlowLayers:
 
 @cache
 def _job(framework: str) -> tuple[Any, Any]:
-    """The layers and the digest, which last as long as the job."""
+    """Return the layers and the digest, which exist for the whole job."""
     return (TorchLayers() if framework == "torch" else TensorFlowLayers()), hashlib.sha256()
 
 
 def measure(framework: Framework, name: str, first: int, steps: int, ranks: int) -> Record:
-    """A chunk of steps, and what the process holds after it."""
+    """Run a chunk of steps and return the differences, the digest and the resources of this process."""
     layers, digest = _job(name)
     different = 0
     kinds = {"own": 0, "pair": 0, "empty": 0}
@@ -196,7 +196,7 @@ def measure(framework: Framework, name: str, first: int, steps: int, ranks: int)
         layer, x, dy, last, parts, among = draw(number, ranks)
         mine = parts.get(framework.rank, slice(None))
         if among == "own" or framework.rank not in parts:
-            # Against the other layout: what this rank has is all there is.
+            # Compare with the other layout, because this rank's samples are the whole batch.
             got, want = (layers.step(who, layer, x[mine], dy[mine], how) for who, how in (("own", last), ("twin", not last)))
         else:
             got = layers.step(among, layer, x[mine], dy[mine], last)
@@ -225,7 +225,7 @@ def measure(framework: Framework, name: str, first: int, steps: int, ranks: int)
 
 
 def plot(outcomes: list[jobs.Outcome], path: Path) -> None:
-    """Memory, threads and file handles of every rank against steps."""
+    """Plot memory, threads and file handles of every rank against steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -248,7 +248,7 @@ def plot(outcomes: list[jobs.Outcome], path: Path) -> None:
 
 
 def table(outcomes: list[jobs.Outcome]) -> Table:
-    """What a person reads; memory from after the first tenth, when everything has been used once, to the end."""
+    """Return a table of the results; memory is from after the first tenth, when all code has run once, to the end."""
     result = Table(title="Soak", title_justify="left")
     for column in ("framework", "rank", "steps", "empty", "pair", "alone", "differ", "MiB", "threads", "files", "sha256"):
         result.add_column(column, justify="left" if column in ("framework", "sha256") else "right")
@@ -264,7 +264,7 @@ def table(outcomes: list[jobs.Outcome]) -> Table:
 
 
 def main() -> int:
-    """Runs it in both frameworks; the exit status is 0 if all steps ran, no byte differed, and all digests are one."""
+    """Run both frameworks; return exit status 0 if all steps ran, no byte differed, and all digests are equal."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--ranks", type=int, default=2, choices=(2, 3, 4))
     parser.add_argument("--steps", type=int, default=20000)
@@ -291,7 +291,7 @@ def main() -> int:
             ]
             label = FRAMEWORKS[framework]
             bar = progress.add_task(label, total=len(cases))
-            # On a busy machine a rank may be kept from its turn for longer than Gloo's 30 s.
+            # On a busy machine a rank may be delayed for longer than Gloo's default timeout of 30 s.
             environment = SHORT_CYCLE | {"HOROVOD_GLOO_TIMEOUT_SECONDS": "300", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
             job = jobs.Job(f"soak, {label}", framework, cases, args.ranks, environment=environment, limit=args.limit)
             return jobs.run(job, lambda done: progress.advance(bar, done))

@@ -1,8 +1,8 @@
-"""The layer on several ranks, beside every other way to synchronise it, and a whole network's step.
+"""The layer on several ranks compared with other synchronized layers, and a step of a whole network.
 
-A job is as fast as its slowest rank. "ours alone" is our layer on every rank at once with nobody to talk to (a process set of
-itself): two ranks share the memory's bandwidth, so its time in a process alone would be another. Ours cannot be faster than
-that and one bare allreduce of the packet per direction.
+A job is as fast as its slowest rank. "ours alone" is our layer without communication, on all ranks at once (each in a process
+set of one rank), because ranks share the memory bandwidth. Our synchronized layer cannot be faster than that plus one
+allreduce of the packet per direction.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NETWORK_IMAGES, NETWORK_SIZE = 2, 32  # per rank
 
 
 def cases(ranks: int, quick: bool) -> list[dict[str, Any]]:
-    """A rank's part of a batch, in the sizes of networks that train on few images per rank; fewer of them on more ranks."""
+    """Return cases with the shapes of networks that train on few images per rank; fewer cases on more ranks."""
     images = IMAGES // ranks
     shapes = [(images, *shape[1:]) if len(shape) == 4 else (shape[0] // ranks, *shape[1:]) for shape in layer.SHAPES]
     few = [shapes[3], shapes[6]] if quick else [shapes[2], shapes[3], shapes[6]] if ranks > 2 else shapes
@@ -32,12 +32,12 @@ def cases(ranks: int, quick: bool) -> list[dict[str, Any]]:
 
 
 def network_case(rounds: int) -> dict[str, Any]:
-    """A ResNet-50 on small images."""
+    """Return a case with a ResNet-50 on small images."""
     return {"kind": "network", "images": NETWORK_IMAGES, "size": NETWORK_SIZE, "rounds": rounds}
 
 
 def measure(framework: Framework, shape: list[int], rounds: int) -> Record:
-    """Times of every contestant and of the packet alone, in the layout that the framework's networks have."""
+    """Return the times of every contestant and of the packet alone, in the layout of the framework's networks."""
     size = tuple(shape)
     make = {name: partial(framework.step, name, size, framework.layout, "float32") for name in framework.synchronized}
     words = native.packet_size(shape[1])
@@ -48,15 +48,15 @@ def measure(framework: Framework, shape: list[int], rounds: int) -> Record:
 
 
 def measure_network(framework: Framework, images: int, size: int, rounds: int) -> Record:
-    """Times of a network's step with every contestant."""
-    names = [name for name in framework.synchronized if name != "ours alone"]  # no floor is asked of a network
+    """Return the times of a network's step with every contestant."""
+    names = [name for name in framework.synchronized if name != "ours alone"]  # networks have no lower bound
     make = {name: partial(framework.network, name, images, size) for name in names}
     steps, errors = m.attempt(make)
     return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
 
 
 def floor(times: m.Times) -> list[float]:
-    """Seconds per round of what ours cannot do without: the layer alone and one allreduce per direction."""
+    """Return the lower bound of our time in each round: the layer alone and one allreduce per direction."""
     return [a + b for a, b in zip(m.total(times, "ours alone"), m.total(times, "allreduce"), strict=True)]
 
 
@@ -76,7 +76,7 @@ PEERS = ("one round", "two rounds", "horovod", "synchronized")
 
 
 def rows(outcomes: list[Outcome], kind: str) -> list[Record]:
-    """One per rank count, framework and shape (or network); times in ms, ratios to ours of the same rounds."""
+    """Return a row per rank count, framework and shape (or network): times in ms, ratios to ours of the same rounds."""
     found: dict[tuple[Any, ...], Record] = {}
     for outcome in outcomes:
         job = outcome.job
@@ -87,7 +87,7 @@ def rows(outcomes: list[Outcome], kind: str) -> list[Record]:
             row["errors"] |= errors
             for name in times:
                 if name in row["ms"]:
-                    continue  # the strategy's job repeats ours, for its ratio
+                    continue  # the job with TensorFlow's strategy repeats ours for its ratio
                 row["ms"][name] = m.spread([1e3 * seconds for seconds in m.total(times, name)])
                 if "ours" in times:
                     row["ratio"][name] = m.ratios(m.total(times, name), m.total(times, "ours"))
@@ -97,7 +97,7 @@ def rows(outcomes: list[Outcome], kind: str) -> list[Record]:
 
 
 def table(title: str, rows: list[Record]) -> Table:
-    """Milliseconds of forward and backward, and how many times ours."""
+    """Return a table of milliseconds of forward and backward, and of their ratios to ours."""
     result = Table(title=title, title_justify="left", caption="ms, median (quartiles); in brackets: times ours, same rounds")
     result.add_column("ranks")
     for column in ("framework", "over", "per rank"):
@@ -122,6 +122,6 @@ def table(title: str, rows: list[Record]) -> Table:
 
 
 def failures(rows: list[Record]) -> list[str]:
-    """One line for each peer that failed."""
+    """Return a line for each contestant that failed."""
     return sorted({f"{m.FRAMEWORKS[row['framework']]}, {m.label(row['framework'], name)}: {error}"
                    for row in rows for name, error in row["errors"].items()})  # fmt: skip

@@ -1,7 +1,7 @@
 """The contestants in TensorFlow and Keras.
 
-Three Keras in one process: Keras 3 for its own layer and ours, the legacy one (tf_keras, which `tf.keras` has to be before
-TensorFlow loads) for Horovod's layer, and Keras 3 under TensorFlow's own strategy for `synchronized=True`.
+One process uses Keras 3 for its own layer and ours, legacy Keras for Horovod's layer (tf_keras, selected as `tf.keras` before
+TensorFlow is imported), and Keras 3 under TensorFlow's own strategy for `synchronized=True`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class TwoRounds(keras.layers.BatchNormalization):
         axes = [i for i in range(x.ndim) if i != self.axis % x.ndim]
         total, count = _all_sums(tf.reduce_sum(x, axes), [_values(x, axes)])
         mean = total / count
-        centred = x - tf.reshape(mean, [1 if i in axes else -1 for i in range(x.ndim)])
-        (squares,) = _all_sums(tf.reduce_sum(centred * centred, axes))
+        centered = x - tf.reshape(mean, [1 if i in axes else -1 for i in range(x.ndim)])
+        (squares,) = _all_sums(tf.reduce_sum(centered * centered, axes))
         return mean, squares / count
 
 
@@ -80,11 +80,11 @@ class TensorFlow:
     depth = 20
 
     def __init__(self, ranks: int, threads: int, ports: list[int]) -> None:
-        """With `ports`, one for each rank, the ranks also make a `MultiWorkerMirroredStrategy`."""
+        """Initialize Horovod and, with `ports` (one for each rank), create a `MultiWorkerMirroredStrategy`."""
         self.threads = threads
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(2 if ranks > 1 else 1)
-        alone = [hvd.ProcessSet([rank]) for rank in range(ranks)] if ranks > 1 else []  # every rank has to know every set
+        alone = [hvd.ProcessSet([rank]) for rank in range(ranks)] if ranks > 1 else []  # every rank must register every set
         hvd.init(process_sets=alone)
         self.rank = hvd.rank()
         self._alone = alone[self.rank] if alone else None
@@ -188,7 +188,7 @@ class TensorFlow:
         return step
 
     def _whole(self, name: str, model: Any, x: Any, dy: Any) -> Step:
-        """Forward and backward as one program, the only way under a strategy, and half the time to trace."""
+        """Return forward and backward as one program, which a strategy requires and which takes half the time to trace."""
         variables = _variables(model, x)
 
         def both() -> Any:
@@ -203,7 +203,7 @@ class TensorFlow:
         return timed(tf.function(both, autograph=False))
 
     def _resnet50(self, name: str, size: int) -> Any:
-        kind = tf.keras if name == "horovod" else keras  # a model and its layers are of one Keras
+        kind = tf.keras if name == "horovod" else keras  # a model and its layers must come from the same Keras
         layers = kind.layers
         inputs = y = kind.Input((size, size, 3))
 

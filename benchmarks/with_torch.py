@@ -29,7 +29,7 @@ class Local(_BatchNorm):
 
 
 class _Written(Local):
-    """Synchronized batch norm as one writes it by hand: framework ops, hvd.allreduce, autograd through both."""
+    """A simple synchronized batch norm: framework ops, hvd.allreduce, autograd through both."""
 
     def moments(self, x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -60,8 +60,8 @@ class TwoRounds(_Written):
     def moments(self, x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
         total, count = _all_sums(x.sum(axes), x.numel() // x.shape[1])
         mean = total / count
-        centred = x - mean.view([1, -1, *[1] * (x.dim() - 2)])
-        (squares,) = _all_sums((centred * centred).sum(axes))
+        centered = x - mean.view([1, -1, *[1] * (x.dim() - 2)])
+        (squares,) = _all_sums((centered * centered).sum(axes))
         return mean, squares / count
 
 
@@ -88,7 +88,7 @@ class _Bottleneck(nn.Module):
 
 
 def resnet50(layer: Callable[[int], nn.Module]) -> nn.Module:
-    """The network, without its classifier."""
+    """Return a ResNet-50 without its classifier."""
     torch.manual_seed(0)
     modules = [nn.Conv2d(3, STEM, 7, 2, 3, bias=False), layer(STEM), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     channels = STEM
@@ -108,10 +108,10 @@ class Torch:
     depth = 20
 
     def __init__(self, ranks: int, threads: int, ports: list[int]) -> None:
-        """`ports` are for TensorFlow's own strategy."""
+        """Initialize Horovod; `ports` are only used by TensorFlow's strategy."""
         self.threads = threads
         torch.set_num_threads(threads)
-        alone = [hvd.ProcessSet([rank]) for rank in range(ranks)] if ranks > 1 else []  # every rank has to know every set
+        alone = [hvd.ProcessSet([rank]) for rank in range(ranks)] if ranks > 1 else []  # every rank must register every set
         hvd.init(process_sets=alone)
         self.rank = hvd.rank()
         self._alone = alone[self.rank] if alone else None

@@ -39,7 +39,7 @@ def _framework(name: str, ranks: int, threads: int, ports: list[int]) -> Framewo
 
 
 def main() -> None:
-    """Runs the job's cases in order."""
+    """Run the job's cases in order."""
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text())
     rank = launched_rank()
@@ -52,7 +52,7 @@ def main() -> None:
             options, start = dict(case), time.monotonic()
             record = MEASURE[options.pop("kind")](framework, **options)
             log.write(json.dumps({"case": case, "seconds": time.monotonic() - start, **record}) + "\n")
-    # Not through the frameworks' farewells: TensorFlow's strategy waits there for workers that have gone.
+    # Skip the frameworks' exit handlers: TensorFlow's strategy waits there for workers that have exited.
     framework.barrier()
     framework.shutdown()
     sys.stdout.flush()

@@ -1,10 +1,10 @@
-"""Adapting to another domain (AdaBN) and inserting norms into a trained network, with `recalibrate`, in both frameworks.
+"""Adapt to another domain (AdaBN) and insert norms into a trained network with `recalibrate`, in both frameworks.
 
     python examples/adabn.py            # or under horovodrun, each rank with its shard of the images
 
-A network is trained on handwritten digits and then meets images of another camera: brighter, with less contrast and noise. Its
-batch norms expect statistics that these images do not have. `recalibrate` on unlabelled images of the new domain wins most of
-the accuracy back. Then norms are inserted into a trained network that has none, as the identity.
+A network is trained on handwritten digits and then evaluated on images of another camera: brighter, with less contrast and with
+noise. Its batch norms hold statistics that these images do not have. `recalibrate` on unlabeled images of the new domain
+recovers most of the accuracy. Then norms are inserted as the identity into a trained network that has none.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ EPOCHS, BATCH = 4, 32
 
 
 def other_camera(images: np.ndarray) -> np.ndarray:
-    """The same digits, seen otherwise."""
+    """Return the same digits as another camera would record them."""
     noise = np.random.default_rng(1).normal(0, 0.05, images.shape)
     return (0.6 + 0.3 * images + noise).astype(np.float32)
 
 
 def mine(images: np.ndarray) -> list[np.ndarray]:
-    """This rank's batches."""
+    """Return this rank's batches."""
     shard = images[hvd.rank() :: hvd.size()]
     return [shard[i : i + BATCH] for i in range(0, len(shard), BATCH)]
 
@@ -51,7 +51,7 @@ def epochs(x: np.ndarray, y: np.ndarray) -> itertools.chain[tuple[np.ndarray, np
 
 
 def torch_network(norms: bool) -> nn.Sequential:
-    """Convolution, norm, relu, twice; or without the norms."""
+    """Return convolution, norm and relu, twice, and a linear layer; without norms if `norms` is False."""
 
     def block(c_in: int, c_out: int) -> list[nn.Module]:
         conv = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=not norms)
@@ -65,7 +65,7 @@ def to_torch(images: np.ndarray) -> Tensor:
 
 
 def train_torch(norms: bool) -> nn.Sequential:
-    """On all images on every rank: what this shows comes afterwards."""
+    """Train on all images on every rank; the example is about what follows the training."""
     torch.manual_seed(digits.SEED)
     model = torch_network(norms)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -83,7 +83,7 @@ def torch_accuracy(model: nn.Module, x: np.ndarray, y: np.ndarray) -> float:
 
 
 def torch_adapts() -> tuple[float, float, float]:
-    """Test accuracy on the old domain, on the new one, and there after `recalibrate`."""
+    """Return the test accuracy on the old domain, on the new domain, and on the new domain after `recalibrate`."""
     x, _, x_test, y_test = digits.data()
     model = train_torch(norms=True)
     before = torch_accuracy(model, x_test, y_test), torch_accuracy(model, other_camera(x_test), y_test)
@@ -93,7 +93,7 @@ def torch_adapts() -> tuple[float, float, float]:
 
 
 def torch_inserts() -> tuple[float, float]:
-    """The largest change of an output by inserting norms, and the largest output."""
+    """Return the largest change of an output by inserting norms, and the largest output."""
     x = digits.data()[0]
     plain = train_torch(norms=False)
     batches = [to_torch(images) for images in mine(x)]
@@ -109,7 +109,7 @@ def torch_inserts() -> tuple[float, float]:
 
 
 def keras_network(norms: bool) -> keras.Sequential:
-    """The same."""
+    """Return the network of `torch_network`, channels last."""
 
     def block(channels: int) -> list[keras.layers.Layer]:
         conv = keras.layers.Conv2D(channels, 3, strides=2, padding="same", use_bias=not norms)
@@ -133,7 +133,7 @@ def keras_accuracy(model: keras.Model, x: np.ndarray, y: np.ndarray) -> float:
 
 
 def keras_adapts() -> tuple[float, float, float]:
-    """As `torch_adapts`."""
+    """Return what `torch_adapts` returns, in Keras."""
     x, _, x_test, y_test = digits.data()
     model = train_keras(norms=True)
     before = keras_accuracy(model, x_test, y_test), keras_accuracy(model, other_camera(x_test), y_test)
@@ -142,7 +142,7 @@ def keras_adapts() -> tuple[float, float, float]:
 
 
 def keras_inserts() -> tuple[float, float]:
-    """As `torch_inserts`."""
+    """Return what `torch_inserts` returns, in Keras."""
     x = digits.data()[0]
     plain = train_keras(norms=False)
     layers = [[m, SyncBatchNormalization()] if isinstance(m, keras.layers.Conv2D) else [m] for m in plain.layers]
@@ -153,7 +153,7 @@ def keras_inserts() -> tuple[float, float]:
 
 
 def main() -> None:
-    """Prints what each framework gets."""
+    """Print the results of each framework."""
     hvd.init()
     horovod.tensorflow.init()
     for name, adapts, inserts in (("PyTorch", torch_adapts, torch_inserts), ("Keras", keras_adapts, keras_inserts)):

@@ -1,4 +1,4 @@
-"""`make demo`: one training job, run three ways from one seed, in PyTorch and in Keras.
+"""Run one training job in three ways from one seed, in PyTorch and in Keras: `make demo`.
 
 1. One process with the global batch of 4 images.
 2. Two ranks with 2 images each and synchronized batch norm.
@@ -87,7 +87,7 @@ def train(framework: str, way: Way, progress: Progress) -> list[tuple[float, flo
 
 
 def verify(progress: Progress) -> tuple[bool, str]:
-    """Return whether one step has the same bytes in both frameworks and for every split over 2 ranks, and a sentence."""
+    """Return whether one step has the same bytes in both frameworks and for every split over 2 ranks, and a message."""
     bar = progress.add_task("Bytes of one step, both frameworks, 2 ranks", total=1)
     command = [sys.executable, "-m", "hvd_syncbn.cli", "verify", "-np", "2", "--json"]
     result = subprocess.run(command, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=TIME_LIMIT)
@@ -96,11 +96,11 @@ def verify(progress: Progress) -> tuple[bool, str]:
     count = len(found["results"])
     if found["equal"]:
         return True, f"One sha256 over {count} ways to run a training step and the reference: {found['reference'][:16]}..."
-    return False, "The bytes differ. Run `hvd-syncbn verify -np 2`, which shows where."
+    return False, "The bytes differ. Run `hvd-syncbn verify -np 2` to see where."
 
 
 def show(runs: dict[str, list[list[tuple[float, float]]]]) -> None:
-    """Print losses and accuracies, a row for each way."""
+    """Print losses and accuracies, one row per way."""
     table = Table(title=f"After {EPOCHS} epochs", title_justify="left")
     table.add_column("images per step")
     for framework in runs:
@@ -129,7 +129,7 @@ def plot(runs: dict[str, list[list[tuple[float, float]]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run everything."""
+    """Run all jobs, then print the table and write the plot."""
     OUT.mkdir(exist_ok=True)
     console.print("Training a small network on handwritten digits, with a global batch of 4 images.")
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), TimeElapsedColumn())
@@ -139,10 +139,10 @@ def main() -> None:
     picture = OUT / "demo.png"
     plot(runs, picture)
     show(runs)
-    console.print("Plain batch norm on 2 images learns worse: the statistics of 2 images are noise.")
-    console.print("hvd-syncbn normalizes the 4 images of both ranks together and learns like one process.")
+    console.print("With plain batch norm on 2 images the network learns less, because the statistics of 2 images are noise.")
+    console.print("With hvd-syncbn the 4 images of both ranks are normalized together, and it learns as in one process.")
     console.print(hashes, style=None if equal else "red")
-    console.print(f"The curves: {picture}", soft_wrap=True)
+    console.print(f"Curves: {picture}", soft_wrap=True)
     sys.exit(not equal)
 
 

@@ -1,4 +1,4 @@
-"""What the demo's jobs share in both frameworks: the arguments, the data and its order."""
+"""Arguments, data and order of the samples, shared by the demo's jobs in both frameworks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = 10
 
 
 def arguments() -> argparse.Namespace:
-    """The command line of one run."""
+    """Return the command line arguments of one run."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--layer", choices=("sync", "local"), required=True)
     parser.add_argument("--epochs", type=int, required=True)
@@ -23,7 +23,7 @@ def arguments() -> argparse.Namespace:
 
 
 def data() -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """scikit-learn's handwritten digits, 8 x 8 pixels in [0, 1]: `(x_train, y_train, x_test, y_test)`, x as [n, 8, 8, 1]."""
+    """Return `(x_train, y_train, x_test, y_test)` of scikit-learn's digits: x [n, 8, 8, 1] in [0, 1], y [n]."""
     digits = load_digits()
     x = (digits.images / 16.0).astype(np.float32)[..., None]
     y = digits.target.astype(np.int64)
@@ -33,13 +33,13 @@ def data() -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
 
 
 def epoch_order(epoch: int, samples: int) -> NDArray[Any]:
-    """The global batches of an epoch, [steps, GLOBAL_BATCH], the same for every way of running."""
+    """Return the samples of each global batch of an epoch, [steps, GLOBAL_BATCH], the same for any number of ranks."""
     order = np.random.default_rng((SEED, epoch)).permutation(samples)
     steps = samples // GLOBAL_BATCH
     return order[: steps * GLOBAL_BATCH].reshape(steps, GLOBAL_BATCH)
 
 
 def share(batch: NDArray[Any], rank: int, size: int) -> NDArray[Any]:
-    """This rank's samples of a global batch (or of many: the last axis is the batch)."""
+    """Return this rank's samples of one or more global batches; the last axis is the batch."""
     each = GLOBAL_BATCH // size
     return batch[..., rank * each : (rank + 1) * each]

@@ -1,8 +1,8 @@
-"""The same as digits_torch.py in Keras 3, with `model.fit`; `demo.py` runs it three ways.
+"""Train the network of digits_torch.py with Keras 3 and `model.fit`; `demo.py` runs it in three ways.
 
     horovodrun -np 2 -H localhost:2 python examples/digits_keras.py --layer sync --epochs 3
 
-A Keras 3 job under Horovod needs three things of hvd-syncbn: the layer (or `convert_sync_batchnorm(model)`), the
+A Keras 3 job under Horovod uses three parts of hvd-syncbn: the layer (or `convert_sync_batchnorm(model)`), the
 `DistributedOptimizer`, and the callbacks.
 """
 
@@ -25,7 +25,7 @@ from hvd_syncbn.keras import (
 
 
 def normalize(x: Any, layer: str, residual: Any = None) -> Any:
-    """Batch normalization, the shortcut and relu: one fused layer, or Keras's own three."""
+    """Apply batch normalization, the shortcut and relu: one fused layer, or Keras's three layers."""
     if layer == "sync":
         return SyncBatchNormalization(activation="relu", momentum=0.9)(x, residual=residual)
     x = keras.layers.BatchNormalization(momentum=0.9)(x)
@@ -33,7 +33,7 @@ def normalize(x: Any, layer: str, residual: Any = None) -> Any:
 
 
 def build(layer: str) -> keras.Model:
-    """The network of digits_torch.py, channels last."""
+    """Return the network of digits_torch.py, channels last."""
     layers = keras.layers
     image = keras.Input((8, 8, 1))
     x = normalize(layers.Conv2D(16, 3, padding="same", use_bias=False)(image), layer)
@@ -57,7 +57,7 @@ class Report(keras.callbacks.Callback):
 
 
 def main() -> None:
-    """One rank."""
+    """Train on one rank."""
     args = digits.arguments()
     tf.config.threading.set_intra_op_parallelism_threads(1)
     hvd.init()

@@ -1,8 +1,8 @@
-"""Trains a small network on handwritten digits with PyTorch and Horovod; `demo.py` runs it three ways.
+"""Train a small network on handwritten digits with PyTorch and Horovod; `demo.py` runs it in three ways.
 
     horovodrun -np 2 -H localhost:2 python examples/digits_torch.py --layer sync --epochs 3
 
-What a job changes to use hvd-syncbn is one line: `model = convert_sync_batchnorm(model)`, or the layer itself.
+To use hvd-syncbn, a job adds `model = convert_sync_batchnorm(model)` or uses the layer directly, as here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hvd_syncbn.torch import SyncBatchNorm, revert_sync_batchnorm
 
 
 class Net(nn.Module):
-    """Three convolutions, one with a shortcut, and two fully connected layers, each followed by the layer."""
+    """Three convolutions, one with a shortcut, and two fully connected layers. A norm follows each layer but the last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,14 +32,14 @@ class Net(nn.Module):
         self.fc2 = nn.Linear(64, digits.CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores of images [n, 1, 8, 8]."""
+        """Return the class scores [n, 10] of images [n, 1, 8, 8]."""
         x = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         x = self.bn3(self.conv3(x), residual=x)
         return self.fc2(self.bn4(self.fc1(x.flatten(1))))
 
 
 def main() -> None:
-    """One rank."""
+    """Train on one rank."""
     args = digits.arguments()
     hvd.init()
     torch.set_num_threads(1)

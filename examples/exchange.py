@@ -1,9 +1,9 @@
-"""Converts a small trained network whole, from PyTorch to Keras and back, and compares what it answers.
+"""Convert a small trained network from PyTorch to Keras and back, and compare its outputs.
 
     python examples/exchange.py
 
-The batch norms travel as `BatchNormState`. What else differs between the frameworks is in the functions below, a few lines a
-layer: the order of a kernel's axes, padding, and what `Flatten` makes of an image.
+Batch norms are converted by `BatchNormState`. The functions below handle the other differences between the frameworks: the
+order of a kernel's axes, padding, and the order of values after `Flatten`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from hvd_syncbn.torch import get_state as torch_state
 from hvd_syncbn.torch import set_state as set_torch_state
 
 SIZE, FILTERS, CLASSES = 8, 6, 10
-# The two frameworks' convolutions and matrix products add float32 in different orders. That was seen to make 4e-7 of
-# outputs of about 1; a wrong axis, momentum or epsilon makes 1e-3 and more.
+# The two frameworks' convolutions and matrix products add in different orders, which changes outputs of about 1 by 4e-7.
+# A wrong axis, momentum or epsilon changes them by 1e-3 or more.
 TOLERANCE = 1e-5
 
 Images = NDArray[np.float32]
 
 
 def torch_network() -> nn.Sequential:
-    """Channels first."""
+    """Return the network in PyTorch, channels first."""
     return nn.Sequential(
         nn.Conv2d(3, FILTERS, 3, stride=2, padding=1, bias=False),
         SyncBatchNorm(FILTERS, activation="relu"),
@@ -48,7 +48,7 @@ def torch_network() -> nn.Sequential:
 
 
 def keras_network(data_format: str = "channels_last") -> keras.Sequential:
-    """The same. With a stride, Keras's "same" pads one side only, so padding is a layer of its own."""
+    """Return the same network in Keras. With a stride, Keras's "same" pads only one side, so there is a padding layer."""
     layers = keras.layers
     axis = -1 if data_format == "channels_last" else 1
     options = {"data_format": data_format}
@@ -61,7 +61,7 @@ def keras_network(data_format: str = "channels_last") -> keras.Sequential:
             layers.Conv2D(FILTERS, 3, padding="same", groups=2, **options),
             layers.BatchNormalization(axis=axis),
             layers.ReLU(),
-            layers.Flatten(data_format="channels_last"),  # as memory has it; `dense_kernel` knows the order
+            layers.Flatten(data_format="channels_last"),  # in memory order; `flattened` gives the order
             layers.Dense(12),
             layers.BatchNormalization(),
             layers.Dense(CLASSES),
@@ -70,30 +70,30 @@ def keras_network(data_format: str = "channels_last") -> keras.Sequential:
 
 
 def weights(layer: Any, kinds: tuple[type, ...]) -> list[Any]:
-    """The layers of these kinds, in order: the two networks list the same ones."""
+    """Return the layers of these kinds, in order."""
     return [part for part in layer if isinstance(part, kinds)]
 
 
-def pairs(ours: nn.Sequential, theirs: keras.Sequential) -> tuple[list[Any], list[Any], list[Any]]:
-    """The convolutions, dense layers and norms of both, side by side: `(PyTorch's, Keras's)`."""
+def pairs(torch_model: nn.Sequential, keras_model: keras.Sequential) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return the convolutions, dense layers and norms of both networks as pairs `(PyTorch's, Keras's)`."""
     kinds = (
         ((nn.Conv2d,), (keras.layers.Conv2D,)),
         ((nn.Linear,), (keras.layers.Dense,)),
         ((nn.modules.batchnorm._BatchNorm,), (keras.layers.BatchNormalization,)),
     )
-    first, second, third = (list(zip(weights(ours, a), weights(theirs.layers, b), strict=True)) for a, b in kinds)
+    first, second, third = (list(zip(weights(torch_model, a), weights(keras_model.layers, b), strict=True)) for a, b in kinds)
     return first, second, third
 
 
 def flattened(channels_last: bool) -> NDArray[np.int64]:
-    """For each value of a flattened image in Keras, its place in PyTorch's, which is channels first."""
+    """Return the index in PyTorch (channels first) of each value of a flattened image in Keras."""
     places = np.arange(FILTERS * (SIZE // 2) ** 2).reshape(FILTERS, SIZE // 2, SIZE // 2)
     return (places.transpose(1, 2, 0) if channels_last else places).reshape(-1)
 
 
-def to_keras(ours: nn.Sequential, theirs: keras.Sequential) -> None:
-    """Copies every weight and state from PyTorch to Keras."""
-    convolutions, dense, norms = pairs(ours, theirs)
+def to_keras(torch_model: nn.Sequential, keras_model: keras.Sequential) -> None:
+    """Copy all weights and states from PyTorch to Keras."""
+    convolutions, dense, norms = pairs(torch_model, keras_model)
     for a, b in convolutions:  # (out, in, height, width) -> (height, width, in, out)
         b.set_weights([t.detach().numpy().transpose(2, 3, 1, 0) if t.ndim == 4 else t.detach().numpy() for t in a.parameters()])
     order = flattened(convolutions[0][1].data_format == "channels_last")
@@ -104,9 +104,9 @@ def to_keras(ours: nn.Sequential, theirs: keras.Sequential) -> None:
         set_keras_state(b, torch_state(a))
 
 
-def to_torch(theirs: keras.Sequential, ours: nn.Sequential) -> None:
-    """Copies every weight and state from Keras to PyTorch."""
-    convolutions, dense, norms = pairs(ours, theirs)
+def to_torch(keras_model: keras.Sequential, torch_model: nn.Sequential) -> None:
+    """Copy all weights and states from Keras to PyTorch."""
+    convolutions, dense, norms = pairs(torch_model, keras_model)
     order = flattened(convolutions[0][1].data_format == "channels_last")
     with torch.no_grad():
         for a, b in convolutions:
@@ -122,18 +122,18 @@ def to_torch(theirs: keras.Sequential, ours: nn.Sequential) -> None:
 
 
 def answers(network: Any, images: Images) -> NDArray[np.float32]:
-    """What a network says of images [n, height, width, 3], in evaluation mode."""
+    """Return the network's outputs [n, 10] for images [n, height, width, 3], in evaluation mode."""
     if isinstance(network, nn.Module):
         with torch.no_grad():
             return network.eval()(torch.from_numpy(images).movedim(-1, 1)).numpy()
     first = network.input_shape[1] == 3
-    # TensorFlow's own convolutions on a CPU take channels last only; those of its compiler, XLA, take both.
+    # On a CPU, TensorFlow's own convolutions support only channels last; XLA supports both.
     evaluate = tf.function(lambda x: network(x, training=False), jit_compile=first, autograph=False)
     return np.asarray(evaluate(images.transpose(0, 3, 1, 2) if first else images))
 
 
 def trained() -> nn.Sequential:
-    """A network whose every weight and statistic is its own: random ones do here."""
+    """Return a network with random weights and statistics in place of trained ones."""
     torch.manual_seed(0)
     network = torch_network()
     with torch.no_grad():
@@ -144,20 +144,20 @@ def trained() -> nn.Sequential:
 
 
 def main() -> None:
-    """Both ways, in both of Keras's layouts."""
+    """Convert in both directions, in both of Keras's layouts."""
     images = np.random.default_rng(0).standard_normal((16, SIZE, SIZE, 3)).astype(np.float32)
-    ours = trained()
-    want = answers(ours, images)
+    torch_model = trained()
+    want = answers(torch_model, images)
     for data_format in ("channels_last", "channels_first"):
-        theirs, back = keras_network(data_format), torch_network()
-        to_keras(ours, theirs)
-        to_torch(theirs, back)
-        difference = float(np.abs(answers(theirs, images) - want).max())
-        print(f"PyTorch -> Keras, {data_format}: largest difference {difference:.1g} of answers up to {np.abs(want).max():.1f}")
+        keras_model, back = keras_network(data_format), torch_network()
+        to_keras(torch_model, keras_model)
+        to_torch(keras_model, back)
+        difference = float(np.abs(answers(keras_model, images) - want).max())
+        print(f"PyTorch -> Keras, {data_format}: largest difference {difference:.1g} of outputs up to {np.abs(want).max():.1f}")
         equal = answers(back, images).tobytes() == want.tobytes()
         print(f"Keras, {data_format} -> PyTorch: {'every bit equal' if equal else 'NOT EQUAL'}")
         if difference > TOLERANCE * np.abs(want).max() or not equal:
-            raise SystemExit("the networks differ")
+            raise SystemExit("the networks differ: see the lines above")
 
 
 if __name__ == "__main__":

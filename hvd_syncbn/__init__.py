@@ -1,6 +1,6 @@
-"""Synchronized batch normalization for Horovod: the same bits on every rank, world size and framework.
+"""Synchronized batch normalization for Horovod, with bitwise identical results on every rank, world size and framework.
 
-Import a framework's face, not this package: ``hvd_syncbn.torch``, ``hvd_syncbn.tensorflow``, ``hvd_syncbn.keras``.
+Import the module of a framework: ``hvd_syncbn.torch``, ``hvd_syncbn.tensorflow`` or ``hvd_syncbn.keras``.
 """
 
 __version__ = "0.1.0"

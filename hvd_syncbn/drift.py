@@ -1,4 +1,4 @@
-"""What the ranks of a job have to hold alike, compared by digests: the core of both adapters' `check_ranks_agree`."""
+"""Compare by digests the values that must be equal on all ranks; both adapters build `check_ranks_agree` on this module."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ STATISTICS = "running statistics"
 OTHER = "buffer"
 
 CAUSES = {
-    LEARNING_RATE: "A callback or scheduler has set it by this rank's own metric, or runs on some ranks only: average the "
+    LEARNING_RATE: "A callback or scheduler set it from this rank's own metric, or runs on some ranks only. Average the "
     "metric first, and use the same callbacks and schedulers on every rank.",
-    HYPERPARAMETERS: "Make the optimizer with the same arguments on every rank, and load the same file into it.",
-    LAYER_STATE: "The ranks have adapted the layer to different data: adapt it on one rank and broadcast the model.",
-    WEIGHT: "Usual causes: the initial values were not broadcast; the optimizer does not average gradients; some ranks have "
-    "loaded or restored other weights (`restore_best_weights` by this rank's own metric).",
+    HYPERPARAMETERS: "Create the optimizer with the same arguments on every rank, and load the same file into it.",
+    LAYER_STATE: "The ranks adapted the layer to different data. Adapt it on one rank and broadcast the model.",
+    WEIGHT: "Usual causes: the initial values were not broadcast; the optimizer does not average gradients; some ranks "
+    "loaded or restored other weights (`restore_best_weights` with this rank's own metric).",
     OPTIMIZER_STATE: "Usual causes: it was loaded on some ranks only and not broadcast; the ranks have made different numbers "
     "of steps.",
-    STATISTICS: "Usual causes: they were loaded on some ranks only and not broadcast; some ranks have run the layer in "
+    STATISTICS: "Usual causes: they were loaded on some ranks only and not broadcast; some ranks ran the layer in "
     "training mode more often.",
-    OTHER: "Broadcast it from one rank, or pass it in `local` if each rank has its own by design.",
+    OTHER: "Broadcast it from one rank, or pass it in `local` if it differs between ranks by design.",
 }
 _MAY_BE_ROUNDING = (
-    "This may be rounding (sparse gradients on GPUs are added up in any order; ranks on different processors round "
-    "differently): broadcast the model now and then."
+    "This may be rounding (the order in which sparse gradients are added on GPUs varies; different processors round "
+    "differently). Broadcast the model from time to time."
 )
 
-# 64-bit words are summed over the rows of each block, and the sums are hashed. That finds every change of one word, and every
-# exchange of two that are not in one column of one block. 251 is prime, so that rows and channels of weights are not.
+# 64-bit words are summed over the rows of each block, and the sums are hashed. This detects every change of one word, and
+# every swap of two words except in one column of one block. 251 is prime, so swapped rows or channels of a weight are detected.
 _COLUMNS, _ROWS = 251, 64
-# Largest difference, relative to the largest value, that roundings explain: gradients are averaged, so it does not grow.
+# The largest difference, relative to the largest value, that rounding explains. Averaged gradients keep it from growing.
 _ROUNDING = 1e-3
 
 
 class Entry(NamedTuple):
-    """One thing that ranks have to hold alike."""
+    """One value that must be equal on all ranks."""
 
     kind: str
     """One of the constants above."""
     name: str
     value: Any
-    """A NumPy array of a dtype of NumPy's own, or a value whose `repr` tells it from others."""
+    """A NumPy array of a built-in dtype, or a value that its `repr` identifies."""
     ranks: tuple[int, ...] | None = None
-    """The ranks that have to agree; None for all."""
+    """The ranks that must agree; None for all."""
 
 
 class Difference(NamedTuple):
@@ -59,20 +59,20 @@ class Difference(NamedTuple):
 
     message: str
     is_fault: bool
-    """Whether nothing but a fault explains it: neither rounding nor a buffer that each rank may own."""
+    """Whether it must be an error: neither rounding nor a buffer that may differ between ranks explains it."""
 
 
 def find_difference(
     entries: Callable[[], Iterable[Entry]], rank: int, ranks: Sequence[int], gather: Callable[[Any], list[Any]]
 ) -> Difference | None:
-    """Return the first difference between what the ranks hold, the same on every rank, or None if there is none.
+    """Return the first difference between the ranks' values, or None. All ranks get the same result.
 
-    A difference that is a fault comes before one that need not be.
+    A difference that must be an error comes before one that may have another cause.
 
     Args:
-        entries: Function that lists what this rank holds, in an order that is the same on all ranks.
+        entries: Function that lists the values of this rank, in the same order on all ranks.
         rank: This rank.
-        ranks: All that take part.
+        ranks: All participating ranks.
         gather: Function that returns the values of all of them, in the order of `ranks`.
     """
     own = [(entry.kind, entry.ranks, digest(entry.value)) for entry in entries()]
@@ -83,10 +83,10 @@ def find_difference(
         received = "; ".join(f"{kind}: {[count.get(kind, 0) for count in counts]}" for kind in kinds)
         message = (
             "the ranks have drifted apart: they hold different numbers of values. "
-            f"Received: by rank, {received}. Make the same model and optimizer on every rank."
+            f"Received: by rank, {received}. Create the same model and optimizer on every rank."
         )
         return Difference(message, is_fault=True)
-    # Ranks that have to agree on an entry are those that give it the same `ranks`.
+    # The ranks that must agree on an entry are those that pass the same `ranks` for it.
     differing = [len(set(by_rank)) > len({scope for scope, _ in by_rank}) for by_rank in zip(*everyone, strict=True)]
     first = None
     for i, entry in enumerate(entries() if any(differing) else ()):
@@ -100,7 +100,7 @@ def find_difference(
 
 
 def digest(value: Any) -> bytes:
-    """Return 16 bytes that are equal for equal values in the same memory layout: of an array at the speed of memory."""
+    """Return a 16-byte digest, equal for equal values in the same memory layout, at memory bandwidth for arrays."""
     if not isinstance(value, np.ndarray) or value.dtype.hasobject:
         text = repr(value.tolist() if isinstance(value, np.ndarray) else value)
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -123,9 +123,10 @@ def _describe(
     gather: Callable[[Any], list[Any]],
     others: int,
 ) -> Difference | None:
-    """Return what differs and by how much, from the first rank that another one should agree with and does not.
+    """Return the ranks that differ from the first rank of their group, and by how much.
 
-    None if it is only the layout in memory.
+    Returns:
+        None if only the memory layouts differ.
     """
     members = next(m for m in _scopes(by_rank) if len({by_rank[i] for i in m}) > 1)
     reference = gather(entry.value if rank == ranks[members[0]] else None)[members[0]]
@@ -160,7 +161,7 @@ def _describe(
 
 
 def _scopes(by_rank: list[tuple[tuple[int, ...] | None, bytes]]) -> list[list[int]]:
-    """Return the positions of the ranks that have to agree, by what they gave as such."""
+    """Return the positions of the ranks that must agree, one list for each value of `Entry.ranks`."""
     scopes: dict[Any, list[int]] = {}
     for i, (scope, _) in enumerate(by_rank):
         scopes.setdefault(scope, []).append(i)
@@ -172,7 +173,7 @@ def _bits(value: Any) -> tuple[str, tuple[int, ...], bytes]:
 
 
 def _distance(value: Any, reference: Any) -> tuple[float, float] | None:
-    """Return the largest difference and the largest value of two arrays of one shape and dtype; None for what is not that."""
+    """Return the largest difference and the largest value of two arrays; None unless shapes and dtypes are equal."""
     if not isinstance(value, np.ndarray) or not isinstance(reference, np.ndarray):
         return None
     if value.shape != reference.shape or value.dtype != reference.dtype or value.dtype.kind not in "biufc":

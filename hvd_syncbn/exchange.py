@@ -1,7 +1,7 @@
-"""The state of a batch norm layer as numpy arrays: from one framework into the other, and from Caffe.
+"""The state of a batch norm layer as numpy arrays, to convert between frameworks and from Caffe.
 
-Knows no framework. ``get_state`` and ``set_state`` of ``hvd_syncbn.torch`` and ``hvd_syncbn.keras`` read and write layers;
-docs/exchange.md has the conventions by which the frameworks differ.
+This module imports no framework. ``get_state`` and ``set_state`` of ``hvd_syncbn.torch`` and ``hvd_syncbn.keras`` read and
+write layers. docs/exchange.md lists the conventions in which the frameworks differ.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from numpy.typing import ArrayLike, NDArray
 
 Vector = NDArray[np.float32]
 
-CAFFE_MOMENTUM = 0.001  # 1 - moving_average_fraction, of which Caffe's default is 0.999
+CAFFE_MOMENTUM = 0.001  # 1 - moving_average_fraction; Caffe's default is 0.999
 
 
 @dataclass(frozen=True, eq=False)
 class BatchNormState:
-    """What a batch norm layer holds, in one set of conventions.
+    """The state of a batch norm layer, independent of the framework.
 
-    Anything array-like is taken for the vectors, and rounded to float32.
+    Vectors may be any array-like; they are rounded to float32.
 
     Args:
-        gamma: scale of each channel, shape ``(C,)``; None where the layer has none, which is 1.
-        beta: offset of each channel, shape ``(C,)``; None where the layer has none, which is 0.
+        gamma: scale of each channel, shape ``(C,)``; None (a scale of 1) if the layer has none.
+        beta: offset of each channel, shape ``(C,)``; None (an offset of 0) if the layer has none.
         mean: running mean of each channel, shape ``(C,)``.
         variance: running variance of each channel, shape ``(C,)``.
         epsilon: added to the variance.
-        momentum: weight of a new batch in the running statistics, as PyTorch has it; None for the average over all batches.
-        unbiased: whether the running variance takes ``n / (n - 1)`` times a batch's variance.
+        momentum: weight of a new batch in the running statistics, as in PyTorch; None for the average over all batches.
+        unbiased: whether the running variance averages ``n / (n - 1)`` times a batch's variance.
 
     Raises:
-        TypeError: something is not numeric.
-        ValueError: vectors of different lengths or not of one dimension; a negative variance; epsilon or momentum out of range.
+        TypeError: a value is not numeric.
+        ValueError: vectors differ in length or have more than one dimension; a variance is negative; epsilon or momentum is
+            out of range.
 
     Example:
         >>> state = BatchNormState([1, 1], None, [0.5, 0.25], [4, 9], epsilon=1e-5, momentum=0.1, unbiased=True)
@@ -56,7 +57,7 @@ class BatchNormState:
         for name in ("gamma", "beta", "variance"):
             vector = getattr(self, name)
             if vector is not None and vector.shape != self.mean.shape:
-                raise ValueError(f"expected a {name} of the mean's {self.mean.size} channels. Received: {vector.size} values")
+                raise ValueError(f"expected {name} to have {self.mean.size} values, as mean has. Received: {vector.size}")
         if (self.variance < 0).any():
             raise ValueError(f"expected a variance of at least 0. Received: {self.variance.min()}")
         for name, at_most in (("epsilon", np.inf), ("momentum", 1)):
@@ -75,29 +76,31 @@ class BatchNormState:
         object.__setattr__(self, "unbiased", bool(self.unbiased))
 
     def fitted(self, channels: int, gamma: bool, beta: bool, layer: str) -> tuple[Vector | None, Vector | None]:
-        """Gamma and beta for a layer that has them or not.
+        """Return gamma and beta for a layer.
 
         Args:
             channels: the layer's number of channels.
-            gamma: whether it has a gamma.
-            beta: whether it has a beta.
-            layer: what errors call it.
+            gamma: whether the layer has a gamma.
+            beta: whether the layer has a beta.
+            layer: the layer's name in errors.
 
         Returns:
-            ``(gamma, beta)``, None for what the layer has not, ones and zeros for what the state has not.
+            ``(gamma, beta)``: None if the layer has none; ones or zeros if the layer has it and the state does not.
 
         Raises:
-            ValueError: another number of channels; the layer has not what the state needs.
+            ValueError: the number of channels differs, or the state has a gamma or beta that the layer cannot hold.
         """
         if self.mean.size != channels:
-            raise ValueError(f"{layer} has {channels} channels. Received: a state of {self.mean.size}")
+            raise ValueError(f"{layer} has {channels} channels. Received: a state of {self.mean.size} channels")
         vectors: list[Vector | None] = []
         for name, value, wanted, neutral in (("gamma", self.gamma, gamma, 1), ("beta", self.beta, beta, 0)):
             if wanted:
                 vectors.append(np.full(channels, neutral, np.float32) if value is None else value)
                 continue
             if value is not None and not (value == neutral).all():
-                raise ValueError(f"{layer} has no {name}, so it cannot hold the state's. Received: {name}={value}")
+                raise ValueError(
+                    f"{layer} has no {name}, so it cannot hold the state. Create the layer with one. Received: {name}={value}"
+                )
             vectors.append(None)
         return vectors[0], vectors[1]
 
@@ -110,16 +113,16 @@ def from_caffe(
     beta: ArrayLike | None = None,
     epsilon: float = 1e-5,
 ) -> BatchNormState:
-    """The state in the blobs of Caffe's ``BatchNorm`` layer, and of the ``Scale`` layer after it.
+    """Return the state in the blobs of Caffe's ``BatchNorm`` layer and of the ``Scale`` layer after it.
 
-    Caffe stores sums and what to divide them by; where that is 0, nothing has been averaged yet and its code takes 0 for both
-    statistics. Its variance is the unbiased one. Momentum is Caffe's default, a ``moving_average_fraction`` of 0.999.
+    Caffe stores sums and their divisor. A divisor of 0 means that no batch has been averaged; as in Caffe, both statistics
+    are then 0. The variance is unbiased. The momentum is Caffe's default, a ``moving_average_fraction`` of 0.999.
 
     Args:
         mean: the first blob of ``BatchNorm``, shape ``(C,)``.
         variance: the second, shape ``(C,)``.
         scale_factor: the third, one number.
-        gamma: the first blob of ``Scale``; None without one.
+        gamma: the first blob of ``Scale``; None without a ``Scale`` layer.
         beta: the second blob of ``Scale``; None without a bias (``bias_term: false``).
         epsilon: ``batch_norm_param.eps``.
 
@@ -127,7 +130,8 @@ def from_caffe(
         The state.
 
     Raises:
-        TypeError, ValueError: as ``BatchNormState``; a scale factor that is not one finite number of at least 0.
+        TypeError: as ``BatchNormState``.
+        ValueError: as ``BatchNormState``; ``scale_factor`` is not one finite number of at least 0.
 
     Example:
         >>> from_caffe([2.0, 4.0], [8.0, 2.0], scale_factor=2.0).variance
@@ -143,9 +147,9 @@ def from_caffe(
 
 
 def complement(momentum: float) -> float:
-    """``1 - momentum`` as people write it: 0.1 for 0.9 and back, which floats would make 0.09999999999999998.
+    """Return ``1 - momentum`` in decimal: 0.1 for 0.9, where float arithmetic gives 0.09999999999999998.
 
-    PyTorch's momentum is the weight of the new batch and Keras's that of the old statistics.
+    PyTorch's momentum is the weight of the new batch; Keras's is the weight of the old statistics.
 
     Example:
         >>> complement(0.99), complement(0.01)
@@ -157,11 +161,11 @@ def complement(momentum: float) -> float:
 def scale_and_shift(
     gamma: ArrayLike | None, beta: ArrayLike | None, mean: ArrayLike, variance: ArrayLike, epsilon: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Batch norm with stored statistics as ``scale * x + shift``, in float64.
+    """Return the ``scale * x + shift`` that equals batch norm with stored statistics, in float64.
 
     Args:
-        gamma, beta: of each channel, or None.
-        mean, variance: of each channel.
+        gamma, beta: of each channel, shape ``(C,)``, or None.
+        mean, variance: of each channel, shape ``(C,)``.
         epsilon: added to the variance.
 
     Returns:
@@ -178,7 +182,7 @@ def scale_and_shift(
 
 def _numbers(name: str, value: object) -> NDArray[np.float64]:
     array = np.asarray(value)
-    # What numpy has no letter for (bfloat16) is of kind V.
+    # Types that numpy does not define, such as bfloat16, have kind V.
     if array.dtype.kind not in "fiu" and "float" not in array.dtype.name:
         raise TypeError(f"expected real numbers for {name}. Received: {array.dtype} {type(value).__name__}")
     return array.astype(np.float64)

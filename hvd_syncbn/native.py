@@ -1,7 +1,7 @@
-"""The C interface of the core for Python, over numpy arrays: for ``recalibrate``, tests, ``hvd-syncbn verify`` and ``doctor``.
+"""Python bindings of the core's C interface on numpy arrays, for ``recalibrate``, tests, ``hvd-syncbn verify`` and ``doctor``.
 
-A training step does not come through here: the adapters link the same library. Each function is its C namesake in
-``csrc/include/hvd_syncbn/core.h`` run over all its units. 16-bit floats are numpy ``uint16`` arrays of their bits.
+Training steps do not use this module; the adapters link the same library. Each function calls the C function of its name in
+``csrc/include/hvd_syncbn/core.h`` for all its units. 16-bit floats are numpy ``uint16`` arrays of their bits.
 """
 
 from __future__ import annotations
@@ -46,47 +46,47 @@ class _Vector(ctypes.Structure):
 
 
 def find(name: str) -> Path:
-    """The path of a built file below the installed package.
+    """Return the path of a built file of the installed package.
 
     Raises:
         ImportError: it was not built.
     """
-    # An editable install keeps the sources in the checkout and what was built in site-packages.
+    # An editable install keeps the sources in the checkout and the built files in site-packages.
     folders = [*map(Path, hvd_syncbn.__path__), Path(sysconfig.get_path("platlib")) / "hvd_syncbn"]
     for folder in folders:
         if (folder / name).exists():
             return folder / name
     raise ImportError(
-        f"hvd-syncbn was built without {name}: run `make setup` in its checkout, or reinstall it with "
-        "`pip install --no-build-isolation --no-deps` where the framework is installed. "
-        f"Looked in {', '.join(map(str, folders))}."
+        f"hvd-syncbn was built without {name}. Run `make setup` in its checkout, or reinstall it with "
+        "`pip install --no-build-isolation --no-deps` in an environment that has the framework. "
+        f"Searched: {', '.join(map(str, folders))}."
     )
 
 
 def adapter(name: str, framework: str, version: str) -> str:
-    """The path of an adapter's library, which has to have been built for this ``version`` of its framework.
+    """Return the path of an adapter's library, built for this ``version`` of its framework.
 
     Raises:
-        ImportError: it was not built, or for another version.
+        ImportError: it was not built, or was built for another version.
     """
     path = find(name)
     built_for = (path.parent / "built_for.txt").read_text()
     if built_for != version:
         raise ImportError(
-            f"hvd-syncbn was built for {framework} {built_for}, and this is {version}. Run `make setup` in its checkout, or "
-            "reinstall it with `pip install --no-build-isolation --no-deps`."
+            f"hvd-syncbn was built for {framework} {built_for}, and {version} is installed. Run `make setup` in its checkout, "
+            "or reinstall it with `pip install --no-build-isolation --no-deps`."
         )
     return str(path)
 
 
 def is_older(version: str, oldest: tuple[int, int]) -> bool:
-    """Whether a framework's version comes before ``oldest``, by its first two numbers."""
+    """Return whether a framework's version is older than ``oldest``, by its first two numbers."""
     return tuple(map(int, version.split(".")[:2])) < oldest
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """The core library.
+    """Load the core library.
 
     Raises:
         ImportError: the package was not built.
@@ -100,37 +100,37 @@ def library() -> ctypes.CDLL:
 
 
 def has_cuda() -> bool:
-    """Whether the core was built with its CUDA kernels."""
+    """Return whether the core was built with its CUDA kernels."""
     return hasattr(library(), "hvd_syncbn_cuda_forward_moments")
 
 
 def packet_size(channels: int) -> int:
-    """int64 words in the packet of ``channels`` channels."""
+    """Return the number of int64 words in a packet of ``channels`` channels."""
     return HEADER + channels * (1 + 2 * LIMBS)
 
 
 def isa() -> str:
-    """The instruction-set path in use."""
+    """Return the instruction-set path in use."""
     return str(library().hvd_syncbn_isa().decode())
 
 
 def isas() -> list[str]:
-    """Every instruction-set path that this machine can run."""
+    """Return all instruction-set paths that this machine can run."""
     return str(library().hvd_syncbn_isas().decode()).split(",")
 
 
 def set_isa(name: str) -> None:
-    """Switches this process to another path.
+    """Switch this process to another instruction-set path.
 
     Raises:
         ValueError: this machine cannot run it.
     """
     if library().hvd_syncbn_set_isa(name.encode()) != 0:
-        raise ValueError(f"this machine runs the instruction-set paths {isas()}. Received: {name!r}")
+        raise ValueError(f"expected an instruction-set path of this machine: {isas()}. Received: {name!r}")
 
 
 def shape(n: int, c: int, s: int, dtype: str, layout: str = "channels_first") -> Shape:
-    """A shape by names."""
+    """Return a ``Shape`` from the names of a dtype and a layout."""
     return Shape(n, c, s, DTYPES.index(dtype), LAYOUTS.index(layout))
 
 
@@ -138,7 +138,7 @@ def _pointer(array: NDArray[Any] | None) -> ctypes.c_void_p | None:
     if array is None:
         return None
     if not array.flags.c_contiguous:
-        raise ValueError("the core takes contiguous arrays")
+        raise ValueError(f"the core expects contiguous arrays. Received: shape {array.shape}, strides {array.strides}")
     return ctypes.c_void_p(array.ctypes.data)
 
 
@@ -149,7 +149,7 @@ def _vector(array: NDArray[Any] | None, dtype: str | None = None) -> _Vector:
 
 
 def empty(shape: Shape) -> NDArray[Any]:
-    """A tensor of this shape, that begins at a cache line, as those of the frameworks do."""
+    """Return an uninitialized tensor that starts at a cache line, as the frameworks' tensors do."""
     sizes = (shape.n, shape.c, shape.s) if shape.layout == 0 else (shape.n, shape.s, shape.c)
     dtype = np.dtype(_STORAGE[DTYPES[shape.dtype]])
     size = math.prod(sizes) * dtype.itemsize
@@ -171,7 +171,7 @@ def forward_packet(
     splits: int = 1,
     needs_gradient: bool = False,
 ) -> NDArray[np.int64]:
-    """The closed forward packet of ``x``, its units cut into ``splits`` ranges."""
+    """Return the closed forward packet of ``x``, computed in ``splits`` ranges of units."""
     packet = np.zeros(packet_size(shape.c), np.int64)
     ref = ctypes.byref(shape)
     for begin, end in _ranges(library().hvd_syncbn_moments_units(ref), splits):
@@ -190,7 +190,7 @@ def backward_packet(
     count: int | None = None,
     splits: int = 1,
 ) -> NDArray[np.int64]:
-    """The closed backward packet."""
+    """Return the closed backward packet."""
     packet = np.zeros(packet_size(shape.c), np.int64)
     ref = ctypes.byref(shape)
     for begin, end in _ranges(library().hvd_syncbn_moments_units(ref), splits):
@@ -203,7 +203,7 @@ def backward_packet(
 
 
 def check_packet(direction: int, packet: NDArray[np.int64]) -> int:
-    """OK, or what is wrong with a reduced packet of this direction: RANKS_DISAGREE or CALLS_DIFFER, ONE_VALUE, EMPTY."""
+    """Return the status of a reduced packet of a direction: OK, RANKS_DISAGREE or CALLS_DIFFER, ONE_VALUE, or EMPTY."""
     return int(library().hvd_syncbn_check_packet(ctypes.c_int32(direction), _pointer(packet)))
 
 
@@ -222,7 +222,7 @@ def forward(
     relu: bool = False,
     splits: int = 1,
 ) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """``(y, stats)`` from a reduced packet; running statistics change in place. None: from the running statistics (frozen)."""
+    """Return ``(y, stats)`` and update the running statistics in place. A None packet normalizes by these (a frozen layer)."""
     lib, ref = library(), ctypes.byref(shape)
     stats = np.empty((2, shape.c), np.float64)
     coefficients = np.empty(lib.hvd_syncbn_coefficients_size(ref), np.uint8)
@@ -251,7 +251,7 @@ def forward(
 def parameter_gradients(
     shape: Shape, packet: NDArray[np.int64], stats: NDArray[np.float64], dtype: str = "float32"
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """This rank's ``(dgamma, dbeta)`` from its own closed backward packet."""
+    """Return this rank's ``(dgamma, dbeta)`` from its own closed backward packet."""
     dgamma, dbeta = np.empty(shape.c, _STORAGE[dtype]), np.empty(shape.c, _STORAGE[dtype])
     library().hvd_syncbn_backward_params(
         ctypes.byref(shape), _pointer(packet), _pointer(stats), _vector(dgamma, dtype), _vector(dbeta, dtype)
@@ -270,7 +270,7 @@ def backward(
     mask: NDArray[np.uint8] | None = None,
     splits: int = 1,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """``(dx, dresidual)`` from a reduced packet; None: of a frozen layer."""
+    """Return ``(dx, dresidual)`` from a reduced packet, or from None for a frozen layer."""
     lib, ref = library(), ctypes.byref(shape)
     coefficients = np.empty(lib.hvd_syncbn_coefficients_size(ref), np.uint8)
     lib.hvd_syncbn_backward_finish(ref, _pointer(packet), _pointer(stats), _vector(gamma), _pointer(coefficients))
@@ -292,21 +292,21 @@ def backward(
 
 
 def add_packet(packet: NDArray[np.int64], total: NDArray[np.int64]) -> None:
-    """Adds a closed packet to a total of the same length, in place."""
+    """Add a closed packet to a total of the same length, in place."""
     library().hvd_syncbn_add_packet(_channels(total), _pointer(packet), _pointer(total))
 
 
 def add_batch(packet: NDArray[np.int64], total: NDArray[np.int64]) -> int:
-    """Adds the statistics of a reduced packet's batch to a total, in place: OK, ONE_VALUE or EMPTY."""
+    """Add the statistics of a reduced packet's batch to a total, in place, and return OK, ONE_VALUE or EMPTY."""
     return int(library().hvd_syncbn_add_batch(_channels(total), _pointer(packet), _pointer(total)))
 
 
 def population(
     total: NDArray[np.int64], estimator: int, unbiased: bool, eps: float, *vectors: tuple[NDArray[Any], str] | None
 ) -> int:
-    """Writes population statistics into ``vectors``, arrays with their dtypes: OK, ONE_VALUE or EMPTY.
+    """Write population statistics into ``vectors`` and return OK, ONE_VALUE or EMPTY.
 
-    They are mean, variance and, where the layer is to become the identity, gamma and beta.
+    The vectors are pairs of array and dtype: mean, variance and, to make the layer the identity, gamma and beta.
     """
     four = [_vector(*vector) if vector else _vector(None) for vector in (*vectors, None, None)[:4]]
     return int(
@@ -317,7 +317,7 @@ def population(
 
 
 def average_weights(old_weight: float, batches: int) -> tuple[float, float]:
-    """The weights of the old running statistic and of the batch's, after ``batches`` others."""
+    """Return the weights of the old running statistic and of the new batch's, after ``batches`` earlier batches."""
     old, new = ctypes.c_double(), ctypes.c_double()
     library().hvd_syncbn_average_weights(
         ctypes.c_double(old_weight), ctypes.c_int64(batches), ctypes.byref(old), ctypes.byref(new)

@@ -1,7 +1,7 @@
-"""Statistics of a data set: what both frameworks' ``recalibrate`` share (docs/protocol.md, 9, and docs/recalibration.md).
+"""Statistics of a data set: the part of ``recalibrate`` that both frameworks share. See docs/protocol.md, section 9.
 
-The adapters bring a ``Network`` (how to run it, what its layers take) and ``Ranks`` (how to reach the others). Numbers come
-from the core. Whatever goes wrong on one rank ends the work on all of them: no rank waits for one that has given up.
+The adapters implement ``Network`` (runs a model and gives access to its layers) and ``Ranks`` (the collectives). The core does
+the arithmetic. An error on one rank ends the work on all ranks, so that no rank waits for one that failed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from hvd_syncbn.progress import track
 
 T = TypeVar("T")
 Words = NDArray[np.int64]
-Vector = tuple[NDArray[Any], str]  # as the core takes it: 16-bit floats as their bits, and the dtype
+Vector = tuple[NDArray[Any], str]  # an array (16-bit floats as their bits) and its dtype
 Take = Callable[[int, Words], Words | None]
 
 ESTIMATORS = ("pooled", "batches")
-MOVED = 0.05  # standard deviations from which on the layers behind one should be measured again
-SPREAD = 1.25  # standard deviation of all values in those of the batches, from which on the batches are too different
+MOVED = 0.05  # standard deviations; if a layer's statistics move further, later layers should be measured again
+SPREAD = 1.25  # standard deviation of all values relative to that within batches; above this, the batches differ too much
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A batch norm whose stored statistics are replaced."""
+    """A batch norm layer whose stored statistics are replaced."""
 
     name: str
     channels: int
@@ -44,54 +44,57 @@ class Ranks(Protocol):
     rank: int
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks."""
+        """Return the values of all ranks, in the order of ranks."""
 
     def sum(self, words: Words, name: str) -> Words:
-        """The sum over all ranks."""
+        """Return the sum over all ranks."""
 
 
 class Network(Protocol):
-    """A model whose layers are watched."""
+    """A model whose batch norm layers are observed."""
 
     @property
     def layers(self) -> Sequence[Layer]:
-        """The watched layers; an index is a place in here."""
+        """The observed layers; an ``index`` below is a position in this list."""
 
     def run(self, batch: Any, take: Take) -> None:
-        """Runs the model on a batch. Every use of a layer gives ``take`` the layer's index and its input's closed packet; what
-        comes back is the packet to normalise by, or None: by the stored statistics."""
+        """Run the model on a batch.
+
+        Every use of a layer calls ``take`` with the layer's index and its input's closed packet. ``take`` returns the packet
+        to normalize by, or None to normalize by the stored statistics.
+        """
 
     def read(self, index: int) -> list[Vector]:
-        """Copies of a layer's mean and variance, and of gamma and beta where they are to be initialised."""
+        """Return copies of a layer's mean and variance, and of gamma and beta if they are initialized, too."""
 
     def write(self, index: int, vectors: Sequence[Vector]) -> None:
-        """Puts them back."""
+        """Store vectors in the order of ``read``."""
 
 
 def check_arguments(
     batches: Any, estimator: str | None, forward: Any, init_affine: bool, layer_by_layer: bool, arrays: Any
 ) -> None:
-    """Raises what is wrong with the arguments of ``recalibrate``; ``arrays`` are the framework's types of tensor."""
+    """Raise if an argument of ``recalibrate`` is wrong; ``arrays`` are the framework's tensor types."""
     if estimator not in (None, *ESTIMATORS):
-        raise ValueError(f"expected an estimator of {ESTIMATORS}. Received: {estimator!r}")
+        raise ValueError(f"expected estimator to be None or one of {ESTIMATORS}. Received: {estimator!r}")
     if forward is not None and not callable(forward):
         raise TypeError(f"expected forward to be a function of the model and a batch. Received: {type(forward).__name__}")
     if isinstance(batches, (np.ndarray, str, bytes, Mapping, *arrays)) or not (
         hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
     ):
         raise TypeError(
-            "expected batches to be an iterable of batches: a list of tensors, a DataLoader, a tf.data.Dataset; for one batch "
-            f"[batch]. Received: {type(batches).__name__}"
+            "expected batches to be an iterable of batches: a list of tensors, a DataLoader or a tf.data.Dataset. For a single "
+            f"batch pass [batch]. Received: {type(batches).__name__}"
         )
     if layer_by_layer and (estimator == "batches" or init_affine):
         raise ValueError(
-            'layer_by_layer goes with estimator="pooled" and without init_affine: the others need one pass. '
+            'layer_by_layer needs estimator="pooled" and no init_affine, because those other options need a single pass. '
             f"Received: estimator={estimator!r}, init_affine={init_affine}"
         )
     if layer_by_layer and isinstance(batches, Iterator):
         raise ValueError(
-            "layer_by_layer reads the batches once for every layer: give a list, a DataLoader or a tf.data.Dataset. "
-            f"Received: {type(batches).__name__}, which can be read once"
+            "layer_by_layer reads the batches once for every layer. Pass a list, a DataLoader or a tf.data.Dataset. "
+            f"Received: {type(batches).__name__}, which can be read only once"
         )
 
 
@@ -100,24 +103,27 @@ class _Stopped(Exception):
 
 
 def together(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """What ``work`` returns on every rank.
+    """Call ``work`` and return its results on all ranks, in the order of ranks.
 
     Raises:
-        Exception: this rank's own; RuntimeError where another rank's work has failed.
+        Exception: ``work`` failed on this rank.
+        RuntimeError: ``work`` failed on another rank.
     """
     error, value = None, None
     try:
         value = work()
     except Exception as failure:
         error = failure
-    # What has only stopped because another rank did is not what the others want to hear of.
+    # _Stopped follows from another rank's error, and only that error is reported.
     mine = None if error is None or isinstance(error, _Stopped) else f"{type(error).__name__}: {error}"
     everyone = ranks.gather((value, mine))
     if mine is not None and error is not None:
         raise error
     for rank, (_, text) in enumerate(everyone):
         if text is not None:
-            raise RuntimeError(f"recalibrate failed on rank {rank}, and no rank's model was changed. Received there: {text}")
+            raise RuntimeError(
+                f"recalibrate failed on rank {rank}, so the model was not changed on any rank. Received from that rank: {text}"
+            )
     return [value for value, _ in everyone]
 
 
@@ -130,18 +136,21 @@ def recalibrate(
     layer_by_layer: bool,
     progress: bool,
 ) -> None:
-    """Replaces the statistics of a network's layers, or raises and leaves everything as it was.
+    """Replace the statistics of a network's layers, or raise and restore them.
 
     Args:
-        ranks: those that share the data.
-        prepare: checks this rank's arguments and returns its network.
-        batches: this rank's.
-        estimator: one of ``ESTIMATORS``. None is "batches", which is right in one pass whatever the stored statistics are, and
-            "pooled" with ``init_affine`` or ``layer_by_layer``, which do not use them.
-        init_affine: whether gamma and beta are initialised, too.
-        layer_by_layer: whether to repeat the pass until the statistics are those of the layers' inputs in the network that
-            has them.
-        progress: whether the first rank shows a bar.
+        ranks: the ranks that share the data.
+        prepare: function that checks this rank's arguments and returns its network.
+        batches: this rank's batches.
+        estimator: one of ``ESTIMATORS``. None means "pooled" with ``init_affine`` or ``layer_by_layer``, else "batches",
+            which needs one pass and does not depend on the stored statistics.
+        init_affine: whether gamma and beta are initialized, too.
+        layer_by_layer: whether to repeat the pass until the statistics no longer change.
+        progress: whether the first rank shows a progress bar.
+
+    Raises:
+        ValueError: the ranks disagree about the layers or arguments, or the data has too few values.
+        RuntimeError: another rank failed.
     """
     if estimator is None:
         estimator = "pooled" if init_affine or layer_by_layer else "batches"
@@ -155,7 +164,7 @@ def recalibrate(
     for other, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             raise ValueError(
-                "the ranks disagree: layers, estimator, init_affine and layer_by_layer have to be the same on every rank. "
+                "the ranks disagree: layers, estimator, init_affine and layer_by_layer must be the same on every rank. "
                 f"Received: {_difference(everyone[0], theirs)} (rank 0 and rank {other})"
             )
     network = made[0]
@@ -182,7 +191,7 @@ def recalibrate(
 
 
 def track_as(description: str, shown: bool) -> Callable[[Iterable[T]], Generator[T]]:
-    """``track`` for batches, whose number may be known."""
+    """Return ``track`` for batches, with their number as the total if it is known."""
 
     def bar(batches: Iterable[T]) -> Generator[T]:
         total = None
@@ -204,20 +213,20 @@ def _difference(mine: Any, theirs: Any) -> str:
 
 
 class _Steps:
-    """Batches of all ranks in step, one sum over the ranks for every use of a layer, also by ranks that have no batch any more.
+    """Lockstep over the batches of all ranks: one sum for every use of a layer, in which ranks without batches take part, too.
 
-    A message is ``[active, index, index**2, failed, packet...]``, as long as for the largest layer: so that a rank without a
-    batch takes part without knowing which layer comes next, and all see at once where a rank has failed or uses another layer.
+    A message is ``[active, index, index**2, failed, packet...]``, padded to the packet of the largest layer. So a rank without
+    a batch can take part without knowing the next layer, and all ranks see at once if one has failed or uses another layer.
     """
 
     def __init__(self, layers: Sequence[Layer], ranks: Ranks) -> None:
         self.layers = layers
         self.ranks = ranks
         self.sizes = [native.packet_size(layer.channels) for layer in layers]
-        self.over = False  # all ranks know that no more messages come
+        self.over = False  # all ranks know that no message follows
 
     def message(self, index: int | None = None, packet: Words | None = None, failed: bool = False) -> tuple[int, Words] | None:
-        """The layer and its reduced packet; None where no rank has a batch any more."""
+        """Exchange one message and return the layer's index and its reduced packet; None if no rank has a batch left."""
         words = np.zeros(4 + max(self.sizes), np.int64)
         words[3] = failed
         if index is not None and packet is not None:
@@ -236,14 +245,14 @@ class _Steps:
             self.over = True
             mine = "no layer" if index is None else repr(self.layers[index].name)
             raise ValueError(
-                'with estimator="batches", the default, every rank has to use the same layers in the same order. '
-                f"Received: on this rank {mine}, on others another one. A model that branches by its data needs "
+                'with estimator="batches", the default, every rank must use the same layers in the same order. '
+                f"Received: {mine} on this rank, another one on other ranks. If the model branches on its data, pass "
                 "layer_by_layer=True"
             )
         return common, words[4 : 4 + self.sizes[common]]
 
     def leave(self, failed: bool, add: Callable[[int, Words], None]) -> None:
-        """Takes part until every rank is through, or lets them know that this one has failed."""
+        """Take part until all ranks have finished, or report that this rank has failed."""
         if failed and not self.over:
             with contextlib.suppress(_Stopped):
                 self.message(failed=True)
@@ -260,7 +269,7 @@ def _measure(
     estimator: str,
     bar: Callable[[Iterable[Any]], Generator[Any]],
 ) -> tuple[list[Words], list[int], list[Words]]:
-    """One pass: the layers' totals over all ranks, their order of use, and the totals of all values."""
+    """Run one pass and return the layers' totals over all ranks, their order of use, and the totals of all values."""
     layers = network.layers
     totals, pooled = ([np.zeros(native.packet_size(layer.channels), np.int64) for layer in layers] for _ in range(2))
     steps = _Steps(layers, ranks)
@@ -269,9 +278,9 @@ def _measure(
     def add_batch(index: int, reduced: Words) -> None:
         reduced = np.ascontiguousarray(reduced)
         if native.add_batch(reduced, totals[index]) == native.ONE_VALUE:
-            steps.over = True  # on every rank: all have this packet
+            steps.over = True  # true on every rank, because all have this packet
             raise ValueError(
-                f"{_one_value(layers[index], 'a global batch')}. Leave that batch out (often the last one: drop_last), or use "
+                f"{_one_value(layers[index], 'a global batch')}. Drop that batch (often the last one: drop_last=True), or pass "
                 "layer_by_layer=True"
             )
         native.add_packet(reduced, pooled[index])
@@ -303,7 +312,7 @@ def _measure(
 
     everyone = together(ranks, work)
     if not any(number for number, _ in everyone):
-        raise ValueError("no rank has a batch: there is nothing to take statistics of. Received: batches without a batch")
+        raise ValueError("no rank has a batch. Pass batches on at least one rank. Received: batches without elements")
     if estimator == "pooled":
         totals = pooled = [ranks.sum(total, f"recalibrate.{layer.name}") for layer, total in zip(layers, pooled, strict=True)]
     return totals, max((order for _, order in everyone), key=len), pooled
@@ -314,7 +323,7 @@ def _one_value(layer: Layer, where: str) -> str:
 
 
 def _finish(network: Network, totals: list[Words], estimator: str, old: list[list[Vector]]) -> list[list[Vector]]:
-    """The layers' new vectors; a layer without a value keeps what it has."""
+    """Return the layers' new vectors; a layer without values keeps its own."""
     new = []
     code = ESTIMATORS.index(estimator)
     for layer, total, vectors in zip(network.layers, totals, old, strict=True):
@@ -324,7 +333,7 @@ def _finish(network: Network, totals: list[Words], estimator: str, old: list[lis
         new.append(changed)
     if not any(total[1] for total in totals):
         raise ValueError(
-            "no batch reached a batch norm layer with a value in it: does `forward` run this model? "
+            "no batch reached a batch norm layer, or all batches were empty. Check that `forward` runs this model. "
             f"Received: layers {[layer.name for layer in network.layers]}"
         )
     return new
@@ -342,10 +351,10 @@ def _report(
     after: list[list[Vector]],
     one_pass: bool,
 ) -> None:
-    """Warns of what a caller would not expect."""
+    """Warn about unused layers, NaN, and layers that were measured behind wrong statistics."""
     unused = [layer.name for layer, total in zip(network.layers, totals, strict=True) if not total[1]]
     if unused:
-        _warn(f"no batch reached these layers, which keep their statistics: {unused}")
+        _warn(f"no batch reached these layers, so they keep their statistics: {unused}")
     bad = {
         layer.name: int(np.count_nonzero(total[native.HEADER : native.HEADER + layer.channels]))
         for layer, total in zip(network.layers, totals, strict=True)
@@ -354,19 +363,19 @@ def _report(
         _warn(
             f"NaN, infinite or huge inputs: statistics are NaN in { ({k: v for k, v in bad.items() if v}) } channels by layer"
         )
-    # What comes last has nothing behind it.
+    # No layer follows the last one.
     moved = {network.layers[i].name: _distance(before[i], after[i]) for i in order[:-1] if one_pass}
     worst = max(moved, key=lambda name: moved[name], default="")
     if moved and moved[worst] > MOVED:
         _warn(
-            f"the statistics of layer {worst!r} moved by {moved[worst]:.2g} standard deviations, and the layers behind it were "
-            'measured with the old ones: use estimator="batches" (the default; one pass, as in training) or '
-            "layer_by_layer=True (a pass for every layer; exact)"
+            f"the statistics of layer {worst!r} moved by {moved[worst]:.2g} standard deviations, and later layers were "
+            'measured with the old ones. Use estimator="batches" (the default; one pass, as in training) or '
+            "layer_by_layer=True (one pass per layer; exact)"
         )
 
 
 def _report_spread(network: Network, totals: list[Words], pooled: list[Words]) -> None:
-    """Warns of batches that are no samples of the whole, such as batches of one class: means over them are not the data's."""
+    """Warn if batches are not random samples of the data (such as batches of one class), because their means are then wrong."""
     ratios: dict[str, float] = {}
     for layer, total, values in zip(network.layers, totals, pooled, strict=True):
         if total[1]:
@@ -380,9 +389,9 @@ def _report_spread(network: Network, totals: list[Words], pooled: list[Words]) -
     worst = max(ratios, key=lambda name: ratios[name])
     if ratios[worst] > SPREAD:
         _warn(
-            f"the batches differ from each other: over all of them, the inputs of layer {worst!r} have {ratios[worst]:.2g} "
-            "times the standard deviation that they have in a batch. Statistics of batches are those of the data only if each "
-            "batch is a random sample: shuffle the data, or use layer_by_layer=True (a pass for every layer; exact)"
+            f"the batches differ from each other: over all batches, the inputs of layer {worst!r} have {ratios[worst]:.2g} "
+            "times the standard deviation that they have within a batch. Batch statistics are those of the data only if each "
+            "batch is a random sample. Shuffle the data, or use layer_by_layer=True (one pass per layer; exact)"
         )
 
 
@@ -391,7 +400,7 @@ def _warn(text: str) -> None:
 
 
 def _distance(before: Sequence[Vector], after: Sequence[Vector]) -> float:
-    """Mean over the channels of the Wasserstein distance between the two normal distributions, in standard deviations."""
+    """Return the Wasserstein distance of the normal distributions, averaged over channels, in standard deviations."""
     (old_mean, old_std), (mean, std) = ((_floats(v[0]), np.sqrt(np.maximum(_floats(v[1]), 0))) for v in (before, after))
     with np.errstate(all="ignore"):
         distance = np.hypot(mean - old_mean, std - old_std) / std

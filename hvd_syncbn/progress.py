@@ -15,18 +15,18 @@ T = TypeVar("T")
 PATIENCE = 1.0  # seconds without a bar
 
 RANK_VARIABLES = "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"
-"""Set by `horovodrun`, and, as it sets none over MPI, by Open MPI and MPICH."""
+"""Set by `horovodrun`. Over MPI it sets none, but Open MPI and MPICH set their own."""
 
 
 def launched_rank() -> int:
-    """This process's rank by what its launcher says, for those who need no Horovod to know it; 0 without a launcher."""
+    """Return this process's rank from its launcher's environment variables, without Horovod; 0 without a launcher."""
     return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
 
 
 def track(items: Iterable[T], description: str, shown: bool, total: int | None = None) -> Generator[T]:
-    """Yields ``items``; where ``shown``, with a bar on standard error from the second second on.
+    """Yield ``items`` and, if ``shown``, display a progress bar on standard error after one second.
 
-    Close the generator where it is not read to its end, or the bar stays.
+    Close the generator if it is not read to its end; otherwise the bar stays on the screen.
     """
     start = time.monotonic()
     progress = None

@@ -1,13 +1,14 @@
-"""The exact packed-moment protocol: its constants, and a reference that can be read top to bottom.
+"""The exact packed-moment protocol: its constants and a readable reference implementation.
 
 Rules:
 
-* This module and the C++ under ``csrc/`` are the only two places with a formula, and tests hold them to each other bit for bit.
-* Everything is Python ints and floats. A float here is an IEEE float64; what the protocol calls ``fma`` and every rounding to a
-  narrower type is done on integers, so nothing depends on the machine.
-* Arrays are float64 numpy arrays viewed as ``[n, c, s]`` (sample, channel, position) and hold values of the ``dtype`` that is
-  given beside them; numpy stores them and does no arithmetic.
-* It is slow (microseconds per element), for tests and for reading. ``docs/protocol.md`` says why each step is as it is.
+* Formulas exist only in this module and in the C++ under ``csrc/``. Tests check that both give bitwise identical results.
+* All arithmetic uses Python ints and floats. A float is an IEEE float64. ``fma`` and rounding to narrower types are computed
+  on integers, so nothing depends on the machine.
+* Arrays are float64 numpy arrays viewed as ``[n, c, s]`` (sample, channel, position). They hold values of the ``dtype`` that is
+  passed with them. numpy only stores them and does no arithmetic.
+* The reference is slow (microseconds per element); it is meant for tests and for reading. ``docs/protocol.md`` explains each
+  step.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LSB_EXP = -160
 HEADER = 4
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-"""Element types; the position is the code that the digest and the C interface use."""
+"""Element types; the index is the code used in the digest and the C interface."""
 
 Array = NDArray[np.float64]
 
@@ -41,7 +42,7 @@ Array = NDArray[np.float64]
 class _Format:
     precision: int  # bits of the significand, the hidden one included
     lsb: int  # exponent of the least subnormal
-    limit: int  # values of 2**limit and more are infinite
+    limit: int  # values of at least 2**limit are infinite
 
 
 _FORMATS = {
@@ -53,13 +54,13 @@ _FORMATS = {
 
 
 def _dyadic(value: float) -> tuple[int, int]:
-    """``value`` as ``(m, e)`` with ``value == m * 2**e``."""
+    """Return integers ``(m, e)`` with ``value == m * 2**e``."""
     fraction, exponent = math.frexp(value)
     return int(fraction * 2.0**53), exponent - 53
 
 
 def _round_dyadic(m: int, e: int, dtype: str) -> float:
-    """``m * 2**e`` rounded to nearest, ties to even, as a value of ``dtype``."""
+    """Round ``m * 2**e`` to ``dtype``, to nearest, ties to even."""
     form = _FORMATS[dtype]
     magnitude = abs(m)
     drop = max(magnitude.bit_length() - form.precision, form.lsb - e)
@@ -76,7 +77,7 @@ def _round_dyadic(m: int, e: int, dtype: str) -> float:
 
 
 def round_to(value: float, dtype: str) -> float:
-    """A float64 rounded once to ``dtype``; every NaN becomes the canonical one."""
+    """Round a float64 once to ``dtype``; every NaN becomes the canonical one."""
     if math.isnan(value):
         return math.nan
     if not math.isfinite(value) or value == 0.0 or dtype == "float64":
@@ -85,7 +86,7 @@ def round_to(value: float, dtype: str) -> float:
 
 
 def fma(a: float, b: float, c: float, dtype: str = "float64") -> float:
-    """``a * b + c`` rounded once."""
+    """Return ``a * b + c``, rounded once."""
     if not (math.isfinite(a) and math.isfinite(b) and math.isfinite(c)):
         return a * b + c
     (ma, ea), (mb, eb), (mc, ec) = _dyadic(a), _dyadic(b), _dyadic(c)
@@ -102,7 +103,7 @@ def fma(a: float, b: float, c: float, dtype: str = "float64") -> float:
 
 
 def lane_sum(terms: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The two moments of one piece in the canonical order.
+    """Return the two moments of one piece, summed in the canonical order.
 
     A term is ``(a, d)``, one element's contribution: ``a`` to the first moment, ``fma(a, d, .)`` to the second.
     """
@@ -124,7 +125,7 @@ def lane_sum(terms: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def to_fixed(value: float) -> int | None:
-    """``value`` in units of ``2**LSB_EXP``, truncated toward minus infinity; None when it is out of range or not finite."""
+    """Return ``value`` in units of ``2**LSB_EXP``, rounded toward minus infinity; None if out of range or not finite."""
     if not math.isfinite(value) or abs(value) >= 2.0 ** (LIMBS * LIMB_BITS + LSB_EXP - 1):
         return None
     m, e = _dyadic(value)
@@ -133,19 +134,21 @@ def to_fixed(value: float) -> int | None:
 
 
 def to_limbs(value: int) -> list[int]:
-    """An exact sum in the packet's form: every limb but the last in ``[0, 2**LIMB_BITS)``."""
+    """Return the limbs of an exact sum as in a packet: all but the last are in ``[0, 2**LIMB_BITS)``."""
     limbs = [(value >> (LIMB_BITS * i)) & ((1 << LIMB_BITS) - 1) for i in range(LIMBS - 1)]
     return [*limbs, value >> (LIMB_BITS * (LIMBS - 1))]
 
 
 def from_limbs(limbs: Iterable[int]) -> int:
-    """The integer that limbs stand for, whatever their carries."""
+    """Return the integer that limbs represent; carries may be pending."""
     return sum(int(limb) << (LIMB_BITS * i) for i, limb in enumerate(limbs))
 
 
 def forward_digest(eps: float, dtype: str, channels: int, needs_gradient: bool) -> int:
-    """32 bits that differ where two ranks cannot share a batch: FNV-1a over version, dtype, channel count, eps and whether the
-    rank will differentiate this call."""
+    """Return a 32-bit digest that differs between ranks that cannot share a batch.
+
+    FNV-1a over protocol version, dtype, channel count, eps, and whether the rank will differentiate this call.
+    """
     data = struct.pack("<qqqdq", PROTOCOL_VERSION, DTYPES.index(dtype), channels, eps, needs_gradient)
     value = 0xCBF29CE484222325
     for byte in data:
@@ -154,7 +157,7 @@ def forward_digest(eps: float, dtype: str, channels: int, needs_gradient: bool) 
 
 
 def backward_digest(statistics: Sequence[Statistics]) -> int:
-    """32 bits that identify a call of the layer by its batch statistics, which are the same on every rank."""
+    """Return a 32-bit digest that identifies a call of the layer by its batch statistics, which are equal on all ranks."""
     total = 0
     for c, stat in enumerate(statistics):
         a, b = _bits(stat.mean) ^ (c * 0x9E3779B97F4A7C15 % 2**64), _bits(stat.invstd)
@@ -165,7 +168,7 @@ def backward_digest(statistics: Sequence[Statistics]) -> int:
 
 
 def _bits(value: float) -> int:
-    """The bits of a float64; every NaN is the canonical one."""
+    """Return the bits of a float64; every NaN is the canonical one."""
     return 0x7FF8000000000000 if math.isnan(value) else int.from_bytes(struct.pack("<d", value), "little")
 
 
@@ -174,13 +177,13 @@ def _folded(value: int) -> int:
 
 
 def _wrap(value: int) -> int:
-    """The int64 with these low 64 bits."""
+    """Return the int64 with the low 64 bits of ``value``."""
     return (value + 2**63) % 2**64 - 2**63
 
 
 @dataclass
 class Packet:
-    """What one rank sends, or what all ranks sent, summed."""
+    """The packet of one rank, or the sum of the packets of all ranks."""
 
     participants: int
     count: int
@@ -190,7 +193,7 @@ class Packet:
     b: list[int]
 
     def words(self) -> list[int]:
-        """The packet as it travels: ``HEADER + C + 2 * C * LIMBS`` int64 words."""
+        """Return the packet as sent: ``HEADER + C + 2 * C * LIMBS`` int64 words."""
         limbs = [limb for moment in (self.a, self.b) for value in moment for limb in to_limbs(value)]
         return [self.participants, self.count, *map(_wrap, self.check), *self.nonfinite, *limbs]
 
@@ -205,15 +208,15 @@ class Packet:
         )
 
     def agreed(self) -> bool:
-        """Whether every participant sent the same digest.
+        """Return whether all participants sent the same digest.
 
-        The difference is the sum of the squared differences of all pairs of digests, modulo 2**64.
+        The left side is the sum of the squared differences over all pairs of digests, modulo 2**64.
         """
         return (self.participants * self.check[1] - self.check[0] ** 2) % 2**64 == 0
 
 
 def _packet(terms: Sequence[Sequence[Sequence[tuple[float, float]]]], channels: int, digest: int, count: int) -> Packet:
-    """A packet from ``terms[n][c]``, the terms of each row."""
+    """Return a packet from ``terms[n][c]``, the terms of each row."""
     packet = replace(empty_packet(channels, digest), count=count)
     for sample in terms:
         for c, row in enumerate(sample):
@@ -223,7 +226,7 @@ def _packet(terms: Sequence[Sequence[Sequence[tuple[float, float]]]], channels: 
 
 
 def _add_values(packet: Packet, c: int, values: tuple[float, float]) -> None:
-    """Add a value to either moment of channel ``c``, in place; one that has no fixed-point form is counted."""
+    """Add one value to each moment of channel ``c``, in place; count values that have no fixed-point form."""
     for moment, value in zip((packet.a, packet.b), values, strict=True):
         fixed = to_fixed(value)
         if fixed is None:
@@ -233,14 +236,14 @@ def _add_values(packet: Packet, c: int, values: tuple[float, float]) -> None:
 
 
 def empty_packet(channels: int, digest: int = 0) -> Packet:
-    """What a rank without samples sends."""
+    """Return the packet of a rank without samples."""
     return Packet(1, 0, (digest, digest**2), [0] * channels, [0] * channels, [0] * channels)
 
 
 def forward_packet(
     x: Array, eps: float, dtype: str, mask: NDArray[np.bool_] | None = None, needs_gradient: bool = False
 ) -> Packet:
-    """The forward packet of one rank's ``x[n, c, s]``; ``mask[n, s]`` is False where a position does not count."""
+    """Return the forward packet of one rank's ``x[n, c, s]``; ``mask[n, s]`` is False at positions that do not count."""
     n, channels, s = x.shape
     counts = np.ones((n, s), bool) if mask is None else mask
     rows = [
@@ -257,10 +260,10 @@ def backward_packet(
     y: Array | None = None,
     count: int | None = None,
 ) -> Packet:
-    """The backward packet of one rank; ``y`` is the output where the fused activation is relu.
+    """Return the backward packet of one rank; ``y`` is the output if the fused activation is relu.
 
-    ``count`` defaults to ``n * s``; with a mask it is the number of unmasked positions, though every ``dy`` takes part: a
-    masked position's output depends on the statistics, too.
+    ``count`` defaults to ``n * s``; with a mask it is the number of unmasked positions. Every ``dy`` is summed all the same,
+    because the output at a masked position depends on the statistics, too.
     """
     n, channels, s = x.shape
 
@@ -286,7 +289,7 @@ def _two_sum(a: float, b: float) -> DoubleDouble:
 
 
 def _two_sum_in(a: float, b: float, compute: str) -> DoubleDouble:
-    """The same for values of the compute type. (Rounding a float64 sum of two float32 again rounds like once.)"""
+    """Return the same in the compute type. (Rounding a float64 sum of two float32 again equals rounding once.)"""
 
     def add(p: float, q: float) -> float:
         return round_to(p + q, compute)
@@ -320,9 +323,9 @@ def _divide(a: DoubleDouble, n: float) -> DoubleDouble:
 
 
 def read_sum(value: int) -> DoubleDouble:
-    """An exact sum as a double-double, from its highest limb down."""
+    """Return an exact sum as a double-double, added from the highest limb down."""
     limbs = to_limbs(abs(value))
-    top = limbs[-1] >> LIMB_BITS << LIMB_BITS  # more bits than a float64 holds: the upper part goes first
+    top = limbs[-1] >> LIMB_BITS << LIMB_BITS  # the last limb has more bits than a float64 holds: add its upper part first
     hi, lo = math.ldexp(top, LIMB_BITS * (LIMBS - 1) + LSB_EXP), 0.0
     for i in reversed(range(LIMBS)):
         s, e = _two_sum(hi, math.ldexp(limbs[i] - (top if i == LIMBS - 1 else 0), LIMB_BITS * i + LSB_EXP))
@@ -332,7 +335,7 @@ def read_sum(value: int) -> DoubleDouble:
 
 @dataclass(frozen=True)
 class Statistics:
-    """The batch statistics of one channel, as float64: ``var`` is biased."""
+    """The batch statistics of one channel in float64; ``var`` is biased."""
 
     mean: float
     var: float
@@ -340,14 +343,14 @@ class Statistics:
 
 
 def finish_forward(packet: Packet, eps: float) -> list[Statistics]:
-    """The statistics of every channel of a reduced packet."""
+    """Return the statistics of every channel of a reduced packet."""
     nan = math.nan
     result = []
     for bad, a, b in zip(packet.nonfinite, packet.a, packet.b, strict=True):
         if bad:
             result.append(Statistics(nan, nan, nan))
             continue
-        mean, var = (0.0, 0.0), 0.0  # nobody has a value, or all are masked: as Keras has it
+        mean, var = (0.0, 0.0), 0.0  # no rank has a value, or all are masked: 0, as in Keras
         if packet.count:
             n = float(packet.count)
             sum_a = read_sum(a)
@@ -360,7 +363,7 @@ def finish_forward(packet: Packet, eps: float) -> list[Statistics]:
 
 
 def stored_statistics(mean: Sequence[float], var: Sequence[float], eps: float) -> list[Statistics]:
-    """Those of a frozen layer, from its running statistics; its backward packet is ``empty_packet``."""
+    """Return the statistics of a frozen layer, from its running statistics; its backward packet is ``empty_packet``."""
     sums = [float(v) + eps for v in var]
     return [
         Statistics(float(m), float(v), 1 / math.sqrt(s) if s > 0 else math.inf if s == 0 else math.nan)
@@ -369,15 +372,20 @@ def stored_statistics(mean: Sequence[float], var: Sequence[float], eps: float) -
 
 
 def running(old: float, batch: float, old_weight: float, new_weight: float, dtype: str = "float32") -> float:
-    """The new value of a running statistic kept in ``dtype``; the weights are rounded to float32 first."""
+    """Return the new value of a running statistic stored in ``dtype``; the weights are rounded to float32 first.
+
+    A batch statistic that is NaN leaves the old value unchanged.
+    """
+    if math.isnan(batch):
+        return old
     return round_to(round_to(old_weight, "float32") * old + round_to(new_weight, "float32") * batch, dtype)
 
 
 def average_weights(old_weight: float, batches: int) -> tuple[float, float]:
-    """The weights of the old running statistic and of the batch's in an average that starts without a bias.
+    """Return the weights of the old running statistic and of the batch's in a zero-debiased average.
 
-    Caffe's: ``s = old_weight * s + 1`` with every batch, and the batch weighs ``1 / s``. ``old_weight`` 1 averages over all
-    batches alike. In closed form, so that the count of ``batches`` before this one is all that has to be kept.
+    As in Caffe, ``s = old_weight * s + 1`` with every batch, and the batch has the weight ``1 / s``. With ``old_weight`` 1 all
+    batches have equal weight. The closed form needs only the number of ``batches`` before this one.
     """
     keep = round_to(old_weight, "float32")
     if keep == 1:
@@ -394,12 +402,12 @@ def average_weights(old_weight: float, batches: int) -> tuple[float, float]:
 
 
 def unbiased(var: float, count: int) -> float:
-    """PyTorch's running variance; Keras's is the biased one."""
+    """Return the unbiased variance, which PyTorch averages; Keras averages the biased one."""
     return var * count / (count - 1)
 
 
 def parameter_gradients(packet: Packet, statistics: Sequence[Statistics], dtype: str = "float32") -> list[tuple[float, float]]:
-    """This rank's ``(dgamma, dbeta)`` of every channel, from its own packet, before the collective."""
+    """Return this rank's ``(dgamma, dbeta)`` of every channel, from its own packet before the collective."""
     result = []
     for bad, a, b, stat in zip(packet.nonfinite, packet.a, packet.b, statistics, strict=True):
         if bad or math.isnan(stat.mean):
@@ -413,9 +421,9 @@ def parameter_gradients(packet: Packet, statistics: Sequence[Statistics], dtype:
 
 
 def add_batch(total: Packet, batch: Packet) -> Packet:
-    """``total`` with one global batch's means and unbiased variances as exact sums; its count is that of the batches.
+    """Return ``total`` plus one global batch's means and unbiased variances as exact sums; its count is the number of batches.
 
-    A batch without a value adds nothing.
+    A batch without values adds nothing.
 
     Raises:
         ValueError: the batch has one value per channel.
@@ -431,14 +439,14 @@ def add_batch(total: Packet, batch: Packet) -> Packet:
 
 
 def pooled_population(total: Packet, convention_unbiased: bool) -> list[tuple[float, float]]:
-    """``(mean, variance)`` of every channel of all the values that ``total``, a sum of packets, stands for."""
+    """Return ``(mean, variance)`` of every channel, over all values whose packets ``total`` sums."""
     return [
         (stat.mean, unbiased(stat.var, total.count) if convention_unbiased else stat.var) for stat in finish_forward(total, 0.0)
     ]
 
 
 def batches_population(total: Packet) -> list[tuple[float, float]]:
-    """``(mean, variance)`` of every channel: the averages of what ``add_batch`` added up."""
+    """Return ``(mean, variance)`` of every channel: the averages of the values that ``add_batch`` added."""
     return [
         (math.nan, math.nan) if bad else (_divide(read_sum(a), total.count)[0], _divide(read_sum(b), total.count)[0])
         for bad, a, b in zip(total.nonfinite, total.a, total.b, strict=True)
@@ -446,13 +454,15 @@ def batches_population(total: Packet) -> list[tuple[float, float]]:
 
 
 def stored_packet(mean: Sequence[float], variance: Sequence[float]) -> Packet:
-    """The packet of a batch with these statistics, for a layer that normalises by stored ones: that of ``mean + std`` and
-    ``mean - std``, whose sums need no root."""
+    """Return the packet of a batch with these statistics, for a layer that normalizes by stored ones.
+
+    It is the packet of the two values ``mean + std`` and ``mean - std``, whose sums need no square root.
+    """
     packet = empty_packet(len(mean))
     packet.count = 2
     for c, (m, v) in enumerate(zip(mean, variance, strict=True)):
         fixed_mean, fixed_variance = to_fixed(m), to_fixed(v)
-        if fixed_mean is None or fixed_variance is None or abs(m) >= 2.0**79:  # whose square is out of range
+        if fixed_mean is None or fixed_variance is None or abs(m) >= 2.0**79:  # the square would be out of range
             packet.nonfinite[c] = 1
             continue
         digits, exponent = _dyadic(m)
@@ -463,7 +473,7 @@ def stored_packet(mean: Sequence[float], variance: Sequence[float]) -> Packet:
 
 
 def identity_gamma(variance: float, eps: float, dtype: str = "float32") -> float:
-    """The gamma that makes a layer with this stored variance the identity; its beta is the stored mean."""
+    """Return the gamma that makes a layer with this stored variance the identity; its beta is the stored mean."""
     return round_to(math.sqrt(variance + eps), dtype)
 
 
@@ -474,25 +484,25 @@ def _compute_type(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-# Past this many standard deviations a mean is taken off before anything else.
+# A mean of more standard deviations than this is subtracted first.
 FAR_MEAN = 2.0**20
 
 
 def _add_product(a: float, b: float, c: float) -> DoubleDouble:
-    """``a + b * c`` as a double-double."""
+    """Return ``a + b * c`` as a double-double."""
     product = b * c
     hi, lo = _two_sum(a, product)
     return hi, lo + fma(b, c, -product)
 
 
 def _narrowed(value: DoubleDouble, compute: str) -> DoubleDouble:
-    """The same as a sum of two values of the compute type."""
+    """Return the same value as a sum of two values of the compute type."""
     hi = round_to(value[0], compute)
     return hi, round_to((value[0] - hi) + value[1], compute)
 
 
 def _power_of_two(value: float, compute: str) -> float:
-    """The power of two at or below ``|value|``; the least normal one where it is smaller, 1 where it is no number."""
+    """Return the largest power of two up to ``|value|``, at least the smallest normal one; 1 if ``value`` is not finite."""
     if not math.isfinite(value):
         return 1.0
     form = _FORMATS[compute]
@@ -508,7 +518,7 @@ def apply_forward(
     residual: Array | None = None,
     relu: bool = False,
 ) -> Array:
-    """``y[n, c, s]``, values of ``dtype``."""
+    """Return ``y[n, c, s]``, values of ``dtype``."""
     compute = _compute_type(dtype)
     y = np.empty_like(x)
     for c, stat in enumerate(statistics):
@@ -539,7 +549,7 @@ def apply_backward(
     y: Array | None = None,
     mask: NDArray[np.bool_] | None = None,
 ) -> tuple[Array, Array]:
-    """``(dx, dresidual)`` from the reduced packet; ``y`` is the output where the fused activation is relu."""
+    """Return ``(dx, dresidual)`` from the reduced packet; ``y`` is the output if the fused activation is relu."""
     compute = _compute_type(dtype)
     dx, dresidual = np.empty_like(x), np.empty_like(x)
     n = float(packet.count)

@@ -6,4 +6,4 @@ from hvd_syncbn.tf_impl.groups import groups
 
 __all__ = ["groups", "sync_batch_norm"]
 
-ops.library()  # a missing or stale build shows here, not in the first training step
+ops.library()  # report a missing or stale build on import, not in the first training step

@@ -1,4 +1,4 @@
-"""PyTorch's face: ``from hvd_syncbn.torch import SyncBatchNorm``."""
+"""Synchronized batch normalization for PyTorch. See ``SyncBatchNorm``."""
 
 from hvd_syncbn.torch_impl.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from hvd_syncbn.torch_impl.drift import check_ranks_agree

@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,22 @@ with contextlib.suppress(ImportError):
 ROOT = Path(__file__).parents[1]
 SOURCES = ("test_cuda_build.py", "test_cuda_emulated.py", "test_cuda_registers.py")  # compile them; others: the marker
 OPTIONAL = "torch|tensorflow|keras|horovod|matplotlib|scipy|sklearn|onnx|onnxruntime|onnxscript"
+
+# With xdist a file's tests run in one process. So do all tests of these files: the former share jobs, the latter hosts.
+TOGETHER = ("tests/parallel/test_(torch|tensorflow|same_bits).py", "tests/cluster/.*")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute files, or groups of files, over xdist's processes."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((group for group in TOGETHER if re.fullmatch(group, file)), file)
+
+    return Scheduler(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

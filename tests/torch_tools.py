@@ -1,4 +1,4 @@
-"""What the PyTorch tests share: one training step and its results, the bytes they are compared by, the stack of vectors.py."""
+"""What the PyTorch tests share: one training step, its results, how they are compared, and torch.nn's layer beside ours."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from tests.arrays import NUMPY, same_bits
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("contiguous", "channels_last")
+SHAPES = [(7, 5), (6, 5, 9), (4, 5, 6, 7), (3, 5, 4, 3, 6)]
+# Against torch.nn; see test_torch_layer.py.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+WEIGHTS = 1e-7  # running statistics of any type: the protocol rounds 1 - momentum and momentum to float32
 
 Result = dict[str, Tensor]
 
@@ -155,10 +159,27 @@ def threads(number: int) -> Iterator[None]:
 
 @contextmanager
 def isa(name: str) -> Iterator[None]:
-    """The core on this instruction-set path; Python's library and the operators' are one (test_torch_layer proves it)."""
+    """The core on this instruction-set path; Python's library and the operators' are one (test_torch_bytes.py proves it)."""
     before = native.isa()
     native.set_isa(name)
     try:
         yield
     finally:
         native.set_isa(before)
+
+
+def theirs(shape: tuple[int, ...], **options: Any) -> nn.Module:
+    classes = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    return classes[len(shape)](shape[1], **options)
+
+
+def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any) -> tuple[SyncBatchNorm, nn.Module]:
+    """Our layer and theirs with the same state. 16-bit inputs have float32 parameters, as under autocast."""
+    options["dtype"] = torch.float64 if dtype == torch.float64 else torch.float32
+    ours, reference = SyncBatchNorm(shape[1], **options), randomize(theirs(shape, **options))
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    return ours, reference
+
+
+def assert_close(ours: Any, reference: Any, tolerance: float = TOLERANCE[torch.float32]) -> None:
+    torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)

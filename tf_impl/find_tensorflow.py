@@ -1,4 +1,4 @@
-"""Prints what CMake needs of the installed TensorFlow, separated by semicolons.
+"""Prints the settings of the installed TensorFlow for CMake, separated by semicolons.
 
 Version, whether it is a CUDA build, include folder, flags.
 """

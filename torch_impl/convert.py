@@ -1,7 +1,7 @@
 """Conversion of whole models to ``SyncBatchNorm`` and back, in place.
 
-A layer changes its class and stays the object that it was: its parameters, buffers and hooks, and every list, dictionary and
-optimizer that knows it or them, are as good after as before. Copying it into a new object would leave those with the old one.
+Conversion changes the class of a layer object. Its parameters, buffers and hooks stay valid, and so do lists, dictionaries and
+optimizers that refer to them; a new object would leave these with the old layer.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _SYNCHRONIZED: dict[type, type] = {
     nn.SyncBatchNorm: SyncBatchNorm,
     BatchNorm: SyncBatchNorm,
 }
-# The class that one made by hand reverts to.
+# The class to which a layer that was constructed directly reverts.
 _REVERTED: dict[type, type] = {
     SyncBatchNorm1d: nn.BatchNorm1d,
     SyncBatchNorm2d: nn.BatchNorm2d,
     SyncBatchNorm3d: nn.BatchNorm3d,
 }
-# What a SyncBatchNorm has beside a BatchNorm.
+# The attributes that a SyncBatchNorm adds to a BatchNorm.
 _OURS = ("process_set", "collective_name", "_converted_from")
 
 
@@ -57,9 +57,9 @@ def _is_plain(cls: type) -> bool:
 
 
 class _Redirected(TorchFunctionMode):
-    """Within it, every ``F.batch_norm`` of a training batch, by any name, runs the synchronized operator for one layer.
+    """Mode in which ``F.batch_norm`` in training, under any name, runs the synchronized operator of one layer.
 
-    The layer's own forward, and PyTorch's, run as they are written.
+    The forward of the layer, and PyTorch's, run unchanged.
     """
 
     def __init__(self, layer: SyncBatchNorm) -> None:
@@ -75,7 +75,7 @@ class _Redirected(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         if function is torch.batch_norm:
             return self._batch_norm_of_torch(*args, **kwargs)
-        if function is ops.sync_batch_norm:  # where super().forward is SyncBatchNorm's
+        if function is ops.sync_batch_norm:  # super().forward is that of SyncBatchNorm
             self.used = True
         elif function is Tensor.register_hook or function is Tensor.register_post_accumulate_grad_hook:
             return function(*self._with_redirected_hook(*args, **kwargs))
@@ -84,7 +84,7 @@ class _Redirected(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _with_redirected_hook(self, tensor: Tensor, hook: Callable[..., Any]) -> tuple[Tensor, Callable[..., Any]]:
-        """The arguments with a hook that is redirected, too: it runs in the backward pass."""
+        """Return the arguments with a hook that redirects, too, when it runs in the backward pass."""
 
         def redirected(*args: Any) -> Any:
             with _Redirected(self.layer):
@@ -110,8 +110,8 @@ class _Redirected(TorchFunctionMode):
             raise RuntimeError(
                 f"layer {name!r} calls F.batch_norm inside a checkpoint or an autograd.Function, which may run it again in the "
                 "backward pass, where it would not be synchronized. "
-                f"Received: a {cls} that passes a function other than its methods. Move the call to a method of {cls}, pass "
-                "self.method or call it there, or checkpoint the whole layer"
+                f"Received: a {cls} that passes a function other than its methods. Move the call to a method of {cls} and pass "
+                "or call that method, or checkpoint the whole layer"
             )
         tensors = (input, running_mean, running_var, weight, bias)
         return sync_batch_norm(*tensors, training, momentum, eps, process_set=self.layer.process_set, name=name)
@@ -132,7 +132,7 @@ class _Redirected(TorchFunctionMode):
 
 
 def _rerun() -> object:
-    """Identifies the checkpoint or the ``autograd.Function`` that runs now, if any, and may run its code again in backward."""
+    """Return an identifier of the running checkpoint or ``autograd.Function``, which may run its code again in backward."""
     if torch.compiler.is_compiling():
         return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -141,9 +141,9 @@ def _rerun() -> object:
 
 
 def _redirecting(own: Callable[..., Any], name: str, reruns: bool) -> Callable[..., Any]:
-    """A method of a user's class that normalizes over all ranks in training, in forward or wherever autograd calls it again.
+    """Wrap a user-defined method so that in training it normalizes over all ranks, also when autograd calls it again.
 
-    Where code ``reruns`` parts in backward, it is not compiled: the compiler would trace those parts without the redirection.
+    Code that ``reruns`` parts in backward is not compiled, because the compiler would trace those parts without redirection.
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,7 +154,7 @@ def _redirecting(own: Callable[..., Any], name: str, reruns: bool) -> Callable[.
     is_forward = name == "forward"
     reason = f"parts of {own.__qualname__} run in the backward pass, where hvd-syncbn synchronizes them in eager mode only"
     run = torch.compiler.disable(_run_redirected, reason=reason) if reruns else _run_redirected
-    # TorchScript compiles what is wrapped, and looks its names up in the wrapper's module: so this one's is theirs.
+    # TorchScript compiles the wrapped method but looks its names up in the wrapper's globals, so the wrapper gets its globals.
     code, names = forward.__code__, getattr(own, "__globals__", globals())
     return functools.update_wrapper(FunctionType(code, names, name, None, forward.__closure__), own)
 
@@ -177,10 +177,13 @@ def _warn_of_local_statistics(name: str, function: str | None) -> None:
 
 
 def _ignored_by_torchscript(layer: nn.Module) -> list[str]:
-    """The first attribute that TorchScript reads. It compiles a user's forward without the redirection of ``F.batch_norm``."""
+    """Return the attributes that TorchScript ignores, and raise in training mode.
+
+    This is the first attribute that TorchScript reads. It compiles a user-defined forward without the redirection.
+    """
     if layer.training:
         raise RuntimeError(
-            "hvd-syncbn does not synchronise in TorchScript: call `.eval()` on the model before compiling it, or "
+            "hvd-syncbn does not synchronize in TorchScript: call `.eval()` on the model before compiling it, or "
             f"`hvd_syncbn.torch.revert_sync_batchnorm`. Received: a {type(layer).__name__} in training mode"
         )
     return SyncBatchNorm.__jit_ignored_attributes__
@@ -188,7 +191,7 @@ def _ignored_by_torchscript(layer: nn.Module) -> list[str]:
 
 @cache
 def _synchronized(cls: Any) -> type:
-    """The class that objects of ``cls`` become; for a user's subclass one in which its ``super().forward`` is ours."""
+    """Return the synchronized class for ``cls``; for a user-defined subclass, one whose ``super().forward`` is ours."""
     if _is_plain(cls):
         return _SYNCHRONIZED.get(cls, SyncBatchNorm)
 
@@ -209,16 +212,16 @@ def _synchronized(cls: Any) -> type:
 
 
 def _rebuild(cls: type) -> nn.Module:
-    """An empty instance for pickle and deepcopy: the class made for a subclass has no name to import it by."""
+    """Return an empty instance for pickle and deepcopy, because a converted subclass cannot be imported by name."""
     made: Any = _synchronized(cls)
     module: nn.Module = made.__new__(made)
     return module
 
 
 def _become(module: nn.Module, cls: type) -> None:
-    """Makes an object one of class ``cls``, or of what its parametrizations make of that.
+    """Change the class of an object to ``cls``, or to a parametrized class of ``cls`` if the object is parametrized.
 
-    Parametrizing gives an object a class of its own, made from the class before, to which it goes back when they are removed.
+    Parametrization derives a class for one object. Removing it restores the base class.
     """
     if is_parametrized(module):
         own = dict(vars(type(module)))
@@ -227,7 +230,7 @@ def _become(module: nn.Module, cls: type) -> None:
             cls = before
         else:
             cls = type(f"Parametrized{cls.__name__}", (cls,), {**own, "_before": type(module)})
-    object.__setattr__(module, "__class__", cls)  # past a user-defined __setattr__
+    object.__setattr__(module, "__class__", cls)  # bypasses a user-defined __setattr__
 
 
 def _properties(cls: type) -> set[str]:
@@ -235,12 +238,12 @@ def _properties(cls: type) -> set[str]:
 
 
 def _user_classes(cls: type) -> Iterator[type]:
-    """The classes of a batch norm that are neither PyTorch's nor Horovod's, the most derived first."""
+    """Return the user-defined classes of a batch norm, the most derived first."""
     return itertools.takewhile(lambda base: base is not _BatchNorm and not _is_plain(base), cls.__mro__)
 
 
 def _methods(cls: type) -> Iterator[tuple[str, FunctionType]]:
-    """The methods that the user's classes define, by name, also those that are overridden; none of Python's own names."""
+    """Return the names and methods of the user-defined classes, including overridden ones but not Python's ``__names__``."""
     for base in _user_classes(cls):
         for name, member in vars(base).items():
             if isinstance(member, FunctionType) and not name.startswith("__"):
@@ -251,7 +254,7 @@ _REMEDY = "Call super().forward or F.batch_norm in it"
 
 
 def _own_normalization(cls: type) -> tuple[str, str] | None:
-    """Why a batch norm class would not use our forward, and what to do. None if its code shows something that leads there."""
+    """Return why a batch norm class would not use our forward, and the remedy; None if its code seems to call it."""
     classes = list(_user_classes(cls))
     base = cls.__mro__[len(classes)]
     if classes and base not in (_BatchNorm, BatchNorm) and "forward" in vars(base):
@@ -270,19 +273,19 @@ def _own_normalization(cls: type) -> tuple[str, str] | None:
 
 
 def _local_in_backward(cls: type) -> Iterator[str]:
-    """The names of each ``autograd.Function`` that a user's class calls and whose backward calls a batch norm function."""
+    """Return the names of the ``autograd.Function`` classes that ``cls`` calls and whose backward calls a batch norm."""
     for name, backward in Names(cls, (method for _, method in _methods(cls))).backwards.items():
         if Names(cls, [backward]).functions():
             yield name
 
 
 def _plain_extras(cls: type) -> tuple[str, ...]:
-    """The attributes that only a layer of PyTorch or Horovod gets: a user's subclass may have its own."""
+    """Return the attributes that only layers of PyTorch or Horovod get, because a subclass may define its own."""
     return ("activation",) if _is_plain(cls) and cls is not BatchNorm else ()
 
 
 def _obstacle(layer: nn.Module) -> tuple[str, str] | None:
-    """Why a batch norm cannot be converted, and what to do."""
+    """Return why a batch norm cannot be converted, and the remedy; None if it can."""
     cls = type_before_parametrizations(layer)
     own = _own_normalization(cls)
     if own is not None:
@@ -294,7 +297,7 @@ def _obstacle(layer: nn.Module) -> tuple[str, str] | None:
 
 
 def _unsynchronized(model: nn.Module) -> Iterator[str]:
-    """What else in a model computes statistics of one rank only, and what to do about it: a message for each."""
+    """Return a message for every other part of a model that computes statistics of one rank only."""
     registered = set(model.modules())
     for path, module in model.named_modules():
         prefix, cls = f"{path}." if path else "", type(module)
@@ -322,7 +325,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def _by_a_function(path: str, module: nn.Module) -> Iterator[str]:
-    """A message for a module that is no batch norm and whose forward calls a batch norm function."""
+    """Return a message if a module that is not a batch norm calls a batch norm function in its forward."""
     cls = type(module).__name__
     called = Names(module, [vars(module).get("forward", type(module).forward)]).functions()
     inner = [name for name, child in module.named_children() if isinstance(child, _BatchNorm)]
@@ -335,7 +338,7 @@ def _by_a_function(path: str, module: nn.Module) -> Iterator[str]:
         return
     name = f"{path}.{inner[0]}" if path else inner[0]
     yield (
-        f"layer {name!r} is converted, but {path or cls!r} ({cls}) also calls {called[0]} by itself. On a rank that takes that "
+        f"layer {name!r} is converted, but {path or cls!r} ({cls}) also calls {called[0]} directly. On a rank that takes that "
         "path, the batch is not synchronized, and the other ranks wait for it in the layer. Make all ranks call the layer in "
         "every training step (in torch_geometric: allow_single_element=False)"
     )
@@ -365,8 +368,8 @@ def _check(module: object) -> None:
 def _collective_name(model: nn.Module, path: str) -> str:
     """Return the model's class and the layer's path in it; "" for the model itself.
 
-    It depends on the model alone, so that it is the same on a rank that has made other models, loads this one from a file, or
-    joins an elastic job. It does not contain the number of channels: ranks that disagree about that have to meet, and raise.
+    The name depends only on the model, so it is the same on a rank that has created other models, loads this one from a file,
+    or joins an elastic job. It does not contain the number of channels, so that ranks that disagree about it get an error.
     """
     first, _, rest = path.partition(".")
     if first == "_orig_mod":  # in the wrapper that torch.compile returns
@@ -375,17 +378,17 @@ def _collective_name(model: nn.Module, path: str) -> str:
 
 
 def convert_sync_batchnorm(module: Module, process_set: Any = None) -> Module:
-    """Turn every batch norm of a model into a ``SyncBatchNorm``, in place.
+    """Convert every batch norm of a model to a ``SyncBatchNorm``, in place.
 
-    A layer stays the object that it was, and an instance of its class: ``nn.BatchNorm2d`` becomes ``SyncBatchNorm2d``, which is
-    one. Parameters, buffers, training flag, ``requires_grad``, hooks and devices are kept; a layer that is used in two places
-    stays one layer. Collectives are named by the class of ``module`` and the layer's path in it: convert models of one class
-    together, as ``nn.ModuleDict(a=a, b=b)``. A subclass of ``nn.BatchNorm*`` keeps its own methods and normalizes over all
-    ranks where it calls ``super().forward`` or ``F.batch_norm``; one that does neither is left unchanged, with a warning.
-    ``nn.SyncBatchNorm`` and Horovod's are converted as well.
+    A layer stays the same object and an instance of its class: ``nn.BatchNorm2d`` becomes ``SyncBatchNorm2d``, a subclass.
+    Parameters, buffers, training flag, ``requires_grad``, hooks and devices are kept; a layer that is used in two places stays
+    one layer. Collectives are named by the class of ``module`` and the layer's path in it, so convert several models of one
+    class together, as ``nn.ModuleDict(a=a, b=b)``. A subclass of ``nn.BatchNorm*`` keeps its methods and normalizes over all
+    ranks where it calls ``super().forward`` or ``F.batch_norm``; if it calls neither, it is left unchanged with a warning.
+    ``nn.SyncBatchNorm`` and Horovod's layer are converted as well.
 
     Args:
-        module: changed in place.
+        module: model, changed in place.
         process_set: the ranks that share the batch: a ``horovod.ProcessSet``, a ``torch.distributed.ProcessGroup`` or a 1-D
             ``DeviceMesh``. None is all ranks of Horovod if it is initialized, else those of torch.distributed.
 
@@ -393,18 +396,18 @@ def convert_sync_batchnorm(module: Module, process_set: Any = None) -> Module:
         ``module``.
 
     Raises:
-        TypeError: ``module`` is no ``torch.nn.Module``.
-        ValueError: a lazy batch norm has not seen its first batch yet. Nothing is changed then.
+        TypeError: ``module`` is not a ``torch.nn.Module``.
+        ValueError: a lazy batch norm has not seen its first batch. The model is then unchanged.
 
     Warns:
-        UserWarning: a batch norm of the model is not synchronized; the message names it and says why and what to do.
+        UserWarning: a batch norm of the model is not synchronized; the message names it, the reason and the remedy.
     """
     _check(module)
     layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
     for path, layer in layers:
         if isinstance(layer, _LazyNormBase):
             raise ValueError(
-                f"the lazy layer {path!r} has no channel count yet: run a batch through the model before converting it. "
+                f"the lazy layer {path!r} has no channel count yet. First run a batch through the model, then convert it. "
                 f"Received: {layer}"
             )
     if not layers:
@@ -436,20 +439,23 @@ def convert_sync_batchnorm(module: Module, process_set: Any = None) -> Module:
 
 
 def revert_sync_batchnorm(module: Module) -> Module:
-    """Turns every ``SyncBatchNorm`` of a model back into what it was converted from, in place.
+    """Convert every ``SyncBatchNorm`` of a model back to its original class, in place.
 
-    One that was made by hand becomes a batch norm of this rank's batch: ``SyncBatchNorm1d``, ``2d`` and ``3d`` the
-    ``nn.BatchNorm`` that they are, ``SyncBatchNorm`` and all that have an activation one that takes inputs of any dimension and
-    keeps the activation. Everything else is kept, as in ``convert_sync_batchnorm``.
+    A layer that was constructed directly becomes a batch norm of this rank's batch: ``SyncBatchNorm1d``, ``2d`` and ``3d``
+    become ``nn.BatchNorm1d``, ``2d`` and ``3d``; ``SyncBatchNorm`` and layers with an activation become a batch norm for inputs
+    of any dimension that keeps the activation. Everything else is kept, as in ``convert_sync_batchnorm``.
 
     Args:
-        module: changed in place.
+        module: model, changed in place.
 
     Returns:
         ``module``.
 
     Raises:
-        TypeError: ``module`` is no ``torch.nn.Module``.
+        TypeError: ``module`` is not a ``torch.nn.Module``.
+
+    Warns:
+        UserWarning: a layer has ``zero_debias``, which PyTorch's layers do not support.
     """
     _check(module)
     for path, layer in module.named_modules():
@@ -462,7 +468,8 @@ def revert_sync_batchnorm(module: Module) -> Module:
         _become(layer, cls)
         if vars(layer).pop("zero_debias", False):
             warnings.warn(
-                f"{path!r} averages with its momentum alone from now on, as torch.nn's layers do. Received: zero_debias=True",
+                f"{path!r} averages with its momentum only, because torch.nn's layers have no zero_debias. "
+                "Received: zero_debias=True",
                 stacklevel=2,
             )
         for name in (*_OURS, *_plain_extras(cls), *(TRACED_AS_LEAF if cls is not BatchNorm else ())):

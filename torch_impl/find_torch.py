@@ -1,4 +1,4 @@
-"""Prints what CMake needs of the installed PyTorch, separated by semicolons.
+"""Prints the settings of the installed PyTorch for CMake, separated by semicolons.
 
 Version, whether it is a CUDA build, library folder, ABI, include folders.
 """

@@ -1,7 +1,7 @@
-"""``fold_batchnorm``: batch norms of stored statistics become a part of the layer before or after them.
+"""``fold_batchnorm``: folds batch norms with stored statistics into the layer before or after them.
 
-The model's data flow is read from a trace (``torch.fx``) of a copy that shares its tensors, which is thrown away. The result is
-a deep copy of the model, with its classes and names; only its layers change.
+The data flow of the model is read from a ``torch.fx`` trace of a temporary copy that shares its tensors. The result is a deep
+copy of the model with the same classes and names; only layers are replaced.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _Affine = tuple[Tensor, Tensor]  # float64 (scale, shift)
 
 
 class Scale(nn.Module):
-    r"""``weight * x + bias`` of each channel, plus a residual, then an activation: Caffe's layer of that name.
+    r"""``weight * x + bias`` for each channel, plus a residual, then an activation, like Caffe's ``Scale`` layer.
 
-    ``fold_batchnorm`` leaves it where a batch norm has no layer to become a part of.
+    ``fold_batchnorm`` replaces a batch norm by it if there is no layer to fold the batch norm into.
 
     Args:
         num_features: number of channels ``C``.
-        bias: whether there is an offset.
+        bias: whether to add an offset.
         activation: None, or ``"relu"``.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
         - input: ``(N, C, *)``
@@ -63,7 +63,7 @@ class Scale(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"expected an activation of {ACTIVATIONS}. Received: {activation!r}")
+            raise ValueError(f"expected activation to be one of {ACTIVATIONS}. Received: {activation!r}")
         self.num_features = num_features
         self.activation = activation
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
@@ -71,7 +71,7 @@ class Scale(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if bias else None)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """See the class."""
+        """Scale and shift each channel, add the residual, and apply the activation."""
         column = [1, -1, *[1] * (input.dim() - 2)]
         y = input * self.weight.view(column)
         if self.bias is not None:
@@ -85,12 +85,12 @@ class Scale(nn.Module):
 
 
 class Rest(nn.Module):
-    """What is left of a batch norm that became a part of another layer: a residual is added, then the activation.
+    """The residual and activation of a batch norm that was folded into another layer.
 
     Args:
         activation: None, or ``"relu"``.
-        two_dimensions: whether the layer was a linear one. Those write the last dimension and a norm is about the second, so
-            with more than two the result would be another one: that is a ``ValueError``.
+        two_dimensions: whether the other layer is linear. A linear layer writes the last dimension and a batch norm normalizes
+            the second, so the fold is valid only for inputs of 2 dimensions; others raise a ``ValueError``.
     """
 
     def __init__(self, activation: str | None = None, two_dimensions: bool = False) -> None:
@@ -99,11 +99,11 @@ class Rest(nn.Module):
         self.two_dimensions = two_dimensions
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Of tensors of one shape."""
+        """Add the residual, which has the shape of the input, and apply the activation."""
         if self.two_dimensions and input.dim() != 2:
             raise ValueError(
-                "the batch norm beside this linear layer was folded into it, which holds for inputs of 2 dimensions only: use "
-                f"the model as it was before fold_batchnorm. Received: shape {tuple(input.shape)}"
+                "a batch norm was folded into the linear layer beside it, which is valid for inputs of 2 dimensions only. Use "
+                f"the model that was not folded. Received: shape {tuple(input.shape)}"
             )
         return _rest(input, residual, self.activation)
 
@@ -118,34 +118,38 @@ def _rest(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """A copy of a model for inference whose batch norms are parts of other layers.
+    """Return a copy of a model for inference with its batch norms folded into other layers.
 
-    A batch norm with stored statistics multiplies and adds. It is taken into the layer whose output it alone reads
-    (``nn.Conv1d`` to ``3d``, ``nn.ConvTranspose1d`` to ``3d``, ``nn.Linear``), or else into the layer that alone reads its
-    output, where that is exact: with zero padding it is not. Two norms, or a norm and a ``Scale``, become one. A norm that has
-    no layer beside it becomes a ``Scale``. An activation or a residual that was fused stays, as a layer of its own. What cannot
-    be folded stays a batch norm, with a warning that names it and says why.
+    A batch norm with stored statistics is a scale and a shift. It is folded into the layer before it (``nn.Conv1d`` to ``3d``,
+    ``nn.ConvTranspose1d`` to ``3d``, ``nn.Linear``) if nothing else reads that layer's output, or else into the layer after it
+    if nothing else reads the batch norm's output and the fold is exact (it is not with zero padding). Two batch norms, or a
+    batch norm and a ``Scale``, become one. A batch norm without such a layer becomes a ``Scale``. A fused activation or
+    residual remains as a separate layer. A batch norm that cannot be folded is kept, and a warning gives its name and the
+    reason.
 
-    Outputs are equal up to float rounding: weights are folded in float64 and rounded once, so an output differs by about as
-    much as two ways to add up the same convolution (some 1e-6 of its size in float32).
+    Outputs are equal up to rounding: weights are folded in float64 and rounded once, so outputs differ by about as much as two
+    summation orders of the same convolution (about 1e-6 of their size in float32).
 
-    Norms have to be in evaluation mode (``model.eval()``) or frozen (``freeze_batchnorm``). In a model in training mode, a
-    frozen norm is folded into a layer that does not learn either (``requires_grad`` of both is False): the rest can be trained
-    then.
+    Batch norms must be in evaluation mode (``model.eval()``) or frozen (``freeze_batchnorm``). In a model in training mode, a
+    frozen batch norm is folded into a layer that does not learn either (``requires_grad`` of both is False), so that the rest
+    can be trained.
 
-    The order of layers is that of ``forward``, traced with its required arguments and with all; both have to agree. A model
-    that cannot be traced (its code asks for values) is taken apart: those of its parts that can be traced are folded, as if the
-    model called them as a whole and nowhere else. A warning says so.
+    The order of layers is traced from ``forward`` with its required arguments and with all arguments; both traces must agree.
+    If a model cannot be traced because its code depends on values, its traceable parts are folded, assuming that the model
+    calls each part as a whole and only there. A warning says so.
 
     Args:
-        model: is not changed.
+        model: model, left unchanged.
 
     Returns:
-        The copy. Its classes and names are the model's.
+        The copy, with the classes and names of the model.
 
     Raises:
-        TypeError: not a ``torch.nn.Module``, or a compiled one (``torch.jit``).
-        ValueError: a lazy layer has not seen its first batch yet.
+        TypeError: ``model`` is not a ``torch.nn.Module``, or is compiled by ``torch.jit``.
+        ValueError: a lazy layer has not seen its first batch.
+
+    Warns:
+        UserWarning: a batch norm is not folded, or the model cannot be traced as a whole.
 
     Example:
         >>> from torch import nn
@@ -166,12 +170,12 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, LazyModuleMixin):
             raise ValueError(
-                f"the lazy layer {name!r} has no channel count yet: run a batch through the model before folding it. "
+                f"the lazy layer {name!r} has no channel count yet. First run a batch through the model, then fold it. "
                 f"Received: {module}"
             )
     folder = _Folder(copy.deepcopy(model))
     untraced: list[str] = []
-    if isinstance(model, _BatchNorm):  # a trace has no calls of the root
+    if isinstance(model, _BatchNorm):  # a trace does not contain the call of the root module
         folder.alone()
     else:
         for flow in list(_flows(_skeleton(model), "", untraced)):
@@ -183,7 +187,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return folder.model
 
 
-# --- What calls what --------------------------------------------------------------------------------------------------
+# --- Data flow --------------------------------------------------------------------------------------------------------
 
 
 class _Tracer(fx.Tracer):
@@ -192,7 +196,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Flow:
-    """The calls of one ``forward``, with its required arguments and with all. Names of modules are those of the whole model."""
+    """The calls of one ``forward``, traced with its required and with all arguments; module names are those in the model."""
 
     def __init__(self, graphs: list[fx.Graph], prefix: str) -> None:
         self.graphs = graphs
@@ -205,7 +209,7 @@ class _Flow:
             yield from graph.nodes
 
     def calls(self, name: str) -> list[list[fx.Node]]:
-        """The calls of a module in every graph that has any."""
+        """Return the calls of a module in each graph that has any."""
         found = [[node for node in graph.nodes if (node.op, node.target) == ("call_module", name)] for graph in self.graphs]
         return [nodes for nodes in found if nodes]
 
@@ -213,18 +217,18 @@ class _Flow:
         return list(dict.fromkeys(str(node.target) for node in self.nodes() if node.op == "call_module"))
 
     def reads(self, name: str) -> bool:
-        """Whether a parameter of the module is read elsewhere than in it."""
+        """Return whether a parameter of the module is read outside it."""
         return any(node.op == "get_attr" and str(node.target).startswith(f"{name}.") for node in self.nodes())
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy with the same tensors: a forward that is traced may leave its marks on it."""
+    """Return a copy that shares the tensors, because tracing a forward may set attributes of the model."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, dict(shared))
 
 
 def _flows(module: nn.Module, path: str, untraced: list[str]) -> Iterator[_Flow]:
-    """Of a model, or of its largest parts that can be traced."""
+    """Yield the data flow of a model, or of its largest parts that can be traced."""
     if not any(isinstance(part, _BatchNorm) for part in module.modules()) or isinstance(module, _BatchNorm):
         return
     if type(module).forward is not nn.Module.forward:  # lists and dicts of modules have none
@@ -233,8 +237,8 @@ def _flows(module: nn.Module, path: str, untraced: list[str]) -> Iterator[_Flow]
             return
         except Exception as error:
             untraced.append(
-                f"{path or type(module).__name__!r} cannot be traced, so its parts are folded one by one, as if they were "
-                f"called as a whole and nowhere else. {_short(error)}"
+                f"{path or type(module).__name__!r} cannot be traced, so its parts are folded one by one, assuming that each "
+                f"is called as a whole and only there. Compare the outputs of the folded model. Received: {_short(error)}"
             )
     for name, child in module.named_children():
         yield from _flows(child, f"{path}.{name}" if path else name, untraced)
@@ -244,15 +248,15 @@ def _trace(module: nn.Module, name: str, untraced: list[str]) -> list[fx.Graph]:
     parameters = inspect.signature(module.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about defaults, which the second trace is for
+        warnings.simplefilter("ignore")  # torch.fx warns about defaults; the second trace covers these
         graphs = [_Tracer().trace(module, concrete_args=defaults or None)]
         if defaults:
             try:
                 graphs.append(_Tracer().trace(module))
             except Exception as error:
                 untraced.append(
-                    f"{name!r} can be traced with the defaults of {', '.join(defaults)} alone: folded, it may be wrong for "
-                    f"others. {_short(error)}"
+                    f"{name!r} can be traced only with the defaults of {', '.join(defaults)}, so the folded model may be wrong "
+                    f"for other values. Call it with the defaults. Received: {_short(error)}"
                 )
     return graphs
 
@@ -262,13 +266,13 @@ def _short(error: Exception) -> str:
 
 
 def _reads(node: fx.Node, what: fx.Node | None = None) -> int:
-    """How often a call takes a value, by default the one that it takes first."""
+    """Return how often a call reads a value, by default its first argument."""
     what = what or _source(node)
     return sum(value is what for value in (*node.args, *node.kwargs.values()))
 
 
 def _source(node: fx.Node) -> fx.Node | None:
-    """What a call takes first."""
+    """Return the node of a call's first argument."""
     first = node.args[0] if node.args else node.kwargs.get("input")
     return first if isinstance(first, fx.Node) else None
 
@@ -277,7 +281,7 @@ def _source(node: fx.Node) -> fx.Node | None:
 
 
 class _Refused(Exception):
-    """Why two layers cannot become one."""
+    """A batch norm cannot be folded; the message is the reason."""
 
 
 class _Folder:
@@ -285,17 +289,17 @@ class _Folder:
         self.model = model
         everything = list(model.named_modules(remove_duplicate=False))
         first = {id(module): name for name, module in reversed(everything)}
-        self.names = {name: first[id(module)] for name, module in everything}  # of a shared module the first
+        self.names = {name: first[id(module)] for name, module in everything}  # a shared module has its first name
         self.modules = dict(model.named_modules())
         self.reasons: dict[str, str] = {}
         self.done: set[str] = set()
 
     def refused(self, norms: list[str]) -> dict[str, str]:
-        """Of these norms, those that stayed, and why."""
+        """Return the norms that were not folded, and the reasons."""
         return {name: self.reasons.get(name, "forward does not call it") for name in norms if name not in self.done}
 
     def alone(self) -> None:
-        """Where the model is a batch norm itself."""
+        """Replace a model that is itself a batch norm by a ``Scale``."""
         try:
             self._check_norm("")
         except _Refused as reason:
@@ -305,10 +309,10 @@ class _Folder:
             self.model = self._scale(self.model, self._affine(self.model))
 
     def fold(self, flow: _Flow, in_parts: bool) -> None:
-        """Everything that can be folded in one flow, in the order of its calls."""
+        """Fold all possible norms of one flow, in the order of its calls."""
         self.flow, self.in_parts = flow, in_parts
         self.affine: dict[str, _Affine] = {}
-        self.joined: set[str] = set()  # those that hold another one, too
+        self.joined: set[str] = set()  # norms that another norm was merged into
         for node in flow.nodes():
             if node.op == "call_module":
                 node.target = self.names[str(node.target)]
@@ -321,7 +325,7 @@ class _Folder:
                 self.affine[name] = self._affine(module)
             except _Refused as reason:
                 self.reasons[name] = str(reason)
-        # Folding needs no Horovod, so it is not asked which rank this is.
+        # Folding works without Horovod, so the rank comes from the launcher.
         for name in track(list(self.affine), "Folding batch norms", launched_rank() == 0, len(self.affine)):
             self._fold(name)
 
@@ -342,7 +346,7 @@ class _Folder:
         self.done.add(name)
 
     def _into_source(self, name: str) -> bool:
-        """Into the layer whose output it reads. False: there is none."""
+        """Fold a norm into the layer whose output it reads; return False if there is none."""
         calls = [nodes[0] for nodes in self.flow.calls(name)]
         layers = {self._layer(self._behind(_source(node))) for node in calls}
         if layers == {None}:
@@ -359,9 +363,9 @@ class _Folder:
         return True
 
     def _into_user(self, name: str) -> bool:
-        """Into the layer, norm or ``Scale`` that reads its output. False: there is none."""
+        """Fold a norm into the layer, norm or ``Scale`` that reads its output; return False if there is none."""
         if _activation(self.modules[name]) is not None or self._residual(name):
-            return False  # what is fused comes between
+            return False  # the fused activation or residual lies between them
         layers: set[str | None] = set()
         for (node,) in self.flow.calls(name):
             readers = [self._ahead(user) for user in node.users]
@@ -376,14 +380,14 @@ class _Folder:
             self.affine[layer] = scale2 * scale, scale2 * shift + shift2
             self.joined.add(layer)
         elif isinstance(self.modules[layer], _BatchNorm | Scale):
-            return False  # one that cannot be folded itself
+            return False  # a norm that cannot be folded
         else:
             self._check_layer(layer)
             self._write(layer, *_before(self.modules[layer], *self.affine[name], layer))
         self._remove(name, isinstance(self.modules[layer], nn.Linear))
         return True
 
-    # --- The surroundings
+    # --- Neighbors in the data flow
 
     def _behind(self, node: fx.Node | None) -> fx.Node | None:
         while node is not None and self._is_identity(node):
@@ -402,14 +406,14 @@ class _Folder:
         return isinstance(module, nn.Identity) or (isinstance(module, _DropoutNd) and not module.training)
 
     def _layer(self, node: fx.Node | None, affine: bool = False) -> str | None:
-        """The layer that a node calls, if it is of a kind that takes in a norm, or, with `affine`, is one."""
+        """Return the layer that a node calls if norms can be folded into it, or, with `affine`, if it is a norm."""
         kinds = (_ConvNd, nn.Linear, _BatchNorm, Scale) if affine else (_ConvNd, nn.Linear)
         if node is None or node.op != "call_module" or not isinstance(self.modules[str(node.target)], kinds):
             return None
         return str(node.target)
 
     def _between(self, node: fx.Node | None) -> str | None:
-        """What keeps a norm from the layer that it might have been folded into."""
+        """Return why a norm cannot be folded into the layer before it: the operations between them."""
         between: list[str] = []
         while node is not None and node.op.startswith("call") and len(node.all_input_nodes) == 1:
             layer = self._layer(node)
@@ -423,13 +427,13 @@ class _Folder:
 
     def _one(self, layers: set[str | None]) -> str:
         if len(layers) > 1 or None in layers:
-            raise _Refused("what comes before or after it depends on the arguments of forward")
+            raise _Refused("the layer before or after it depends on the arguments of forward")
         (layer,) = layers
         assert layer is not None
         return layer
 
     def _alone_with(self, node: fx.Node, layer: str) -> None:
-        """Every node from here back to the layer is the only reader of the one before, once."""
+        """Check that each node from here back to the layer is the only reader of the node before it."""
         while (node.op, node.target) != ("call_module", layer):
             source = _source(node)
             assert source is not None
@@ -441,7 +445,7 @@ class _Folder:
         return any(len(node.args) + len(node.kwargs) > 1 for nodes in self.flow.calls(name) for node in nodes)
 
     def _shared(self, name: str) -> bool:
-        several = list(self.names.values()).count(name) > 1 and self.in_parts  # another part may call it
+        several = list(self.names.values()).count(name) > 1 and self.in_parts  # a part that was not traced may call it
         return several or any(len(nodes) > 1 for nodes in self.flow.calls(name))
 
     # --- The layers
@@ -455,7 +459,7 @@ class _Folder:
             if not _is_plain(type(module)) and type(module) not in _OURS:
                 raise _Refused(f"a {type(module).__name__} may do more than a batch norm")
             if module.training:
-                raise _Refused("it is in training mode: call model.eval() or freeze_batchnorm(model) first")
+                raise _Refused("it is in training mode. Call model.eval() or freeze_batchnorm(model) first")
             if module.running_mean is None:
                 raise _Refused("it keeps no running statistics (track_running_stats=False)")
         self._check(name)
@@ -469,10 +473,10 @@ class _Folder:
         self._check(name, f"{name!r} ")
 
     def _check(self, name: str, who: str = "it ") -> None:
-        """What holds for norms and layers alike."""
+        """Check the conditions that apply to norms and layers."""
         module = self.modules[name]
         if name and self._shared(name):
-            raise _Refused(f"{who}is shared: it is called more than once")
+            raise _Refused(f"{who}is shared (called more than once)")
         if is_parametrized(module):
             raise _Refused(f"{who}is parametrized")
         if _hooked(module):
@@ -516,7 +520,7 @@ class _Folder:
         return new
 
     def _remove(self, name: str, linear: bool) -> None:
-        """Leaves what the norm did besides, and takes it out of the flow if that is nothing."""
+        """Replace a folded norm by its residual and activation, and remove its calls from the flow if it has neither."""
         activation, residual = _activation(self.modules[name]), self._residual(name)
         plain = nn.ReLU() if activation == "relu" else nn.Identity()
         new = Rest(activation, linear) if residual or linear else plain
@@ -549,7 +553,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def _after(layer: Any, scale: Tensor, shift: Tensor, name: str) -> _Affine:
-    """Weight and bias, in float64, of a layer whose output is scaled and shifted."""
+    """Return the float64 weight and bias of a layer whose output is scaled and shifted."""
     weight = layer.weight.detach().double()
     if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, ...)
         channels, scaled = layer.out_channels, weight.unflatten(0, (layer.groups, -1))
@@ -561,20 +565,20 @@ def _after(layer: Any, scale: Tensor, shift: Tensor, name: str) -> _Affine:
         if channels == len(scale):
             weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
     if channels != len(scale):
-        raise _Refused(f"it normalizes {len(scale)} channels of another dimension than the {channels} that {name!r} writes")
+        raise _Refused(f"it normalizes {len(scale)} channels, but {name!r} writes {channels} in another dimension")
     return weight, shift if layer.bias is None else layer.bias.detach().double() * scale + shift
 
 
 def _before(layer: Any, scale: Tensor, shift: Tensor, name: str) -> _Affine:
-    """Weight and bias, in float64, of a layer whose input is scaled and shifted."""
+    """Return the float64 weight and bias of a layer whose input is scaled and shifted."""
     if isinstance(layer, _ConvTransposeNd):
-        raise _Refused(f"at its borders {name!r}, a transposed convolution, does not see all of its shift")
+        raise _Refused(f"{name!r} after it is a transposed convolution, whose borders would be wrong")
     if isinstance(layer, _ConvNd) and _pads_with_zeros(layer) and shift.any():
-        raise _Refused(f"{name!r} after it pads with zeros, which it does not normalize: folded, its borders would be wrong")
+        raise _Refused(f"{name!r} after it pads with zeros, which are not normalized, so its borders would be wrong")
     groups = getattr(layer, "groups", 1)
     weight = layer.weight.detach().double().unflatten(0, (groups, -1))  # (groups, out / groups, in / groups, ...)
     if weight.shape[0] * weight.shape[2] != len(scale):
-        raise _Refused(f"it normalizes {len(scale)} channels of another dimension than {name!r} reads")
+        raise _Refused(f"it normalizes {len(scale)} channels, but {name!r} reads another dimension")
     ones = [1] * (weight.dim() - 3)
     added = (weight * shift.reshape(groups, 1, -1, *ones)).flatten(2).sum(2).flatten()
     weight = (weight * scale.reshape(groups, 1, -1, *ones)).flatten(0, 1)

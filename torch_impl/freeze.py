@@ -1,7 +1,7 @@
-"""``freeze_batchnorm`` and its opposite: batch norms that use and keep their stored statistics in training, too.
+"""``freeze_batchnorm`` and ``unfreeze_batchnorm``: batch norms that use their stored statistics in training, too.
 
-A frozen layer is one that stays in evaluation mode: its ``train`` does nothing but remember. So it works for every class of
-batch norm, and conversion, pickle and ``deepcopy`` need to know nothing of it.
+A frozen layer stays in evaluation mode: its ``train`` only stores the requested mode. This works for every class of batch norm
+and needs no support in conversion, pickle or ``deepcopy``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class _StaysInEvaluation:
-    """In the place of a frozen layer's ``train``, as an attribute of the layer: pickle and ``deepcopy`` take it along."""
+    """Replaces the ``train`` of a frozen layer as an attribute of the layer, so that pickle and ``deepcopy`` copy it."""
 
     def __init__(self, layer: nn.Module, affine: bool) -> None:
         self.layer = layer
@@ -27,23 +27,23 @@ class _StaysInEvaluation:
         self.learned = {name: p.requires_grad for name, p in layer.named_parameters(recurse=False)}
 
     def __call__(self, mode: bool = True) -> nn.Module:
-        """``nn.Module.train``."""
+        """Store the mode, as a replacement of ``nn.Module.train``."""
         vars(self.layer)["_frozen_in_training"] = mode
         for child in self.layer.children():
             child.train(mode)
         return self.layer
 
     def begin(self) -> None:
-        """Freezes the layer."""
+        """Freeze the layer."""
         vars(self.layer).update(train=self, _frozen_affine=self.affine, _frozen_in_training=self.layer.training)
         self.layer.training = False
         for name in self.learned if not self.affine else ():
             parameter = self.layer.get_parameter(name)
             parameter.requires_grad_(False)
-            parameter.grad = None  # an optimizer would go on using it
+            parameter.grad = None  # an optimizer would otherwise apply it in every step
 
     def end(self) -> None:
-        """Gives back what was there."""
+        """Restore the layer."""
         attributes = vars(self.layer)
         del attributes["train"], attributes["_frozen_affine"]
         self.layer.training = attributes.pop("_frozen_in_training")
@@ -53,28 +53,27 @@ class _StaysInEvaluation:
 
 
 def freeze_batchnorm(model: Module, affine: bool = False) -> Module:
-    """Makes every batch norm of a model use its stored statistics in training, too, and leave them as they are.
+    """Make every batch norm of a model use its stored statistics in training, too, without updating them.
 
-    That is what Caffe calls ``use_global_stats``, and what fine-tuning with small batches wants. Frozen layers send no
-    collective: freeze them on every rank. They stay frozen through ``model.train()``, ``convert_sync_batchnorm`` and
-    ``revert_sync_batchnorm``, ``copy.deepcopy``, ``pickle`` and ``torch.save(model)``. A ``state_dict`` stays that of
-    ``nn.BatchNorm`` and so does not say it: freeze the model that it is loaded into.
+    Useful for fine-tuning with small batches; Caffe calls it ``use_global_stats``. Frozen layers send no collective, so freeze
+    them on every rank. They stay frozen through ``model.train()``, ``convert_sync_batchnorm`` and ``revert_sync_batchnorm``,
+    ``copy.deepcopy``, ``pickle`` and ``torch.save(model)``. A ``state_dict`` has no entry for it, because it is compatible with
+    ``nn.BatchNorm``: freeze the model that it is loaded into.
 
-    Freeze before the optimizer is made, or make it anew: Horovod's goes on averaging parameters that no longer learn.
+    Create the optimizer after freezing; Horovod's optimizer keeps averaging parameters that no longer learn.
 
     Args:
         model: changed in place. Its layers may be ``SyncBatchNorm``, ``nn.BatchNorm*``, ``nn.SyncBatchNorm``, Horovod's and
             subclasses of these.
-        affine: whether gamma and beta go on learning. Otherwise they get no gradient (``requires_grad`` is False, their
-        ``grad``
-            None). In a ``SyncBatchNorm`` that holds whatever becomes of ``requires_grad`` later.
+        affine: whether gamma and beta keep learning. Otherwise they get no gradient: ``requires_grad`` is False and ``grad`` is
+            None. In a ``SyncBatchNorm`` this holds even if ``requires_grad`` is set later.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: not a ``torch.nn.Module``; ``affine`` is no bool.
-        ValueError: a layer keeps no running statistics, or is lazy and has seen no batch. Nothing is changed then.
+        TypeError: ``model`` is not a ``torch.nn.Module``; ``affine`` is not a bool.
+        ValueError: a layer keeps no running statistics, or is lazy and has seen no batch. The model is then unchanged.
 
     Example:
         >>> from torch import nn
@@ -92,17 +91,16 @@ def freeze_batchnorm(model: Module, affine: bool = False) -> Module:
     for path, layer in layers.items():
         if isinstance(layer, _LazyNormBase):
             raise ValueError(
-                f"the lazy layer {path!r} has no channel count yet: run a batch through the model before freezing it. "
+                f"the lazy layer {path!r} has no channel count yet. First run a batch through the model, then freeze it. "
                 f"Received: {layer}"
             )
         if layer.running_mean is None or layer.running_var is None:
             raise ValueError(
-                f"{path!r} keeps no running statistics (track_running_stats=False), so there is nothing to freeze it at. "
-                f"Received: {layer}"
+                f"{path!r} keeps no running statistics (track_running_stats=False), so it cannot be frozen. Received: {layer}"
             )
     for layer in layers.values():
         _end(layer)
-    # All are looked at before the first is changed: they may share a parameter.
+    # Read all layers before changing the first one, because they may share a parameter.
     for frozen in [_StaysInEvaluation(layer, affine) for layer in layers.values()]:
         frozen.begin()
     for path, layer in layers.items():
@@ -116,16 +114,16 @@ def freeze_batchnorm(model: Module, affine: bool = False) -> Module:
 
 
 def unfreeze_batchnorm(model: Module) -> Module:
-    """Undoes ``freeze_batchnorm``: layers are in the model's mode again, and their parameters learn as they did before.
+    """Undo ``freeze_batchnorm``: restore the layers' mode and the ``requires_grad`` of their parameters.
 
     Args:
-        model: changed in place. Layers that are not frozen stay as they are.
+        model: changed in place. Layers that are not frozen are left unchanged.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: not a ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``.
     """
     for layer in _batch_norms(model).values():
         _end(layer)
@@ -133,7 +131,7 @@ def unfreeze_batchnorm(model: Module) -> Module:
 
 
 def is_frozen(layer: nn.Module) -> bool:
-    """Whether ``freeze_batchnorm`` froze this layer."""
+    """Return whether ``freeze_batchnorm`` froze this layer."""
     return isinstance(vars(layer).get("train"), _StaysInEvaluation)
 
 

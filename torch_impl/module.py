@@ -164,7 +164,7 @@ class SyncBatchNorm(BatchNorm):
         if torch.jit.is_scripting():
             if self.training:
                 raise RuntimeError(
-                    "hvd-syncbn does not synchronise in TorchScript: call `.eval()` on the compiled model, "
+                    "hvd-syncbn does not synchronize in TorchScript: call `.eval()` on the compiled model, "
                     "or `hvd_syncbn.torch.revert_sync_batchnorm` before compiling one that trains"
                 )
             self._check_input_dim(input)

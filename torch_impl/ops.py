@@ -35,6 +35,14 @@ _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))  # f
 torch.library.define("hvd_syncbn::allreduce_", "(Tensor(a!) packet, str name, str group) -> ()", tags=_TAGS)
 
 
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+torch.library.define("hvd_syncbn::warn", "(str message) -> ()")
+torch.library.impl("hvd_syncbn::warn", "CompositeExplicitAutograd", _warn)
+
+
 def _allreduce_(packet: Tensor, name: str, group: str) -> None:
     ranks.known(group).sum(packet, name)
 

@@ -1,4 +1,4 @@
-"""A layer's state, out of it and into it: ``get_state``, ``set_state``."""
+"""Reading and writing the state of a layer: ``get_state``, ``set_state``."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hvd_syncbn.exchange import BatchNormState, Vector
 
 
 def get_state(layer: nn.Module) -> BatchNormState:
-    """The parameters, running statistics and options of a batch norm layer.
+    """Return the parameters, running statistics and options of a batch norm layer.
 
     Args:
         layer: ``SyncBatchNorm``, ``nn.BatchNorm1d``, ``2d``, ``3d`` or another ``_BatchNorm``, on any device.
 
     Returns:
-        Its state, copied and rounded to float32. The number of batches seen is not a part of it.
+        Its state, copied and rounded to float32, without the number of batches seen.
 
     Raises:
-        TypeError: not a batch norm layer.
-        ValueError: it has no running statistics, or no channel count yet.
+        TypeError: ``layer`` is not a batch norm layer.
+        ValueError: ``layer`` has no running statistics, or no channel count yet.
 
     Example:
         >>> from torch import nn
@@ -38,20 +38,20 @@ def get_state(layer: nn.Module) -> BatchNormState:
 
 
 def set_state(layer: nn.Module, state: BatchNormState) -> None:
-    """Gives a batch norm layer the parameters, running statistics, epsilon and momentum of a state.
+    """Set the parameters, running statistics, epsilon and momentum of a batch norm layer.
 
-    Parameters and buffers are written in place. PyTorch's running variance is the unbiased one, whatever ``state.unbiased``
-    says: that is how the layer goes on, and changes nothing now. The count of batches stays: with ``momentum=None`` it says how
-    much the statistics weigh against the next batch.
+    Parameters and buffers are written in place. ``state.unbiased`` is ignored: further batches update the running variance with
+    PyTorch's unbiased variance. The count of batches is kept; with ``momentum=None`` it is the weight of the statistics against
+    the next batch.
 
     Args:
         layer: as in ``get_state``.
-        state: of ``get_state`` in either framework, ``from_caffe``, or made by hand.
+        state: from ``get_state`` of either framework, from ``from_caffe``, or constructed directly.
 
     Raises:
-        TypeError: not a batch norm layer, or not a state.
-        ValueError: as ``get_state``; another number of channels; a layer without gamma or beta and a state that needs them.
-            The layer is as it was then.
+        TypeError: ``layer`` is not a batch norm layer, or ``state`` is not a ``BatchNormState``.
+        ValueError: as ``get_state``; the number of channels differs; the state needs a gamma or beta that the layer does not
+            have. The layer is then unchanged.
 
     Example:
         >>> from torch import nn
@@ -84,7 +84,7 @@ def _checked(layer: object) -> Any:
     if not isinstance(layer, _BatchNorm):
         raise TypeError(f"expected a batch norm layer. Received: {type(layer).__name__}")
     if isinstance(layer, _LazyNormBase):
-        raise ValueError(f"the lazy layer has no channel count yet: run a batch through it first. Received: {layer}")
+        raise ValueError(f"the lazy layer has no channel count yet. First run a batch through it. Received: {layer}")
     if layer.running_mean is None or layer.running_var is None:
         raise ValueError(f"the layer keeps no running statistics (track_running_stats=False). Received: {layer}")
     return layer

@@ -1,6 +1,6 @@
-"""What users' code calls, read from its byte code: whether it leads to a batch norm that conversion does not reach.
+"""Finds calls of batch norm functions in the byte code of user-defined classes, which conversion does not reach.
 
-Reading finds what a first step may not run (a path for small batches, a backward pass), and finds it alike on every rank.
+Unlike a first training step, byte code also shows rarely executed paths (small batches, the backward pass), on every rank.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _LIBRARIES = {"torch", "numpy", "horovod", "hvd_syncbn", *sys.stdlib_module_name
 
 
 class Names:
-    """The names that functions use: in their code, in functions defined there, and in functions and methods that they call.
+    """The names that functions use in their code, in nested functions, and in the functions and methods that they call.
 
-    Attributes of ``self`` are those of ``owner``, a module or its class. Calls are followed ``DEPTH`` deep, not into libraries.
+    Attributes of ``self`` are looked up in ``owner``, a module or its class. Calls are followed up to ``DEPTH`` levels, but not
+    into libraries.
     """
 
     DEPTH = 5
@@ -34,21 +35,21 @@ class Names:
     def __init__(self, owner: object, functions: Iterable[object]) -> None:
         self.owner = owner
         self.names: set[str] = set()
-        self.backwards: dict[str, object] = {}  # of each autograd.Function among them
+        self.backwards: dict[str, object] = {}  # the backward of each autograd.Function among them
         self.seen: set[int] = set()
         for function in functions:
             self._follow(function, 0)
 
     def normalizes(self) -> bool:
-        """Whether ``F.batch_norm`` is among them, or a class whose forward calls it."""
+        """Return whether ``F.batch_norm``, or a class whose forward calls it, is among the names."""
         return bool(self.names & {"batch_norm", *CLASSES})
 
     def reruns(self) -> bool:
-        """Whether something among them runs code in the backward pass."""
+        """Return whether a name runs code in the backward pass."""
         return bool(self.backwards or self.names & {"checkpoint", "register_hook", "register_post_accumulate_grad_hook"})
 
     def functions(self) -> list[str]:
-        """PyTorch's batch norm functions among them, ``batch_norm`` first."""
+        """Return the names of PyTorch's batch norm functions, ``batch_norm`` first."""
         return sorted(self.names & batch_norm_functions(), key=lambda name: (name != "batch_norm", name))
 
     def _follow(self, value: object, depth: int) -> None:
@@ -91,7 +92,7 @@ class Names:
                 self._follow(value, depth)
             if base in ("self", *arguments) or any(map(_is_users, values)):
                 continue  # an attribute of an object, or a function that was followed
-            if name != "super" or is_forward or "forward" in code.co_names:  # the super() of __init__ leads nowhere
+            if name != "super" or is_forward or "forward" in code.co_names:  # super() in other methods does not call forward
                 self.names.add(name)
         for constant in code.co_consts:
             if isinstance(constant, CodeType):
@@ -100,7 +101,7 @@ class Names:
 
 @cache
 def _loads(code: CodeType) -> list[tuple[str, str | None, str]]:
-    """What code loads: each name with the variable that its expression begins with, and the name before it.
+    """Return the names that code loads, each with the variable that starts its expression and the name before it.
 
     ``F.relu`` gives ``("", None, "F")`` and ``("F", "F", "relu")``. For an attribute of a call's result both are empty.
     """
@@ -121,7 +122,7 @@ def _loads(code: CodeType) -> list[tuple[str, str | None, str]]:
 
 
 def _attributes(holder: object, name: str) -> list[object]:
-    """An attribute as the object and its classes have it, the overridden ones, too; not the children of a module."""
+    """Return all values of an attribute in an object and its classes, including overridden ones, but not child modules."""
     classes = holder.__mro__ if isinstance(holder, type) else (holder, *type(holder).__mro__)
     return [found for place in classes if (found := getattr(place, "__dict__", {}).get(name)) is not None]
 
@@ -132,18 +133,18 @@ def _is_users(value: object) -> TypeGuard[FunctionType]:
 
 @cache
 def batch_norm_functions() -> set[str]:
-    """The names of PyTorch's batch norm functions and operators."""
+    """Return the names of PyTorch's batch norm functions and operators."""
     operators = (name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::"))
     return {name.removeprefix("aten::") for name in operators if "batch_norm" in name}
 
 
 def _name(function: object) -> str:
-    """The name of a function or an operator, without its overload."""
+    """Return the name of a function or an operator, without its overload."""
     return str(getattr(function, "__name__", "")).split(".")[0]
 
 
 def is_batch_norm(function: object) -> bool:
-    """Whether a function that PyTorch dispatches is one of its batch norms, by name."""
+    """Return whether a function that PyTorch dispatches is one of its batch norms, by name."""
     return _name(function) in batch_norm_functions()
 
 

@@ -1,4 +1,4 @@
-"""Draws the figure of docs/concepts.md: `python docs/figures/draw.py`."""
+"""Draw the figure of docs/concepts.md: `python docs/figures/draw.py`."""
 
 from pathlib import Path
 
@@ -10,18 +10,18 @@ BRIGHTNESS, CONTRAST = 0.6, 0.3  # spread of an image's mean, and of the logarit
 
 
 def errors(images: int) -> tuple[float, float]:
-    """Root mean square errors of a batch's mean and standard deviation, in standard deviations of all data."""
+    """Return the root mean square errors of a batch's mean and standard deviation, in standard deviations of all data."""
     random = np.random.default_rng(images)
-    centre = BRIGHTNESS * random.standard_normal((TRIALS, images, 1))
+    center = BRIGHTNESS * random.standard_normal((TRIALS, images, 1))
     spread = np.exp(CONTRAST * random.standard_normal((TRIALS, images, 1)))
-    x = (centre + spread * random.standard_normal((TRIALS, images, PIXELS))).reshape(TRIALS, -1)
+    x = (center + spread * random.standard_normal((TRIALS, images, PIXELS))).reshape(TRIALS, -1)
     everything = np.sqrt(BRIGHTNESS**2 + np.exp(2 * CONTRAST**2))
     mean, deviation = x.mean(1) / everything, x.std(1) / everything
     return float(np.sqrt(np.mean(mean**2))), float(np.sqrt(np.mean((deviation - 1) ** 2)))
 
 
 def main() -> None:
-    """Writes noise.svg beside this file."""
+    """Write noise.svg beside this file."""
     found = np.array([errors(images) for images in IMAGES])
     plt.switch_backend("svg")
     plt.rcParams["svg.hashsalt"] = "hvd-syncbn"  # the same file on every run

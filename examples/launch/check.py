@@ -1,6 +1,6 @@
-"""Runs every launcher that can run here on two ranks, and prints what each gave as a table: ``make launchers``.
+"""Run every launcher that works on one machine on two ranks, and print a table of the results: ``make launchers``.
 
-With ``--write`` the table goes into docs/launchers.md, too.
+With ``--write`` the table is also written to docs/launchers.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BIN = Path(sys.executable).parent
 
 
 class Launcher(NamedTuple):
-    """A way to start job.py, and what its ranks have to find."""
+    """A way to start job.py, and the number of ranks and the transport that it must report."""
 
     name: str
     version: str
@@ -39,13 +39,13 @@ class Launcher(NamedTuple):
 
 
 def launchers() -> list[Launcher]:
-    """All that can run on one machine."""
+    """Return all launchers that work on one machine."""
     job = [sys.executable, "job.py"]
     horovodrun = ["horovodrun", "-np", "2", "-H", "localhost:2"]
     horovod = f"Horovod {version('horovod')}"
     mpi = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=True).stdout
     mpi = re.sub(r"^mpirun \((.*)\)", r"\1", mpi.splitlines()[0])
-    # No core for each rank is asked for, as horovodrun does; root may be who runs this, in a container.
+    # As horovodrun does: do not bind ranks to cores. In a container the user may be root.
     mpirun = ["mpirun", "--allow-run-as-root", "-np", "2", "-H", "localhost:2", "-bind-to", "none", "-map-by", "slot"]
     return [
         Launcher("none", horovod, job, 1, "MPI"),
@@ -64,13 +64,13 @@ def launchers() -> list[Launcher]:
 
 
 def run(launcher: Launcher) -> tuple[str, float, str]:
-    """What the job said that it found, seconds, and everything that was printed."""
+    """Run the job; return what it reported, its seconds and its output."""
     env = os.environ | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "HOROVOD_GLOO_TIMEOUT_SECONDS": "120",
         "PYSPARK_PYTHON": sys.executable,
-        "RAY_USAGE_STATS_ENABLED": "0",  # nothing of this leaves the machine
+        "RAY_USAGE_STATS_ENABLED": "0",  # send nothing to the network
     }
     with tempfile.TemporaryFile("w+") as file:
         start = time.monotonic()
@@ -94,9 +94,9 @@ def run(launcher: Launcher) -> tuple[str, float, str]:
 
 
 def main() -> int:
-    """Runs all; the exit status is 0 if each gave the sha256 of the reference on as many ranks as it was asked for."""
+    """Run all launchers; return 0 if each reported the sha256 of the reference and the expected number of ranks."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.relative_to(PAGE.parents[1])}")
+    parser.add_argument("--write", action="store_true", help=f"write the table to {PAGE.relative_to(PAGE.parents[1])}")
     write = parser.parse_args().write
     reference = vectors.digest(*reference_stack())
     rows, good = [], True

@@ -1,6 +1,6 @@
-"""What every launcher here starts: a training step of five synchronized layers, the batch dealt out unevenly to the ranks.
+"""Run a training step of five synchronized layers, with an uneven split of the batch: the job of every launcher here.
 
-Its sha256 of outputs, input gradients and running statistics is the same from any launcher, on any number of ranks, and that of
+The sha256 of outputs, input gradients and running statistics is the same for every launcher and any number of ranks, and for
 one process: ``python job.py``.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def train() -> tuple[int, str]:
-    """One rank's work: which rank it was, and what all of them found together."""
+    """Run one rank; return its number, and the sha256, number of ranks and transport of the job."""
     import horovod.torch as hvd
     import torch
 
@@ -23,16 +23,16 @@ def train() -> tuple[int, str]:
     parts = hvd.allgather_object((mine, *torch_stack(mine, "channels_last")))
     order = np.argsort([sample for samples, *_ in parts for sample in samples])
     y, dx = (np.concatenate([part[i] for part in parts])[order] for i in (1, 2))
-    # Running statistics are every rank's own, and have to be the same.
+    # Every rank has its own running statistics, which must be equal.
     digests = {vectors.digest(y, dx, running) for *_, running in parts}
     sha256 = digests.pop() if len(digests) == 1 else "differs"
     over = "MPI" if hvd.mpi_built() and hvd.mpi_enabled() else "Gloo"
-    rank, words = hvd.rank(), f"{sha256} {hvd.size()} {over}"
+    rank, report = hvd.rank(), f"{sha256} {hvd.size()} {over}"
     hvd.shutdown()
-    return rank, words
+    return rank, report
 
 
 if __name__ == "__main__":
-    rank, words = train()
+    rank, report = train()
     if rank == 0:
-        print(f"launched: {words}", flush=True)
+        print(f"launched: {report}", flush=True)

@@ -1,4 +1,4 @@
-"""An elastic job with `model.fit`: what Horovod's elastic Keras example calls, on made-up data.
+"""Train an elastic job with `model.fit`: the calls of Horovod's elastic Keras example, on generated data.
 
 horovodrun -np 2 --min-np 1 -H localhost:1,127.0.0.1:1 --network-interface lo python examples/migration/elastic_fit.py
 """

@@ -1,4 +1,4 @@
-"""An elastic job with a loop of one's own: what Horovod's elastic TensorFlow 2 examples call, on made-up data.
+"""Train an elastic job in a custom loop: the calls of Horovod's elastic TensorFlow 2 examples, on generated data.
 
 horovodrun -np 2 --min-np 1 -H localhost:1,127.0.0.1:1 --network-interface lo python examples/migration/elastic_tape.py
 """
@@ -29,7 +29,7 @@ def main() -> int:
         return value
 
     for x, y in dataset.take(1):
-        training_step(x, y, allreduce=False)  # makes the optimizer's variables
+        training_step(x, y, allreduce=False)  # creates the optimizer's variables
 
     @hvd.elastic.run
     def train(state: hvd.elastic.TensorFlowKerasState) -> None:

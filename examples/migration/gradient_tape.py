@@ -1,4 +1,4 @@
-"""A training loop of one's own: what Horovod's TensorFlow 2 examples (MNIST, synthetic benchmark) call, on made-up data.
+"""Train in a custom loop: the calls of Horovod's TensorFlow 2 examples (MNIST, synthetic benchmark), on generated data.
 
 horovodrun -np 2 -H localhost:2 python examples/migration/gradient_tape.py
 """
@@ -40,7 +40,7 @@ def main() -> list[list[float]]:
     for batch, (images, labels) in enumerate(dataset.take(8 // hvd.size())):
         value = training_step(images, labels, batch == 0)
         if batch == 0:
-            # Now that the optimizer has its variables. In Keras 3, `optimizer.variables` is no method.
+            # The optimizer has its variables now. In Keras 3, `optimizer.variables` is not a method.
             hvd.broadcast_variables(model.variables, root_rank=0)
             hvd.broadcast_variables(optimizer.variables, root_rank=0)
         if batch % 10 == 0 and hvd.local_rank() == 0:

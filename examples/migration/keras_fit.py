@@ -1,4 +1,4 @@
-"""`model.fit` under Horovod: what its Keras examples (MNIST, ImageNet, synthetic benchmark) call, on made-up data.
+"""Train with `model.fit`: the calls of Horovod's Keras examples (MNIST, ImageNet, synthetic benchmark), on generated data.
 
 horovodrun -np 2 -H localhost:2 python examples/migration/keras_fit.py
 """
@@ -13,7 +13,7 @@ import hvd_syncbn.keras as hvd
 def main(folder: str = "out") -> dict[str, list[float]]:
     hvd.init()
     epochs, warmup_epochs = 4, 2
-    # All ranks go on from the epoch that rank 0 knows of.
+    # All ranks resume from rank 0's epoch.
     resume_from_epoch = int(hvd.broadcast(0 if hvd.rank() == 0 else -1, 0, name="resume_from_epoch"))
 
     rng = np.random.default_rng(hvd.rank())

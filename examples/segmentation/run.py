@@ -1,6 +1,6 @@
-"""`make segmentation`: photographs segmented at one image per rank, with local and with synchronized norms, in both frameworks.
+"""Segment photographs at one image per rank with local and with synchronized norms, in both frameworks: `make segmentation`.
 
-Writes a table to the screen, and curves and predictions to out/segmentation.png.
+Prints a table, and writes curves and predictions to out/segmentation.png.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ console = Console()
 
 
 def train(framework: str, ranks: int, layer: str) -> dict[str, photos.Array]:
-    """Run one way as a user would."""
+    """Run one job as a user would; return its scores and predictions."""
     path = OUT / f"segmentation_{framework}_{ranks}_{layer}.npz"
     path.unlink(missing_ok=True)
     horovodrun = str(Path(sys.executable).parent / "horovodrun")
@@ -50,7 +50,7 @@ def train(framework: str, ranks: int, layer: str) -> dict[str, photos.Array]:
     )  # fmt: skip
     if done.returncode != 0 or not path.exists():
         console.print(done.stdout[-6000:], markup=False, highlight=False)
-        sys.exit(f"{' '.join(program)} failed with code {done.returncode}")
+        sys.exit(f"{' '.join(program)} failed with exit status {done.returncode}")
     last = [line[line.index("step ") :] for line in done.stdout.splitlines() if "mean IoU" in line][-1]
     console.print(f"    {last} ({time.monotonic() - start:.0f} s)", highlight=False)
     with np.load(path) as data:
@@ -58,8 +58,8 @@ def train(framework: str, ranks: int, layer: str) -> dict[str, photos.Array]:
 
 
 def table(results: Results) -> Table:
-    """Scores after the last step."""
-    found = Table(title="Test strips after the last step: intersection over union, and pixels right", title_justify="left")
+    """Return a table of the scores after the last step."""
+    found = Table(title="Test strips after the last step: intersection over union, and pixel accuracy", title_justify="left")
     for column in ("", "ranks", "norms"):
         found.add_column(column)
     for column in (*photos.CLASSES, "mean", "pixels"):
@@ -71,13 +71,13 @@ def table(results: Results) -> Table:
 
 
 def _joined(strips: list[photos.Array]) -> list[photos.Array]:
-    """The strips of each photograph side by side."""
+    """Return the strips of each photograph side by side."""
     half = len(strips) // 2
     return [np.concatenate(strips[:half], 1), np.concatenate(strips[half:], 1)]
 
 
 def plot(results: Results, path: Path) -> None:
-    """Curves above, the test strips side by side with their labels and predictions below."""
+    """Draw the curves, and below them the test strips with their labels and predictions."""
     plt.switch_backend("Agg")
     _, test = photos.load()
     figure = plt.figure(figsize=(12, 10), layout="constrained")
@@ -90,7 +90,7 @@ def plot(results: Results, path: Path) -> None:
                 axis.plot(steps, result["iou"].mean(-1), line, color=color, label=f"{ranks} ranks, {LAYERS[layer]}")
         axis.set(title=name, xlabel="step", ylabel="mean IoU of the test strips")
         axis.legend()
-    pictures = {"photograph": _joined([grey[..., 0] for grey, _ in test]), "labels": _joined([classes for _, classes in test])}
+    pictures = {"photograph": _joined([gray[..., 0] for gray, _ in test]), "labels": _joined([classes for _, classes in test])}
     for framework, name in FRAMEWORKS.items():
         for layer, what in LAYERS.items():
             pictures[f"{name}, 4 ranks,\n{what}"] = _joined(list(results[framework, 4, layer]["predictions"]))
@@ -109,7 +109,7 @@ def plot(results: Results, path: Path) -> None:
 
 
 def main() -> None:
-    """Run everything."""
+    """Run all jobs, then print the table and write the plot."""
     OUT.mkdir(exist_ok=True)
     ways = [(framework, ranks, layer) for framework in FRAMEWORKS for ranks in RANKS for layer in LAYERS]
     results = {way: train(*way) for way in ways}

@@ -1,4 +1,4 @@
-"""The same as with_torch.py in Keras 3, with `model.fit`; `run.py` runs it each way.
+"""Segment photographs with Keras 3 and `model.fit`, as with_torch.py does; `run.py` runs it with each kind of norm.
 
 horovodrun -np 4 -H localhost:4 python examples/segmentation/with_keras.py --layer sync --out out/run.npz
 """
@@ -17,13 +17,13 @@ layers = keras.layers
 
 
 def block(x: Any, outputs: int, **options: int) -> Any:
-    """Convolution, norm, relu."""
+    """Apply a convolution, a norm and relu."""
     x = layers.Conv2D(outputs, 3, padding="same", use_bias=False, **options)(x)
     return layers.ReLU()(layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x))
 
 
 def build() -> keras.Model:
-    """The network of with_torch.py, channels last, for images of any size."""
+    """Return the network of with_torch.py, channels last, for images of any size."""
     image = keras.Input((None, None, 1))
     full = block(image, 16)
     half = block(full, 32, strides=2)
@@ -35,21 +35,21 @@ def build() -> keras.Model:
 
 
 class Evaluation(keras.callbacks.Callback):
-    """Scores of the test strips after every round, on rank 0."""
+    """Score the test strips after every round, on rank 0."""
 
     def __init__(self, scores: photos.Scores) -> None:
         super().__init__()
         self.scores = scores
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Evaluate; the others wait in the next step."""
+        """Evaluate; the other ranks wait in the next step."""
         if hvd.rank() == 0:
-            found = [self.model(grey[None], training=False)[0].numpy().argmax(-1) for grey, _ in self.scores.test]
+            found = [self.model(gray[None], training=False)[0].numpy().argmax(-1) for gray, _ in self.scores.test]
             print(self.scores.add(found), flush=True)
 
 
 def main() -> None:
-    """One rank."""
+    """Train on one rank."""
     args = photos.arguments()
     tf.config.threading.set_intra_op_parallelism_threads(1)
     hvd.init()
@@ -73,7 +73,7 @@ def main() -> None:
     )
     if hvd.rank() == 0:
         scores.save(args.out)
-    hvd.allgather_object(None)  # the first rank to end ends Horovod for all
+    hvd.allgather_object(None)  # the first rank that ends shuts Horovod down for all
 
 
 if __name__ == "__main__":

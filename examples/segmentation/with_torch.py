@@ -1,4 +1,4 @@
-"""Segments photographs with PyTorch and Horovod, one patch a rank and step; `run.py` runs it each way.
+"""Segment photographs with PyTorch and Horovod, one patch per rank and step; `run.py` runs it with each kind of norm.
 
 horovodrun -np 4 -H localhost:4 python examples/segmentation/with_torch.py --layer sync --out out/run.npz
 """
@@ -15,12 +15,12 @@ from hvd_syncbn.torch import convert_sync_batchnorm
 
 
 def block(inputs: int, outputs: int, **options: int) -> nn.Sequential:
-    """Convolution, norm, relu."""
+    """Return a convolution, a norm and relu."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, bias=False, **options), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class Net(nn.Module):
-    """A small U: down to a quarter of the size, a wide view there, and up again beside what was there before."""
+    """A small U-Net: down to a quarter of the size, dilated convolutions, and up again with skip connections."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Net(nn.Module):
         self.head = nn.Conv2d(16, len(photos.CLASSES), 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores [n, 3, height, width] of images [n, 1, height, width]."""
+        """Return the class scores [n, 3, height, width] of images [n, 1, height, width]."""
         full = self.at_full(x)
         half = self.at_half(full)
         x = self.wide(self.at_quarter(half))
@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 def main() -> None:
-    """One rank."""
+    """Train on one rank."""
     args = photos.arguments()
     hvd.init()
     torch.set_num_threads(1)
@@ -68,11 +68,11 @@ def main() -> None:
         if (step + 1) % photos.ROUND == 0 and hvd.rank() == 0:
             model.eval()
             with torch.no_grad():
-                found = [model(torch.from_numpy(grey).movedim(-1, 0)[None])[0].argmax(0).numpy() for grey, _ in test]
+                found = [model(torch.from_numpy(gray).movedim(-1, 0)[None])[0].argmax(0).numpy() for gray, _ in test]
             print(scores.add(found), flush=True)
     if hvd.rank() == 0:
         scores.save(args.out)
-    hvd.barrier()  # the first rank to end ends Horovod for all
+    hvd.barrier()  # the first rank that ends shuts Horovod down for all
 
 
 if __name__ == "__main__":

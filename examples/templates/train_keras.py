@@ -1,11 +1,11 @@
 """A training script to start from: Keras 3 under Horovod with synchronized batch normalization. See docs/templates.md.
 
     python train_keras.py                                    # one rank
-    horovodrun -np 2 python train_keras.py                   # two; -H h1:2,h2:2 for other hosts
-    horovodrun -np 2 python train_keras.py --resume          # goes on from the last checkpoint
+    horovodrun -np 2 python train_keras.py                   # two ranks; -H h1:2,h2:2 for other hosts
+    horovodrun -np 2 python train_keras.py --resume          # resumes from the last checkpoint
     horovodrun -np 2 --min-np 1 -H localhost:1,127.0.0.1:1 --network-interfaces lo python train_keras.py --elastic
 
-Yours to replace: `data`, `network`, the numbers below.
+Replace `data`, `network` and the numbers below.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from sklearn.datasets import load_digits
 import hvd_syncbn.keras as hvd
 
 SEED = 1
-RATE = 0.02  # learning rate of one rank; it grows with their number
-WARMUP = 2  # epochs until it has
+RATE = 0.02  # learning rate of one rank; multiplied by the number of ranks
+WARMUP = 2  # epochs until the learning rate reaches its maximum
 COMMIT = 10  # steps between two commits of an elastic job
 
 
@@ -37,15 +37,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=16, help="samples per rank and step")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of checkpoint.weights.h5 and model.keras")
-    parser.add_argument("--resume", action="store_true", help="go on from checkpoint.weights.h5, if it is there")
+    parser.add_argument("--resume", action="store_true", help="resume from checkpoint.weights.h5, if it exists")
     parser.add_argument("--amp", action="store_true", help="mixed precision: compute in bfloat16")
-    parser.add_argument("--elastic", action="store_true", help="go on when ranks die, leave or join")
-    parser.add_argument("--recalibrate", action="store_true", help="in the end take the statistics of all training data")
+    parser.add_argument("--elastic", action="store_true", help="continue when ranks die, leave or join")
+    parser.add_argument("--recalibrate", action="store_true", help="at the end use the statistics of all training data")
     return parser.parse_args()
 
 
 def data() -> list[Any]:
-    """Training and test samples, the same on every rank; which of them a rank takes is decided below."""
+    """Return the training and test samples, the same on every rank; the code below splits them."""
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(SEED).permutation(len(x))
     x, y = x[order].reshape(-1, 8, 8, 1).astype("float32") / 16, y[order]
@@ -64,12 +64,12 @@ def network() -> keras.Model:
 
 
 def share(samples: Any) -> Any:
-    """This rank's, of x and y."""
+    """Return this rank's share of x and y."""
     return tuple(array[hvd.rank() :: hvd.size()] for array in samples)
 
 
 def batches(training: Any, epochs: range, batch_size: int) -> tuple[tf.data.Dataset, int]:
-    """This rank's batches of these epochs, each in an order of its own that all ranks know; and how many an epoch has."""
+    """Return this rank's batches of these epochs, each shuffled alike on all ranks, and the steps per epoch."""
     x, y = training
     steps = len(x) // (batch_size * hvd.size())
     orders = [np.random.default_rng((SEED, epoch)).permutation(len(x)) for epoch in epochs]
@@ -79,10 +79,10 @@ def batches(training: Any, epochs: range, batch_size: int) -> tuple[tf.data.Data
 
 
 def train(state: Any, training: Any, test: Any, args: argparse.Namespace) -> None:
-    """Trains from where `state` is. An elastic job comes here again whenever its ranks have changed."""
+    """Train from the position of `state`. An elastic job calls this again whenever its ranks have changed."""
     if state.epoch >= args.epochs:
         return
-    # The place in the epoch, in steps of as many ranks as there are now.
+    # The position in the epoch, in steps of the current number of ranks.
     state.batch, state.ranks = state.batch * state.ranks // hvd.size(), hvd.size()
     stream, steps = batches(training, range(state.epoch, args.epochs), args.batch_size)
     rate = RATE * hvd.size()
@@ -92,7 +92,7 @@ def train(state: Any, training: Any, test: Any, args: argparse.Namespace) -> Non
         write(args.out / "checkpoint.weights.h5", partial(save, state.model, epoch + 1))
 
     callbacks = [
-        hvd.callbacks.MetricAverageCallback(weighted=True),  # by samples: the ranks' shares need not be even
+        hvd.callbacks.MetricAverageCallback(weighted=True),  # weighted by samples: the ranks' shares may be uneven
         hvd.callbacks.LearningRateWarmupCallback(rate, warmup_epochs=WARMUP),
         hvd.callbacks.LearningRateScheduleCallback(
             rate, lambda epoch: (1 + math.cos(math.pi * epoch / args.epochs)) / 2, start_epoch=WARMUP, staircase=False
@@ -102,7 +102,7 @@ def train(state: Any, training: Any, test: Any, args: argparse.Namespace) -> Non
         keras.callbacks.LambdaCallback(on_epoch_end=on_epoch_end),
     ]
     if args.elastic:
-        callbacks.append(hvd.elastic.CommitStateCallback(state, COMMIT))  # where survivors go on from
+        callbacks.append(hvd.elastic.CommitStateCallback(state, COMMIT))  # survivors continue from here
     state.model.fit(
         stream.skip(state.batch),
         steps_per_epoch=steps,
@@ -111,20 +111,20 @@ def train(state: Any, training: Any, test: Any, args: argparse.Namespace) -> Non
         validation_data=share(test),
         validation_batch_size=256,
         callbacks=callbacks,
-        shuffle=False,  # is done
+        shuffle=False,  # already shuffled
         verbose=0,
     )
 
 
 def save(model: keras.Model, epochs: int, path: Path) -> None:
-    """Weights, optimizer, and how many epochs are done."""
+    """Save weights, optimizer, and the number of finished epochs."""
     model.save_weights(path)
     with h5py.File(path, "a") as file:
         file.attrs["epochs"] = epochs
 
 
 def evaluate(model: keras.Model, test: Any) -> str:
-    """On all ranks, each its share. Sums are added up, so shares need not be even."""
+    """Evaluate this rank's share; return the result of all ranks. The ranks add sums, so shares may be uneven."""
     x, y = share(test)
     loss, accuracy = model.evaluate(x, y, batch_size=256, verbose=0)
     sums = hvd.allreduce(np.array([loss * len(x), accuracy * len(x), len(x)]), op=hvd.Sum, name="evaluation").numpy()
@@ -137,7 +137,7 @@ def say(line: str) -> None:
 
 
 def write(path: Path, to: Callable[[Path], None]) -> None:
-    """On rank 0. The file that is there is always a whole one, whenever the job is killed."""
+    """Write a file on rank 0. The file at `path` is always complete, even if the job is killed."""
     if hvd.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         to(part := path.with_name(f"part-{path.name}"))
@@ -158,12 +158,12 @@ def main() -> None:
     state = hvd.elastic.KerasState(model, epoch=0, batch=0, ranks=hvd.size())
 
     checkpoint = args.out / "checkpoint.weights.h5"
-    if args.resume and checkpoint.exists() and hvd.rank() == 0:  # the others get it from rank 0 below
+    if args.resume and checkpoint.exists() and hvd.rank() == 0:  # broadcast to the other ranks below
         model.load_weights(checkpoint)
         with h5py.File(checkpoint) as file:
             state.epoch = int(file.attrs["epochs"])
     if args.resume:
-        say(f"resuming after epoch {state.epoch}" if state.epoch else f"beginning: there is no {checkpoint}")
+        say(f"resuming after epoch {state.epoch}" if state.epoch else f"starting: there is no {checkpoint}")
     state.save()
     if args.elastic:
         hvd.elastic.run(train)(state, training, test, args)
@@ -173,9 +173,9 @@ def main() -> None:
 
     if args.recalibrate:
         hvd.recalibrate(model, batches(training, range(1), args.batch_size)[0])
-    say(f"in the end: {evaluate(model, test)}")
-    write(args.out / "model.keras", hvd.revert_sync_batchnorm(model).save)  # loads also without hvd_syncbn
-    hvd.allgather_object(None)  # the first rank to end ends Horovod for all
+    say(f"final result: {evaluate(model, test)}")
+    write(args.out / "model.keras", hvd.revert_sync_batchnorm(model).save)  # can be loaded without hvd_syncbn
+    hvd.allgather_object(None)  # the first rank that ends shuts Horovod down for all
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """A training script to start from: PyTorch under Horovod with synchronized batch normalization. See docs/templates.md.
 
     python train_pytorch.py                                  # one rank
-    horovodrun -np 2 python train_pytorch.py                 # two; -H h1:2,h2:2 for other hosts
-    horovodrun -np 2 python train_pytorch.py --resume        # goes on from the last checkpoint
+    horovodrun -np 2 python train_pytorch.py                 # two ranks; -H h1:2,h2:2 for other hosts
+    horovodrun -np 2 python train_pytorch.py --resume        # resumes from the last checkpoint
     horovodrun -np 2 --min-np 1 -H localhost:1,127.0.0.1:1 --network-interfaces lo python train_pytorch.py --elastic
 
-Yours to replace: `data`, `network`, the numbers below.
+Replace `data`, `network` and the numbers below.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
 from hvd_syncbn.torch import convert_sync_batchnorm, recalibrate
 
 SEED = 1
-RATE = 0.02  # learning rate of one rank; it grows with their number
-WARMUP = 2  # epochs until it has
+RATE = 0.02  # learning rate of one rank; multiplied by the number of ranks
+WARMUP = 2  # epochs until the learning rate reaches its maximum
 DECAY = 1e-4
 COMMIT = 10  # steps between two commits of an elastic job
 
@@ -39,15 +39,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=16, help="samples per rank and step")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of checkpoint.pt and model.pt")
-    parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt, if it is there")
+    parser.add_argument("--resume", action="store_true", help="resume from checkpoint.pt, if it exists")
     parser.add_argument("--amp", action="store_true", help="mixed precision: autocast to bfloat16")
-    parser.add_argument("--elastic", action="store_true", help="go on when ranks die, leave or join")
-    parser.add_argument("--recalibrate", action="store_true", help="in the end take the statistics of all training data")
+    parser.add_argument("--elastic", action="store_true", help="continue when ranks die, leave or join")
+    parser.add_argument("--recalibrate", action="store_true", help="at the end use the statistics of all training data")
     return parser.parse_args()
 
 
 def data() -> list[Subset[Any]]:
-    """Training and test samples, the same on every rank; which of them a rank takes is decided below."""
+    """Return the training and test samples, the same on every rank; the code below splits them."""
     digits = load_digits()
     samples = TensorDataset(torch.tensor(digits.images[:, None] / 16, dtype=torch.float32), torch.tensor(digits.target))
     return random_split(samples, [1440, 357], torch.Generator().manual_seed(SEED))
@@ -62,17 +62,17 @@ def network() -> nn.Module:
 
 
 def learning_rate(epoch: float, epochs: int) -> float:
-    """Warms up from one rank's to that of all ranks, and goes down to zero."""
+    """Return the learning rate: linear warm-up from one rank's to that of all ranks, cosine decay to zero."""
     scale = 1 + (hvd.size() - 1) * min(1.0, epoch / WARMUP)
     return RATE * scale * (1 + math.cos(math.pi * min(1.0, epoch / epochs))) / 2
 
 
 def train(state: Any, loader: DataLoader[Any], test: Subset[Any], args: argparse.Namespace) -> None:
-    """Trains from where `state` is. An elastic job comes here again whenever its ranks have changed."""
+    """Train from the position of `state`. An elastic job calls this again whenever its ranks have changed."""
     model, optimizer, sampler = state.net, state.sgd, state.sampler
     while sampler.epoch < args.epochs:
         model.train()
-        # For dropout: other numbers on every rank and in every epoch, the same ones when the epoch is resumed.
+        # For dropout: different numbers on every rank and in every epoch, and the same when an epoch is resumed.
         torch.manual_seed(SEED + sampler.epoch * hvd.size() + hvd.rank())
         for step, (x, y) in enumerate(loader):
             for group in optimizer.param_groups:
@@ -82,7 +82,7 @@ def train(state: Any, loader: DataLoader[Any], test: Subset[Any], args: argparse
             optimizer.step()
             sampler.record_batch(step, len(x))
             if args.elastic and (step + 1) % COMMIT == 0:
-                state.commit()  # where survivors go on from
+                state.commit()  # survivors continue from here
         sampler.set_epoch(sampler.epoch + 1)
         report(f"epoch {sampler.epoch}/{args.epochs}", model, test, args)
         saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict()}
@@ -97,7 +97,7 @@ def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor, amp: bool) -> torch
 
 
 def report(title: str, model: nn.Module, test: Subset[Any], args: argparse.Namespace) -> None:
-    """Evaluates on all ranks, each its share. Sums are added up, so shares need not be even."""
+    """Evaluate this rank's share and print the result of all ranks. The ranks add sums, so shares may be uneven."""
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, samples
     share = Subset(test, range(hvd.rank(), len(test), hvd.size()))
@@ -108,11 +108,11 @@ def report(title: str, model: nn.Module, test: Subset[Any], args: argparse.Names
             sums += torch.tensor([F.cross_entropy(scores, y, reduction="sum"), hits, len(y)])
     sums = hvd.allreduce(sums, op=hvd.Sum, name="evaluation")
     if hvd.rank() == 0:
-        print(f"{title}: loss {sums[0] / sums[2]:.6f}, {sums[1]:.0f} of {sums[2]:.0f} right", flush=True)
+        print(f"{title}: loss {sums[0] / sums[2]:.6f}, {sums[1]:.0f} of {sums[2]:.0f} correct", flush=True)
 
 
 def write(path: Path, content: Any) -> None:
-    """On rank 0. The file that is there is always a whole one, whenever the job is killed."""
+    """Write a file on rank 0. The file at `path` is always complete, even if the job is killed."""
     if hvd.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, part := path.with_suffix(".part"))
@@ -129,21 +129,21 @@ def main() -> None:
     model = convert_sync_batchnorm(network()).to(device)
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=DECAY)
     optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
-    sampler = hvd.elastic.ElasticSampler(training, seed=SEED)  # shuffles and deals out; knows what of the epoch is done
+    sampler = hvd.elastic.ElasticSampler(training, seed=SEED)  # shuffles, shards and records progress
     loader = DataLoader(training, args.batch_size, sampler=sampler)
-    # The optimizer before the model: where it has no momentum yet, Horovod makes some by a step, which decays the weights.
+    # The optimizer before the model: if it has no momentum yet, Horovod creates it by a step, which decays the weights.
     state = hvd.elastic.TorchState(sgd=optimizer, net=model, sampler=sampler)
 
     checkpoint = args.out / "checkpoint.pt"
-    if args.resume and hvd.rank() == 0:  # the others get it from rank 0 below
+    if args.resume and hvd.rank() == 0:  # broadcast to the other ranks below
         if checkpoint.exists():
             saved = torch.load(checkpoint, map_location=device, weights_only=True)
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             sampler.load_state_dict(saved["sampler"])
-        print(f"{'resuming from' if checkpoint.exists() else 'beginning: there is no'} {checkpoint}", flush=True)
+        print(f"{'resuming from' if checkpoint.exists() else 'starting: there is no'} {checkpoint}", flush=True)
     if args.elastic:
-        state.save()  # what was loaded, should a rank die before the first commit
+        state.save()  # restored if a rank dies before the first commit
         hvd.elastic.run(train)(state, loader, test, args)
     else:
         state.sync()
@@ -152,9 +152,9 @@ def main() -> None:
     if args.recalibrate:
         sampler.set_epoch(0)
         recalibrate(model, loader)
-    report("in the end", model, test, args)
-    write(args.out / "model.pt", model.state_dict())  # loads into the model that `network` makes, also without hvd_syncbn
-    hvd.barrier()  # the first rank to end ends Horovod for all
+    report("final result", model, test, args)
+    write(args.out / "model.pt", model.state_dict())  # can be loaded into the model of `network` without hvd_syncbn
+    hvd.barrier()  # the first rank that ends shuts Horovod down for all
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The command line: ``hvd-syncbn doctor | verify | bench | build-horovod | bundle``, one file a command.
+"""The command line: ``hvd-syncbn doctor | verify | bench | build-horovod | bundle``, one module per command.
 
-Beside the commands: ``job.py`` starts ``rank.py`` on the ranks of a cluster, for ``verify`` and ``doctor``; ``stacks.py`` is
-what ``verify`` runs, ``cost_model.py`` with ``networks.py`` what ``doctor`` reckons with.
+Other modules: ``job.py`` starts ``rank.py`` on the ranks of a cluster, for ``verify`` and ``doctor``; ``verify`` runs
+``stacks.py``; ``doctor`` predicts costs with ``cost_model.py`` and ``networks.py``.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hvd-syncbn", description="Synchronized batch normalization for Horovod.")
     parser.add_argument("--version", action="version", version=f"hvd-syncbn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for name, room in _COMMANDS.items():
-        text = room.DESCRIPTION
-        command = commands.add_parser(name, help=text, description=text, epilog=getattr(room, "EPILOG", None))
-        room.add_arguments(command)
-        command.set_defaults(run=room.run)
+    for name, module in _COMMANDS.items():
+        text = module.DESCRIPTION
+        command = commands.add_parser(name, help=text, description=text, epilog=getattr(module, "EPILOG", None))
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     return parser
 
 
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.exit(128 + number)
 
     args = _parser().parse_args(argv)
-    # As an exception, so that what a command has started ends with it.
+    # Signals raise an exception, so that commands end the processes they have started.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
             signal.signal(number, stop)
     try:
         status: int = args.run(args)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-DESCRIPTION = "Measure speed, latency, overheads and accuracy beside every other batch norm; some 10 minutes."
+DESCRIPTION = "Compare speed, latency, overhead and accuracy with other batch norm layers; takes about 10 minutes."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmarks of the source checkout that this is installed from; they are no part of a wheel."""
+    """Run the benchmarks of the source checkout that this package is installed from; wheels do not contain them."""
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / "benchmarks" / "__main__.py").exists():
-        print("The benchmarks are in the source checkout only: run `make bench` there.", file=sys.stderr)
+        print("The benchmarks are only in the source checkout. Clone it and run `make bench` there.", file=sys.stderr)
         return 1
     command = [sys.executable, "-m", "benchmarks", *["--quick"] * args.quick]
     return subprocess.run(command, cwd=checkout, check=False).returncode

@@ -1,4 +1,4 @@
-"""``hvd-syncbn build-horovod``: ``hvd_syncbn.horovod_build`` has it all, because it runs before anything of ours is built."""
+"""``hvd-syncbn build-horovod``, implemented in ``hvd_syncbn.horovod_build``, which also runs before this package is built."""
 
 from hvd_syncbn.horovod_build import DESCRIPTION, EPILOG, add_arguments, run
 

@@ -1,4 +1,4 @@
-"""``hvd-syncbn bundle``: one folder with every wheel that the hosts of a cluster need."""
+"""``hvd-syncbn bundle``: collects in one folder all wheels that the hosts of a cluster need."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from hvd_syncbn import horovod_build
 from hvd_syncbn.horovod_build.bundle import bundle
 
-DESCRIPTION = "Collect the wheels of hvd-syncbn, Horovod, the frameworks and all they need, for hosts without a compiler."
-EPILOG = "Horovod is taken from the cache, or built, as by hvd-syncbn build-horovod with the same options."
+DESCRIPTION = "Collect the wheels of hvd-syncbn, Horovod, the frameworks and their requirements, for hosts without a compiler."
+EPILOG = "Horovod comes from the cache or is built, as hvd-syncbn build-horovod does with the same options."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to put the wheels; made if it does not exist")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder for the wheels; created if it does not exist")
     horovod_build.add_build_arguments(parser)
 
 

@@ -1,4 +1,4 @@
-"""What synchronizing costs a training step: the model of docs/cost_model.md, for ``hvd-syncbn doctor`` and the benchmarks.
+"""The cost of synchronization in a training step: the model of docs/cost_model.md, for ``hvd-syncbn doctor`` and benchmarks.
 
 A ring allreduce of B bytes over p ranks takes ``wait + 2 (p - 1) alpha + 2 (p - 1) / p B beta`` seconds.
 """
@@ -20,7 +20,7 @@ Point = tuple[int, float, float]
 
 
 class Link(NamedTuple):
-    """What an allreduce costs: seconds before it starts (Horovod's cycle and agreement), per message, and per byte."""
+    """Seconds that an allreduce takes before it starts (Horovod's cycle and negotiation), per message, and per byte."""
 
     wait: float
     alpha: float
@@ -28,25 +28,25 @@ class Link(NamedTuple):
 
 
 def ring(ranks: int, size: float, link: Link) -> float:
-    """Seconds of one ring allreduce of ``size`` bytes."""
+    """Return the seconds of one ring allreduce of ``size`` bytes."""
     return link.wait + 2 * (ranks - 1) * (link.alpha + size / ranks * link.beta) if ranks > 1 else 0.0
 
 
 def hierarchical(ranks: int, size: float, inside: Link, across: Link, per_node: int = PER_NODE) -> float:
-    """Seconds where every node reduces its share for itself, equal shares go around the nodes, and nodes gather them."""
+    """Return the seconds of reducing inside each node, then equal shares across nodes, then gathering inside each node."""
     per_node = min(per_node, ranks)
     return ring(per_node, size, inside) + ring(ranks // per_node, size / per_node, across)
 
 
 def fit(points: Sequence[Point]) -> Link:
-    """The link that fits measurements best, in relative error; none of its numbers is negative.
+    """Return the link with non-negative numbers that fits measurements best, in relative error.
 
-    On one number of ranks alone the wait and the messages cannot be told apart: all goes to the wait.
+    Measurements on a single number of ranks cannot separate the wait from the messages; both then count as wait.
     """
     seconds = np.array([s for *_, s in points])
     terms = np.array([[1, 2 * (p - 1), 2 * (p - 1) / p * size] for p, size, _ in points]) / seconds[:, None]
-    terms *= (scale := 1 / np.linalg.norm(terms, axis=0))  # alike in size, for the solver
-    # The best of the least squares solutions over every choice of terms that may differ from 0.
+    terms *= (scale := 1 / np.linalg.norm(terms, axis=0))  # of similar size, for the solver
+    # Non-negative least squares: solve for every subset of the terms and keep the best solution.
     best, found = float("inf"), np.zeros(3)
     may = (0, 1, 2) if len({p for p, *_ in points}) > 1 else (0, 2)
     for count in range(1, len(may) + 1):
@@ -60,11 +60,15 @@ def fit(points: Sequence[Point]) -> Link:
 
 
 def packet_bytes(channels: int) -> int:
-    """Of one layer and direction."""
+    """Return the bytes of one packet of a layer with this number of channels."""
     return 8 * packet_size(channels)
 
 
 def step(channels: Sequence[int], allreduce: Callable[[float], float]) -> float:
-    """Seconds that the packets of a training step take, one after the other: two per layer. ``allreduce`` gives those of one
-    from its bytes."""
+    """Return the seconds of all packets of a training step, two per layer, one after the other.
+
+    Args:
+        channels: number of channels of each layer.
+        allreduce: returns the seconds of one allreduce from its bytes.
+    """
     return 2 * sum(allreduce(packet_bytes(c)) for c in channels)

@@ -1,5 +1,5 @@
-"""``hvd-syncbn doctor``: looks at the installation and says how to repair what is wrong; with ``-np`` at what the ranks of a
-cluster need for a packet, too. It changes nothing."""
+"""``hvd-syncbn doctor``: checks the installation and prints how to fix problems; with ``-np`` it also measures packets between
+the ranks of a cluster. It changes nothing."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from hvd_syncbn import __version__, horovod_build
 from hvd_syncbn.cli import job
 from hvd_syncbn.cli.packets import ENOUGH_RANKS, Cluster, measure
 
-DESCRIPTION = "Look at the installation and say how to repair what is wrong; with -np, measure packets between ranks."
+DESCRIPTION = "Check the installation and print how to fix problems; with -np, measure packets between ranks."
 
-# A probe runs in a process of its own: a library built for something else may crash, and doctor must tell so.
+# Probes run in separate processes, because a library built for another version may crash, which doctor must report.
 _PROBE = """
 import json, os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -46,15 +46,15 @@ _GPUS = {
     found['gpus'] = [detail.get("device_name", "unknown") for detail in details]""",
 }
 _PROBE_TIMEOUT_S = 120
-# Tensors that the Horovod which build-horovod builds keeps in its cache (patch 0028).
+# The number of tensors in the cache of the Horovod that build-horovod builds (patch 0028).
 CACHE_CAPACITY = 8192
 
 WARM_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
-"""Has glibc keep the memory of large tensors, which it else maps anew for each; every page then costs a fault."""
+"""Makes glibc reuse the memory of large tensors; by default it maps new pages for each, and every page costs a fault."""
 
 
 class Finding(NamedTuple):
-    """One row of doctor's table, and what repairs it if it is a problem."""
+    """One row of doctor's table, and the command that fixes it if it is a problem."""
 
     what: str
     found: str
@@ -98,7 +98,7 @@ def _reinstall_command() -> str:
 
 
 def examine() -> list[Finding]:
-    """Look at everything a training job needs and return what was found."""
+    """Check everything that a training job needs and return the findings."""
     frameworks = horovod_build.framework_versions()
     build_horovod = f"{sys.executable} -m hvd_syncbn.horovod_build"
     core_body = "from hvd_syncbn import native; found['isa'] = native.isa(); found['cuda'] = native.has_cuda()"
@@ -156,7 +156,7 @@ def examine() -> list[Finding]:
 
 
 def _gpus(probes: dict[str, dict[str, object]]) -> list[Finding]:
-    """What training on GPUs needs, for the frameworks that are builds for CUDA."""
+    """Return the findings about GPUs for frameworks that are CUDA builds."""
     findings = []
     for name in _GPUS:
         found = probes.get(f"{name} GPUs")
@@ -164,13 +164,13 @@ def _gpus(probes: dict[str, dict[str, object]]) -> list[Finding]:
             continue
         names = found.get("gpus")
         if not isinstance(names, list) or not names:
-            why = str(found["error"]) if "error" in found else "none that it can use"
+            why = str(found["error"]) if "error" in found else "none available"
             findings.append(Finding(f"{name} GPUs", why))
             continue
         findings.append(Finding(f"{name} GPUs", f"{len(names)}: {', '.join(dict.fromkeys(names))}"))
         core, horovod = probes["native core"], probes.get(f"Horovod for {name}", {})
         if not core.get("cuda") and "error" not in core:
-            what = "not built in, so the layers refuse GPU tensors; where nvcc is (CUDACXX names it), install again"
+            what = "not built in, so the layers reject GPU tensors; reinstall with nvcc in PATH (or in CUDACXX)"
             findings.append(Finding("CUDA kernels", what, _reinstall_command()))
         elif core.get("cuda"):
             findings.append(Finding("CUDA kernels", "built in"))
@@ -188,15 +188,15 @@ def _is_set(name: str) -> bool:
 
 
 def _asynchronous() -> Finding:
-    """Whether the host waits for every packet of a GPU."""
+    """Return whether the host waits for every packet of a GPU."""
     name = "HOROVOD_ENABLE_ASYNC_COMPLETION"
     if _is_set(name):
-        return Finding(name, "set: the host goes on while NCCL works, and the stream waits")
-    return Finding(name, "not set: the host waits at every packet until NCCL is done; 1 lets it go on, and the stream waits")
+        return Finding(name, "set: the host does not wait for NCCL; the stream does")
+    return Finding(name, "not set: the host waits at every packet until NCCL is done; with 1 only the stream waits")
 
 
 def _advice() -> list[Finding]:
-    """What makes a job faster, from what `hvd-syncbn bench` measures, or keeps it from waiting for ever."""
+    """Return advice that makes a job faster (from `hvd-syncbn bench`) or prevents endless waiting."""
     cycle = os.environ.get("HOROVOD_CYCLE_TIME")
     value = f"{cycle} ms" if cycle else "1 ms, the default"
     findings = [Finding("HOROVOD_CYCLE_TIME", f"{value}: layers do not wait for it in the Horovod that build-horovod builds")]
@@ -204,57 +204,57 @@ def _advice() -> list[Finding]:
 
 
 def _negotiation() -> list[Finding]:
-    """What makes ranks negotiate tensors anew that Horovod has in its cache by default."""
+    """Return settings that make ranks negotiate tensors again that Horovod caches by default."""
     findings = []
     name = "HOROVOD_CACHE_CAPACITY"
     capacity = os.environ.get(name, "")
     if capacity.isdecimal() and int(capacity) < CACHE_CAPACITY:
-        what = "ranks negotiate every packet anew"
+        what = "ranks negotiate every packet again"
         if int(capacity):
             what = (
-                "in a network with more tensors than that (a convolution with its norm has 5) ranks negotiate all of them anew"
+                "in a network with more tensors than that (a convolution with its norm has 5) ranks negotiate all of them again"
             )
         findings.append(Finding(name, f"{capacity}: {what}; unset it, the default is {CACHE_CAPACITY}"))
     if _is_set("HOROVOD_AUTOTUNE"):
-        what = "set: tunes for large fused tensors, which packets are not, and runs without the cache for a part of its search"
-        findings.append(Finding("HOROVOD_AUTOTUNE", f"{what}; better unset"))
+        what = "set: tunes for large fused tensors, which packets are not, and disables the cache during part of its search"
+        findings.append(Finding("HOROVOD_AUTOTUNE", f"{what}; unset it"))
     return findings
 
 
 def _memory() -> list[Finding]:
-    """PyTorch's large tensors on a CPU, which glibc maps anew one by one; TensorFlow, and other allocators, keep theirs."""
+    """Return advice about glibc, which maps new pages for each large CPU tensor of PyTorch; other allocators reuse memory."""
     if any(name in os.environ for name in WARM_MEMORY) or "malloc" in os.environ.get("LD_PRELOAD", ""):
         return []
     setting = " ".join(f"{name}={value}" for name, value in WARM_MEMORY.items())
-    advice = "not set: PyTorch on a CPU gets fresh pages for every large tensor, and every page costs a fault"
-    return [Finding("MALLOC_MMAP_MAX_", f"{advice}; {setting} keeps them (a step was 1.1 to 2 times as fast)")]
+    advice = "not set: PyTorch on a CPU gets new pages for every large tensor, and every page costs a fault"
+    return [Finding("MALLOC_MMAP_MAX_", f"{advice}; {setting} reuses them (a step was 1.1 to 2 times as fast)")]
 
 
 def _stalls() -> list[Finding]:
-    """What becomes of ranks that wait for one that does not come."""
+    """Return what happens to ranks that wait for a missing rank."""
     check, shutdown = (f"HOROVOD_STALL_{name}_TIME_SECONDS" for name in ("CHECK", "SHUTDOWN"))
     if _is_set("HOROVOD_STALL_CHECK_DISABLE"):
-        return [Finding("HOROVOD_STALL_CHECK_DISABLE", "set: ranks that wait for one another say nothing; better unset")]
+        return [Finding("HOROVOD_STALL_CHECK_DISABLE", "set: ranks wait for each other without a warning; unset it")]
     warns, ends = os.environ.get(check, "60"), os.environ.get(shutdown, "0")
     findings = [Finding(check, f"{warns} s{'' if check in os.environ else ', the default'}: then a warning names the layers")]
     if ends == "0":
-        advice = "0: ranks that miss one wait for ever; set it above a rank's longest pause (checkpoint, evaluation), as 600"
+        advice = "0: ranks wait forever for a missing rank; set it above the longest pause (checkpoint, evaluation), e.g. 600"
     elif float(ends) <= float(warns):
-        advice = f"{ends} s: has no effect, as it has to be more than {check}, {warns} s"
+        advice = f"{ends} s: has no effect, because it must be more than {check}, {warns} s"
     else:
-        advice = f"{ends} s: then every rank that waits gets an error"
+        advice = f"{ends} s: then every waiting rank gets an error"
     return [*findings, Finding(shutdown, advice)]
 
 
 def _on_cluster(cluster: Cluster) -> list[Finding]:
-    """What a measured cluster has to be told."""
+    """Return advice for a measured cluster."""
     if cluster.controller != "Gloo" or len(set(cluster.hosts)) > 1:
         return []
     if cluster.mpi_built:
         advice = "with a core to spare for every rank, `horovodrun --mpi` makes packets some 10 times faster"
     elif shutil.which("mpirun"):
         advice = (
-            "MPI is here: with a core to spare for every rank, packets on one host are then some 10 times faster "
+            "MPI is installed: with a core to spare for every rank, it makes packets on one host some 10 times faster "
             "(build-horovod --with-mpi; not for elastic jobs)"
         )
     else:
@@ -268,13 +268,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was found and how to repair what is wrong; return 1 if something is, or if the ranks could not be measured."""
+    """Print the findings and fixes; return 1 if there is a problem or the ranks could not be measured."""
     hosts = job.hosts_of(args)
     cluster, failure = None, None
-    with Console(stderr=True).status("Looking at the frameworks, Horovod and the native parts") as status:
+    with Console(stderr=True).status("Checking the frameworks, Horovod and the native parts") as status:
         findings = examine()
         if hosts is not None and any(finding.fix for finding in findings):
-            failure = "not measured: what is wrong has to be repaired first"
+            failure = "the installation has problems. Fix them first"
         elif hosts is not None:
             framework = next(iter(horovod_build.framework_versions()))
             try:
@@ -296,7 +296,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(findings: list[Finding]) -> None:
-    """What was found as a table, and what repairs it."""
+    """Print the findings as a table, and the fixes."""
     console = Console(highlight=False)
     table = Table(show_header=False, box=None)
     table.add_column(no_wrap=True)
@@ -305,10 +305,10 @@ def show(findings: list[Finding]) -> None:
     for finding in findings:
         table.add_row("[red]✗[/]" if finding.fix else "[green]✓[/]", finding.what, Text(finding.found))
     console.print(table)
-    # Horovod missing and built for another version have one remedy: say each once.
+    # Several problems may have the same fix; print each once.
     fixes = list(dict.fromkeys(finding.fix for finding in findings if finding.fix))
     if fixes:
-        console.print("\nTo repair:")
+        console.print("\nTo fix:")
         for fix in fixes:
             console.print(f"  {fix}", markup=False, soft_wrap=True)
 
@@ -325,7 +325,7 @@ def _as_json(cluster: Cluster) -> dict[str, Any]:
 
 
 def show_cluster(cluster: Cluster) -> None:
-    """What was measured, the model beside it, and what a step pays."""
+    """Print the measurements, the cost model's predictions, and the cost per training step."""
     console = Console(highlight=False)
     ranks, hosts = len(cluster.hosts), len(set(cluster.hosts))
     title = f"Packets between {ranks} ranks on {hosts} host{'s' * (hosts > 1)}, {cluster.controller}, milliseconds"
@@ -346,7 +346,7 @@ def show_cluster(cluster: Cluster) -> None:
             f"{1e6 * link.alpha:.0f} us per message, {1e9 * link.beta:.2f} ns per byte"
         )
     if ranks == 2:
-        console.print("(Two ranks do not tell waiting from messages: measure more ranks to reckon with more.)")
+        console.print("(Two ranks cannot separate waiting from messages. Measure more ranks to predict larger jobs.)")
     steps = cluster.steps()
     table = Table(
         title="Milliseconds of a training step in packets, by ranks that share a batch", title_justify="left", min_width=76
@@ -359,7 +359,7 @@ def show_cluster(cluster: Cluster) -> None:
     console.print(table)
     advised, resnet = cluster.group_size(), steps["ResNet-50"]
     if advised is None:
-        smallest = f"groups need {ENOUGH_RANKS} ranks for 32 images at 4 each, and have to save a third of the time"
+        smallest = f"groups need {ENOUGH_RANKS} ranks for 32 images at 4 each, and must save a third of the time"
         console.print(f"Group size: all {ranks} ranks, the default (process_set=None): {smallest}.")
     else:
         saved = f"{1e3 * resnet[advised]:.0f} ms of a ResNet-50's step instead of {1e3 * resnet[ranks]:.0f}"

@@ -1,10 +1,11 @@
-"""Runs ``rank.py`` as one process or under ``horovodrun``, and brings back what its rank 0 reports.
+"""Runs ``rank.py`` as one process or under ``horovodrun``, and returns the reports of its rank 0.
 
-The rules of the room:
+Rules:
 
-* What comes back travels on standard output, marked line by line, because ranks on other hosts share no files with us.
-* A job ends: at its time limit here, and by an alarm in every rank, which also reaches the ranks of a host that we have lost.
-* A job that fails says what failed in one sentence: which host or rank, and its own words.
+* Reports are marked lines on standard output, because ranks on other hosts may not share a file system.
+* Every job ends: at its time limit here, and by an alarm in each rank, which also ends ranks on hosts that we can no longer
+  reach.
+* The error of a failed job is one sentence: the host or rank that failed, and its message.
 """
 
 from __future__ import annotations
@@ -37,50 +38,50 @@ class JobError(Exception):
 
 
 class Host(NamedTuple):
-    """A host of ``horovodrun -H``, and how many ranks run there."""
+    """A host of ``horovodrun -H`` and its number of slots."""
 
     name: str
     slots: int
 
 
 def parse_hosts(text: str) -> list[Host]:
-    """``h1:2,h2:2`` as ``horovodrun -H`` takes it.
+    """Parse ``h1:2,h2:2``, the format of ``horovodrun -H``.
 
     Raises:
-        ValueError: it is not that.
+        ValueError: the text has another format.
     """
     found = []
     for part in text.split(","):
         match = re.fullmatch(r"([\w.-]+):([1-9]\d*)", part.strip())
         if match is None:
-            raise ValueError(f"expected hosts as in h1:2,h2:2 (name and ranks). Received: {text!r}")
+            raise ValueError(f"expected hosts in the format h1:2,h2:2 (name:ranks). Received: {text!r}")
         found.append(Host(match[1], int(match[2])))
     return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what a command that runs on a cluster takes; ``hosts_of`` reads it."""
-    parser.add_argument("-np", "--num-proc", type=int, metavar="N", dest="ranks", help="ranks, started by horovodrun")
-    parser.add_argument("-H", "--hosts", metavar="HOSTS", help="where, as horovodrun takes it: h1:2,h2:2; default: here")
+    """Declare the options of a command that runs on a cluster; ``hosts_of`` reads them."""
+    parser.add_argument("-np", "--num-proc", type=int, metavar="N", dest="ranks", help="number of ranks, run by horovodrun")
+    parser.add_argument("-H", "--hosts", metavar="HOSTS", help="hosts and ranks, such as h1:2,h2:2 (default: this host)")
     parser.add_argument(
         "--time-limit",
         type=int,
         default=TIME_LIMIT,
         metavar="S",
-        help="seconds for each job (default: %(default)s)",
+        help="time limit of each job in seconds (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
+    parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
     parser.set_defaults(usage_error=parser.error)
 
 
 def hosts_of(args: argparse.Namespace) -> list[Host] | None:
-    """Where the parsed options want the ranks; None where they want none. Wrong ones end the program as argparse does."""
+    """Return the hosts in the parsed options; None without ``-np``. Wrong options exit as argparse does."""
     if args.ranks is None:
         if args.hosts is not None:
-            args.usage_error("-H needs -np")
+            args.usage_error(f"-H needs -np, the number of ranks. Received: -H {args.hosts}")
         return None
     if args.ranks < 1:
-        args.usage_error(f"-np expects 1 rank or more. Received: {args.ranks}")
+        args.usage_error(f"expected -np to be at least 1. Received: {args.ranks}")
     try:
         return place(args.ranks, None if args.hosts is None else parse_hosts(args.hosts))
     except ValueError as error:
@@ -89,7 +90,7 @@ def hosts_of(args: argparse.Namespace) -> list[Host] | None:
 
 
 def place(ranks: int, hosts: list[Host] | None) -> list[Host]:
-    """The hosts with as many slots as ranks in all, filled in order: horovodrun starts a process for every slot.
+    """Return hosts with one slot per rank, filled in order, because horovodrun starts a process for every slot.
 
     Raises:
         ValueError: there are fewer slots than ranks.
@@ -98,7 +99,7 @@ def place(ranks: int, hosts: list[Host] | None) -> list[Host]:
         return [Host("localhost", ranks)]
     if sum(host.slots for host in hosts) < ranks:
         named = ",".join(f"{host.name}:{host.slots}" for host in hosts)
-        raise ValueError(f"expected slots for {ranks} ranks. Received: -H {named}")
+        raise ValueError(f"expected at least {ranks} slots for {ranks} ranks. Received: -H {named}")
     left, found = ranks, []
     for host in hosts:
         slots = min(host.slots, left)
@@ -109,7 +110,7 @@ def place(ranks: int, hosts: list[Host] | None) -> list[Host]:
 
 
 def host_of(rank: int, hosts: list[Host]) -> str:
-    """The host that horovodrun starts a rank on."""
+    """Return the host that horovodrun starts a rank on."""
     for host in hosts:
         if rank < host.slots:
             return host.name
@@ -127,22 +128,22 @@ def run(
     report: Callable[[Report], None] = lambda _: None,
     environment: Mapping[str, str] | None = None,
 ) -> list[Report]:
-    """Runs a task of ``rank.py`` on the hosts' slots, or without horovodrun where ``hosts`` is None.
+    """Run a task of ``rank.py`` on the hosts' slots, or without horovodrun if ``hosts`` is None.
 
     Args:
         task: a name in ``rank.TASKS``.
         framework: ``"torch"`` or ``"tensorflow"``.
-        hosts: what ``place`` returns.
-        limit: seconds, after which the job is ended.
+        hosts: the result of ``place``.
+        limit: time limit in seconds.
         launcher: ``"horovodrun"``, or ``"torchrun"`` for ranks on this host.
-        report: called with each of rank 0's reports as it comes.
-        environment: for all ranks, besides ours.
+        report: called with each report of rank 0 as it arrives.
+        environment: variables for all ranks, in addition to this process's.
 
     Returns:
         The reports.
 
     Raises:
-        JobError: horovodrun, a host or a rank failed, or the time is up. Nothing of the job is left running.
+        JobError: horovodrun, a host or a rank failed, or the time limit was reached. No process of the job is left running.
     """
     command = [sys.executable, "-m", "hvd_syncbn.cli.rank", task, framework, str(int(limit))]
     if hosts is not None and launcher == "torchrun":
@@ -154,7 +155,7 @@ def run(
     # Safe path: ranks import the package that this process imports, not one in the current folder.
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONSAFEPATH": "1", **(environment or {})}
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
-    # In a session of its own, so that Ctrl-C reaches us alone and we end the job in order.
+    # In a separate session, so that Ctrl-C reaches only this process, which then ends the job in order.
     process = subprocess.Popen(
         command,
         env=env,
@@ -183,29 +184,29 @@ def run(
     try:
         process.wait(limit)
     except subprocess.TimeoutExpired:
-        raise JobError(f"ended after {limit:.0f} s, the time limit{_last_words(said, hosts)}") from None
+        raise JobError(f"ended after {limit:.0f} s, the time limit{_last_message(said, hosts)}") from None
     finally:
         end(process, _GRACE_S)
         reader.join(5)
     if process.returncode:
         raise JobError(explain(said, hosts) or f"ended with exit status {process.returncode}")
     if not reports or not reports[-1].get("done"):
-        raise JobError("ended without its last report")
+        raise JobError("ended without the last report of rank 0")
     return reports[:-1]
 
 
 def _report(line: str) -> Report | None:
-    """The report in a line of output, which launchers put their labels before, and Open MPI's behind, too."""
+    """Return the report in a line of output, or None. Launchers put labels before it, and Open MPI also after it."""
     _, mark, data = line.partition(MARK)
     found: Report | None = json.JSONDecoder().raw_decode(data.lstrip())[0] if mark else None
     return found
 
 
 def horovodrun() -> str:
-    """The launcher of this Python's Horovod.
+    """Return the path of ``horovodrun`` of this Python's Horovod.
 
     Raises:
-        JobError: there is none.
+        JobError: it is not installed.
     """
     beside = Path(sys.executable).parent / "horovodrun"
     found = str(beside) if beside.exists() else shutil.which("horovodrun")
@@ -215,14 +216,14 @@ def horovodrun() -> str:
 
 
 def end(process: subprocess.Popen[Any], grace: float = 0) -> None:
-    """Ends a process and everything below it, by process id: horovodrun's ranks are in sessions of their own.
+    """End a process and all its descendants by process id, because horovodrun's ranks run in separate sessions.
 
     Args:
         process: the launcher.
-        grace: seconds that it has to end its ranks itself, on other hosts, too, before what is left is killed.
+        grace: seconds in which the launcher may end its ranks, also on other hosts, before the remaining ones are killed.
     """
     try:
-        import psutil  # Horovod's requirement, not ours
+        import psutil  # a requirement of Horovod, not of this package
     except ModuleNotFoundError:  # torchrun ends its ranks
         process.terminate()
         try:
@@ -249,13 +250,13 @@ def end(process: subprocess.Popen[Any], grace: float = 0) -> None:
     process.wait()
 
 
-_RANK = re.compile(r"^\[(?:\d+,)?(\d+)\]<std\w+>:\s*")  # Gloo's prefix, and Open MPI's
+_RANK = re.compile(r"^\[(?:\d+,)?(\d+)\]<std\w+>:\s*")  # the prefix of Gloo and of Open MPI
 
 
 def explain(said: list[str], hosts: list[Host] | None) -> str | None:
-    """What failed first, in one sentence, from everything that a job printed.
+    """Return one sentence about the first failure in the output of a job; None if there is no output.
 
-    The order is that of causes: what horovodrun could not reach, then a rank's own error, then whatever came last.
+    Candidates in order: a host that horovodrun could not reach, the first error of a rank, the last line.
     """
     for line, following in itertools.pairwise([*said, ""]):
         unreachable = re.match(r"ssh not successful for host (.*):", line)
@@ -269,7 +270,7 @@ def explain(said: list[str], hosts: list[Host] | None) -> str | None:
         match = re.search(r"\b(?:\w+\.)*(\w+(?:Error|Exception)\b:? .*|No module named .*)", line)
         if match:
             errors.append(f"{_where(line, hosts)}{match[1].rstrip(')')}")
-    # A peer that left is what the other ranks say, and horovodrun repeats that a process failed.
+    # These only repeat the first error: other ranks report that a peer left, and horovodrun that a process failed.
     for echo in ("HorovodInternalError", "Horovod detected that one or more processes"):
         errors = [error for error in errors if echo not in error] or errors
     if errors:
@@ -285,6 +286,6 @@ def _where(line: str, hosts: list[Host] | None) -> str:
     return f"rank {rank[1]} on {host_of(int(rank[1]), hosts)}: "
 
 
-def _last_words(said: list[str], hosts: list[Host] | None) -> str:
-    words = explain(said, hosts)
-    return f"; it said last: {words}" if words else ""
+def _last_message(said: list[str], hosts: list[Host] | None) -> str:
+    message = explain(said, hosts)
+    return f"; its last message: {message}" if message else ""

@@ -1,4 +1,4 @@
-"""The batch norms of common networks, which the cost model counts; a ResNet as the blocks that the benchmarks build."""
+"""The batch norm layers of common networks, for the cost model, and the blocks of a ResNet, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EXPANSION = 4
 
 
 class Block(NamedTuple):
-    """A bottleneck: 1x1, 3x3 with the stride, 1x1 to `EXPANSION` times the channels; a stage's first projects its shortcut."""
+    """A bottleneck block: 1x1, 3x3 with the stride, 1x1 to `EXPANSION * channels`; `project` adds a 1x1 to the shortcut."""
 
     channels: int
     stride: int
@@ -18,14 +18,14 @@ class Block(NamedTuple):
 
 
 def resnet(depths: tuple[int, ...] = (3, 4, 6, 3)) -> list[Block]:
-    """The blocks of a ResNet: 3, 4, 6, 3 are ResNet-50's stages."""
+    """Return the blocks of a ResNet; the default depths are those of ResNet-50."""
     return [
         Block(64 << stage, 2 if i == 0 and stage > 0 else 1, i == 0) for stage, depth in enumerate(depths) for i in range(depth)
     ]
 
 
 def channels(blocks: list[Block]) -> list[int]:
-    """Of every batch norm of a ResNet."""
+    """Return the number of channels of each batch norm of a ResNet."""
     found = [STEM]
     for block in blocks:
         wide = EXPANSION * block.channels
@@ -34,7 +34,7 @@ def channels(blocks: list[Block]) -> list[int]:
 
 
 def efficientnet(width: float, depth: float) -> list[int]:
-    """Channels of every batch norm of an EfficientNet: B0 is (1, 1), B4 (1.4, 1.8)."""
+    """Return the number of channels of each batch norm of an EfficientNet: B0 is (1, 1), B4 (1.4, 1.8)."""
 
     def filters(count: int) -> int:
         rounded = max(8, int(count * width + 4) // 8 * 8)
@@ -52,7 +52,7 @@ def efficientnet(width: float, depth: float) -> list[int]:
 
 
 def deeplab_head() -> list[int]:
-    """Channels of what DeepLabv3+ adds to its backbone: five branches of ASPP, their projection, the decoder."""
+    """Return the channels that DeepLabv3+ adds to its backbone: five branches of ASPP, their projection, the decoder."""
     return [256] * 5 + [256, 48, 256, 256]
 
 

@@ -1,4 +1,4 @@
-"""What packets cost between the ranks of a cluster, and what follows for a training step: ``hvd-syncbn doctor -np``."""
+"""Measures the packets between the ranks of a cluster and predicts their cost in a training step: ``hvd-syncbn doctor -np``."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from hvd_syncbn.cli.cost_model import Link, fit, ring, step
 from hvd_syncbn.cli.networks import NETWORKS
 
 ENOUGH_RANKS = 8
-"""In a group: batch norm's regular setting is some 32 images per statistic, and who synchronizes has 4 or fewer per rank."""
+"""Ranks of a group: batch norm usually has about 32 images per statistic, and jobs that synchronize have up to 4 per rank."""
 
 WORTH_IT = 1.5
-"""How much longer the packets of all ranks have to take than a group's, before a group is advised."""
+"""A group is recommended if the packets of all ranks take more than this many times as long as the group's."""
 
 
 class Packet(NamedTuple):
-    """One measured allreduce: ``seconds`` on the slowest rank, in ``groups`` groups of ``size`` ranks at once, each over up to
-    ``spans`` hosts; of neighbours, or else of one rank from every host."""
+    """One measured allreduce, in ``groups`` groups of ``size`` ranks at once: ``seconds`` on the slowest rank.
+
+    Each group spans up to ``spans`` hosts. It has consecutive ranks, or else one rank from every host.
+    """
 
     size: int
     groups: int
@@ -30,7 +32,7 @@ class Packet(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """What was measured: the host of every rank, what carries the packets, whether Horovod has MPI."""
+    """All measurements, with the host of every rank, the controller (Gloo or MPI), and whether Horovod was built with MPI."""
 
     hosts: list[str]
     controller: str
@@ -39,18 +41,18 @@ class Cluster(NamedTuple):
 
     @property
     def links(self) -> dict[bool, Link]:
-        """The cost model's numbers, of groups across hosts (True) and inside one (False), as far as measured."""
+        """The cost model's parameters for groups across hosts (True) and inside a host (False), if measured."""
         points: dict[bool, list[tuple[int, float, float]]] = {}
         for packet in self.packets:
             points.setdefault(packet.spans > 1, []).append((packet.size, packet.bytes, packet.seconds))
         return {across: fit(measured) for across, measured in points.items()}
 
     def model(self, packet: Packet) -> float:
-        """Seconds by the cost model."""
+        """Return the seconds that the cost model predicts for a packet."""
         return ring(packet.size, packet.bytes, self.links[packet.spans > 1])
 
     def steps(self) -> dict[str, dict[int, float]]:
-        """Network -> group size -> seconds per training step in packets."""
+        """Return for each network and group size the seconds that packets take in a training step."""
         links = self.links
         spans = {packet.size: packet.spans for packet in self.packets if packet.neighbours}
 
@@ -63,12 +65,12 @@ class Cluster(NamedTuple):
         }
 
     def group_size(self) -> int | None:
-        """The group size to take; None for all ranks."""
+        """Return the recommended group size; None for all ranks."""
         return group_size(self.steps()["ResNet-50"])
 
 
 def group_size(steps: dict[int, float]) -> int | None:
-    """The smallest group that has ``ENOUGH_RANKS`` and is ``WORTH_IT``; None for all ranks.
+    """Return the smallest group size that has ``ENOUGH_RANKS`` and is ``WORTH_IT``; None for all ranks.
 
     Args:
         steps: group size -> seconds of a step; the largest size is that of all ranks.
@@ -80,13 +82,13 @@ def group_size(steps: dict[int, float]) -> int | None:
 
 
 def measure(framework: str, hosts: Sequence[job.Host], limit: float, note: Callable[[str], None] = lambda _: None) -> Cluster:
-    """Measures packets of three sizes between the ranks: all together, and in groups of fewer.
+    """Measure packets of three sizes among all ranks and among smaller groups.
 
     Args:
-        framework: whose Horovod.
-        hosts: what ``job.place`` returns.
-        limit: seconds for either of the two jobs.
-        note: told what goes on.
+        framework: the framework whose Horovod is used.
+        hosts: the result of ``job.place``.
+        limit: time limit of each of the two jobs in seconds.
+        note: called with a description of each step.
 
     Raises:
         job.JobError: a job did not finish.
@@ -106,7 +108,7 @@ def measure(framework: str, hosts: Sequence[job.Host], limit: float, note: Calla
     job.run("packets", framework, list(hosts), limit=limit, report=take)
     if ranks > 2:
         note("starting groups of ranks")
-        # A job of its own: process sets that may come while it runs cost every cycle an agreement.
+        # In a separate job, because dynamic process sets add a negotiation to every cycle.
         environment = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
         job.run("grouped packets", framework, list(hosts), limit=limit, report=take, environment=environment)
     packets.sort(key=lambda packet: (packet.size, not packet.neighbours, packet.bytes))

@@ -1,6 +1,6 @@
-"""One rank of ``job.py``'s jobs: ``python -m hvd_syncbn.cli.rank TASK FRAMEWORK SECONDS``. Rank 0 reports.
+"""One rank of a job of ``job.py``: ``python -m hvd_syncbn.cli.rank TASK FRAMEWORK SECONDS``. Rank 0 prints the reports.
 
-Tasks take ``horovod.<framework>``, or under torchrun what they need of it from torch.distributed.
+Tasks get ``horovod.<framework>``, or under torchrun the same functions of torch.distributed.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from hvd_syncbn.cli.job import MARK
 from hvd_syncbn.cli.stacks import LAYOUTS, Stack, gpu, tensorflow_stack, torch_stack
 
 PACKET_CHANNELS = (64, 2048, 16384)
-"""A narrow layer's packet, the largest of a ResNet-50, and eight times that."""
+"""Channels of a narrow layer, of the widest layer of a ResNet-50, and 8 times as many."""
 
 _WARM_UP = 5
-_ROUNDS = (7, 200)  # at least, at most
+_ROUNDS = (7, 200)  # minimum, maximum
 _SECONDS_PER_PACKET = 1.0
 
 
 def report(hvd: Any, **values: Any) -> None:
-    """Rank 0 tells the program that started the job."""
+    """Print a report for the process that started the job, on rank 0 only."""
     if hvd.rank() == 0:
         print(f"{MARK}{json.dumps(values)}", flush=True)
 
 
 def paths(hvd: Any, framework: str) -> None:
-    """The digest of every instruction-set path and layout, on one rank."""
+    """Report the digest of every instruction-set path and layout, on one rank."""
     stack: Callable[..., Stack] = torch_stack if framework == "torch" else tensorflow_stack
     everything = list(range(vectors.SAMPLES))
     device = gpu(framework, 0)
@@ -55,7 +55,7 @@ def paths(hvd: Any, framework: str) -> None:
 
 
 def _common_gpu(hvd: Any, framework: str) -> str | None:
-    """This rank's GPU; None if some rank has none, or has to share one and NCCL, which refuses that, carries the packets."""
+    """Return this rank's GPU; None if a rank has no GPU, or if ranks share one and Horovod uses NCCL, which rejects that."""
     device = gpu(framework, hvd.local_rank())
     own = (socket.gethostname(), device)
     everyone = hvd.allgather_object(own, name="hvd_syncbn.verify.devices")
@@ -64,7 +64,7 @@ def _common_gpu(hvd: Any, framework: str) -> str | None:
 
 
 def splits(hvd: Any, framework: str) -> None:
-    """The digest of every way to deal the batch out to the ranks, layout and mode; first what every rank is."""
+    """Report the hosts and versions of all ranks, then the digest of every split of the batch, layout and mode."""
     own = (socket.gethostname(), native.isa(), __version__)
     report(hvd, ranks=hvd.allgather_object(own, name="hvd_syncbn.verify.ranks"))
     modes: dict[str, Callable[..., Stack]] = {"": torch_stack}
@@ -82,7 +82,7 @@ def splits(hvd: Any, framework: str) -> None:
                 everyone = hvd.allgather_object((mine, y, dx, running), name="hvd_syncbn.verify.parts")
                 order = np.argsort([sample for samples, *_ in everyone for sample in samples])
                 whole = [np.concatenate([part[i] for part in everyone])[order] for i in (1, 2)]
-                # Running statistics are every rank's own, and have to be the same.
+                # Each rank has its own running statistics, which must be equal.
                 digests = {vectors.digest(whole[0], whole[1], part[3]) for part in everyone}
                 configuration = f"{kind}, {_words(layout)}{mode}"
                 report(hvd, configuration=configuration, sha256=digests.pop() if len(digests) == 1 else "ranks differ")
@@ -125,7 +125,7 @@ def _words(layout: str) -> str:
 
 
 def _allreduce(hvd: Any, framework: str, words: int, ranks: Any) -> Callable[[], Any]:
-    """One allreduce of a packet, as a layer does it."""
+    """Return a function that runs one allreduce of a packet, as a layer does."""
     name = f"hvd_syncbn.doctor.{words}"
     if framework == "torch":
         import torch
@@ -135,12 +135,12 @@ def _allreduce(hvd: Any, framework: str, words: int, ranks: Any) -> Callable[[],
     import tensorflow as tf
 
     zeros = tf.zeros(words, tf.int64)
-    # In a graph: TensorFlow tells Horovod a name only there.
+    # In a graph, because TensorFlow passes names to Horovod only there.
     return tf.function(lambda: hvd.allreduce(zeros, op=hvd.Sum, name=name, process_set=ranks), autograph=False)
 
 
 def _seconds(hvd: Any, framework: str, words: int, ranks: Any) -> float:
-    """Median seconds of a packet's allreduce among these ranks, on the slowest of them; all sets of a job measure at once."""
+    """Return the median seconds of a packet's allreduce on the slowest rank; all process sets are measured at once."""
     allreduce = _allreduce(hvd, framework, words, ranks)
 
     def once(_: int = 0) -> float:
@@ -155,7 +155,7 @@ def _seconds(hvd: Any, framework: str, words: int, ranks: Any) -> float:
 
 
 def packets(hvd: Any, framework: str) -> None:
-    """What packets cost among all ranks."""
+    """Report the cost of packets among all ranks."""
     hosts = hvd.allgather_object(socket.gethostname(), name="hvd_syncbn.doctor.hosts")
     controller = "MPI" if hvd.mpi_built() and hvd.mpi_enabled() else "Gloo"
     report(hvd, hosts=hosts, controller=controller, mpi_built=bool(hvd.mpi_built()))
@@ -163,7 +163,7 @@ def packets(hvd: Any, framework: str) -> None:
 
 
 def grouped_packets(hvd: Any, framework: str) -> None:
-    """What packets cost inside groups of fewer ranks, all groups of a size at once; and among the first ranks of the hosts."""
+    """Report the cost of packets in smaller groups, all groups of a size at once, and among the first ranks of the hosts."""
     hosts = hvd.allgather_object(socket.gethostname(), name="hvd_syncbn.doctor.hosts")
     for groups in layouts(hosts):
         sets = [hvd.add_process_set(group) for group in groups]
@@ -174,8 +174,11 @@ def grouped_packets(hvd: Any, framework: str) -> None:
 
 
 def layouts(hosts: list[str]) -> list[list[list[int]]]:
-    """The groups to measure, size by size: powers of two and, where all hosts have as many ranks, a host's; neighbours
-    together. Then one rank of every host. ``hosts`` has the host of every rank."""
+    """Return the groups to measure for each size, then one group with a rank of every host.
+
+    Sizes are the powers of two and, if all hosts have equally many ranks, the ranks of a host. Groups are of consecutive
+    ranks. ``hosts`` has the host of every rank.
+    """
     ranks = len(hosts)
     names = list(dict.fromkeys(hosts))
     per_host = {hosts.count(name) for name in names}
@@ -192,7 +195,7 @@ def layouts(hosts: list[str]) -> list[list[list[int]]]:
 
 
 def _measure(hvd: Any, framework: str, groups: list[list[int]], hosts: list[str], mine: Any) -> None:
-    """Reports every packet of one layout of groups; ranks that are in none take part in the agreements only."""
+    """Report every packet of one layout of groups; ranks outside all groups only take part in the agreements."""
     spans = max(len({hosts[rank] for rank in group}) for group in groups)
     for channels in PACKET_CHANNELS:
         words = native.packet_size(channels)
@@ -211,9 +214,9 @@ TASKS = {"paths": paths, "splits": splits, "packets": packets, "grouped packets"
 
 
 def main() -> None:
-    """Runs the task, within its time."""
+    """Run the task within its time limit."""
     task, framework, seconds = sys.argv[1:]
-    # Whatever becomes of the launcher: on another host nobody else ends us.
+    # If the launcher is killed, no other process ends this rank on another host.
     signal.alarm(int(seconds))
     hvd = _launched_by(framework)
     if framework == "torch":
@@ -225,7 +228,7 @@ def main() -> None:
     report(hvd, done=True)
     hvd.shutdown()
     sys.stdout.flush()
-    os._exit(0)  # the frameworks' farewells take their time
+    os._exit(0)  # skips the frameworks' slow exit handlers
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The stack of ``vectors.py`` by the reference, in PyTorch and in TensorFlow: what has to give one sha256."""
+"""Runs the stack of ``vectors.py`` in the reference, in PyTorch and in TensorFlow; all must give the same sha256."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Stack = tuple[NDArray[np.float32], NDArray[np.float32], list[tuple[NDArray[np.fl
 
 
 def reference_stack() -> Stack:
-    """``(y, dx, running statistics)`` of the stack on the whole global batch, by ``protocol.py``: no framework, no native code.
+    """Return ``(y, dx, running statistics)`` of the stack on the global batch, by ``protocol.py`` without native code.
 
-    Takes a second or two.
+    Takes about 2 seconds.
     """
 
     def flat(values: NDArray[Any]) -> NDArray[np.float64]:
@@ -49,7 +49,7 @@ def reference_stack() -> Stack:
         for source, gradient in ((i - 1, dx), (vectors.RESIDUAL_OF[i], dresidual)):
             if source is not None and source >= 0:
                 before = gradients[source]
-                # The frameworks add gradients in float32: one rounding of a float64 sum of two is the same.
+                # The frameworks add gradients in float32; rounding the float64 sum of two gives the same value.
                 total = gradient if before is None else (before + gradient).astype(np.float32).astype(np.float64)
                 gradients[source] = total
     shape = vectors.inputs()[0].shape
@@ -57,7 +57,7 @@ def reference_stack() -> Stack:
 
 
 def gpu(framework: str, number: int) -> str | None:
-    """The framework's name of GPU ``number`` modulo those that it sees, if the native parts have kernels for it."""
+    """Return the framework's name of GPU ``number`` (modulo the GPUs it sees); None without CUDA kernels or GPUs."""
     if not native.has_cuda():
         return None
     if framework == "torch":
@@ -71,7 +71,7 @@ def gpu(framework: str, number: int) -> str | None:
 
 
 def torch_stack(samples: list[int], layout: str, device: str = "cpu") -> Stack:
-    """``(y, dx, running statistics)`` of the stack on this rank's samples, in PyTorch; y and dx with channels first."""
+    """Return ``(y, dx, running statistics)`` of the stack on this rank's samples, in PyTorch; y and dx are channels first."""
     import torch
 
     from hvd_syncbn.torch import SyncBatchNorm
@@ -100,7 +100,7 @@ def torch_stack(samples: list[int], layout: str, device: str = "cpu") -> Stack:
 
 
 def tensorflow_stack(samples: list[int], layout: str, graph: bool = False, device: str = "/CPU:0") -> Stack:
-    """The same in TensorFlow, eagerly or as a ``tf.function``."""
+    """Return the same from TensorFlow, run eagerly or as a ``tf.function``."""
     import tensorflow as tf
 
     from hvd_syncbn.tensorflow import sync_batch_norm

@@ -1,9 +1,9 @@
-"""``hvd-syncbn verify``: does this machine, or this cluster, give the same bits in every framework, layout and split?
+"""``hvd-syncbn verify``: checks that results on this machine or cluster are bitwise identical.
 
-Each framework runs in processes of its own (Horovod serves one framework per process) the stack of ``vectors.py``: alone on the
-whole global batch and every instruction-set path, or with ``-np`` under ``horovodrun`` or ``torchrun`` with the batch dealt out
-to the ranks.
-All has to equal what the reference in Python makes of the whole batch.
+Each framework runs the stack of ``vectors.py`` in separate processes (Horovod supports one framework per process): on one rank
+with the global batch and every instruction-set path, or with ``-np`` under ``horovodrun`` or ``torchrun`` with the batch split
+between ranks.
+All results must equal those of the Python reference on the global batch.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from hvd_syncbn.cli import job
 from hvd_syncbn.cli.stacks import reference_stack
 from hvd_syncbn.horovod import FRAMEWORKS
 
-DESCRIPTION = "Run one training step in every framework and layout that is here, and tell whether the bits are equal."
-EPILOG = """With -np it starts horovodrun for each framework, on this machine or on the hosts of -H, and deals the batch out to
-the ranks in several ways. Python, this package and Horovod have to lie at the same paths on every host, and ssh has to
-reach them without a password. Exit status: 0 if all is equal, 1 if not or if something could not run."""
+DESCRIPTION = "Run a training step in every installed framework and layout, and check that results are bitwise identical."
+EPILOG = """With -np it runs horovodrun for each framework, on this machine or on the hosts of -H, and splits the batch between
+the ranks in several ways. Python, this package and Horovod must be installed at the same paths on every host, and ssh must
+work without a password. Exit status: 0 if all results are equal; 1 if they differ or a framework could not run."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the sha256 of every configuration and whether they are one; the exit status is 0 if so."""
+    """Print the sha256 of every configuration and whether all are equal; return exit status 0 if they are."""
     hosts = job.hosts_of(args)
     if args.launcher == "torchrun" and (hosts is None or args.hosts is not None):
         args.usage_error("--launcher torchrun needs -np, and no -H: it starts ranks on this host")
@@ -54,9 +54,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine(hosts: list[job.Host] | None, limit: float, launcher: str = "horovodrun") -> dict[str, Any]:
-    """Run everything; ``hosts`` is None for one process of each framework. The keys of the result are those of ``--json``:
-    ``ranks`` (0 without horovodrun), ``hosts``, ``machines``, ``reference`` (a sha256), ``results``, ``failures``,
-    ``left_out``, ``equal``."""
+    """Run all configurations.
+
+    Args:
+        hosts: the result of ``job.place``; None for one process of each framework.
+        limit: time limit of each job in seconds.
+        launcher: as of ``job.run``.
+
+    Returns:
+        The result as ``--json`` prints it, with the keys ``ranks`` (0 without horovodrun), ``hosts``, ``machines``,
+        ``reference`` (a sha256), ``results``, ``failures``, ``left_out`` and ``equal``.
+    """
     frameworks = ("torch",) if launcher == "torchrun" else tuple(FRAMEWORKS)
     installed = [framework for framework in frameworks if importlib.util.find_spec(framework) is not None]
     results: list[dict[str, Any]] = []
@@ -98,7 +106,7 @@ def examine(hosts: list[job.Host] | None, limit: float, launcher: str = "horovod
 
 
 def show(found: dict[str, Any]) -> None:
-    """The result as one table and a verdict."""
+    """Print the result as a table and a verdict."""
     console = Console(highlight=False)
     where = f" on {', '.join(found['hosts'])}" if found["ranks"] else ", one process each"
     console.print(f"One training step of a 5-layer stack{where}:")
@@ -119,13 +127,13 @@ def show(found: dict[str, Any]) -> None:
         hosts = ", ".join(dict.fromkeys(names))
         console.print(f"{len(names)} ranks with instruction set {instructions}, hvd-syncbn {version}: {hosts}")
     for framework in found["left_out"]:
-        console.print(f"{FRAMEWORKS[framework]} is not installed: left out")
+        console.print(f"{FRAMEWORKS[framework]} was skipped because it is not installed")
     for framework, error in found["failures"].items():
         console.print(Text(f"{FRAMEWORKS[framework]} could not run: {error}", "red"), soft_wrap=True)
     different = sum(not result["equal"] for result in found["results"])
     if found["equal"]:
-        console.print(Text(f"EQUAL: {len(found['results'])} configurations, one sha256, that of the reference", "green"))
+        console.print(Text(f"EQUAL: {len(found['results'])} configurations have one sha256, that of the reference", "green"))
     elif different:
         console.print(Text(f"NOT EQUAL: {different} of {len(found['results'])} configurations differ", "red"))
     elif not found["results"] and not found["failures"]:
-        console.print(Text("Neither PyTorch nor TensorFlow is installed: nothing to verify", "red"))
+        console.print(Text("Neither PyTorch nor TensorFlow is installed. Install one to verify it", "red"))

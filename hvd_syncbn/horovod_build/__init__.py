@@ -1,14 +1,14 @@
 """Builds Horovod for the frameworks of this Python: ``hvd-syncbn build-horovod``.
 
-Horovod 0.28.1, its last release, does not compile against today's PyTorch and TensorFlow, and fails where a job has to survive.
-With the changes in ``patches/`` (see patching.py) and one CMake setting it does not. The rules of this room:
+Horovod 0.28.1, its last release, does not compile against current PyTorch and TensorFlow and has bugs that end jobs.
+The changes in ``patches/`` (see patching.py) and one CMake setting fix both. Rules:
 
-* It runs before anything of ours is built (``python -m hvd_syncbn.horovod_build``), so it imports the standard
-  library and rich, nothing else; rich where it is used, so that a missing one is named like any other tool. Frameworks and what
-  the system has (system.py) are looked at, never imported.
-* One wheel for each combination of everything that decides the binary. All environments of a user share the cache,
-  so a second checkout installs in seconds what the first one built in minutes.
-* A build that fails says what the compiler said first, and where the log is.
+* This package runs before the rest of hvd-syncbn is built (``python -m hvd_syncbn.horovod_build``), so it imports only the
+  standard library and rich. rich is imported inside functions, so that it is reported like any other missing tool. Frameworks
+  and system libraries (system.py) are detected without importing them.
+* There is one wheel for each combination of inputs that affect the binary. All environments of a user share the cache,
+  so a second checkout installs in seconds.
+* The error of a failed build shows the compiler's first error and the path of the log.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ if TYPE_CHECKING:
 HOROVOD_VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 
-# Horovod reads more HOROVOD_* variables when it runs than when it is built. These are the build's.
+# The HOROVOD_* variables that affect the build; most others are read at run time.
 _BUILD_VARIABLE = re.compile(
     r"HOROVOD_(GPU(_.+)?|CPU_OPERATIONS|(NCCL|NVTX|CUDA|ROCM|BUILD)_.+|ALLOW_MIXED_GPU_IMPL|CMAKE|DEBUG)"
 )
-# Folders of them: where things lie does not change the binary, their versions do.
+# Paths do not affect the binary; the versions found there do.
 _PLACE = re.compile(r"HOROVOD_(NCCL|CUDA)_(HOME|INCLUDE|LIB)")
 _PARTS = ("PYTORCH", "TENSORFLOW", "MXNET", "MPI", "GLOO")
 _TOOLS = ("rich", "setuptools", "wheel", "packaging")
@@ -63,7 +63,7 @@ _STEP = re.compile(r"^\s*\[\s*(\d+)%\] (.+)$")
 _PLAIN_PROGRESS_S = 15.0
 _GIB_PER_COMPILER = 2
 
-# The most telling first: a compiler's message may come after lines that only mention errors.
+# The most specific pattern first, because lines that only mention errors may precede the compiler's message.
 _ERROR_LINES = (
     re.compile(r"(: (fatal )?error: )|(^\s*nvcc fatal)"),
     re.compile(r"CMake Error"),
@@ -73,11 +73,11 @@ _ERROR_LINES = (
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is here
+# The installation
 
 
 def cache_root() -> Path:
-    """Return the folder that keeps Horovod's source and the wheels built from it."""
+    """Return the cache folder of Horovod's source and the wheels built from it."""
     own = os.environ.get("HVD_SYNCBN_CACHE")
     if own:
         return Path(own).expanduser() / "horovod"
@@ -85,7 +85,7 @@ def cache_root() -> Path:
 
 
 def check() -> list[str]:
-    """Return what is wrong with the installed Horovod, one sentence each; nothing if it fits the frameworks."""
+    """Return the problems of the installed Horovod, one sentence each; an empty list if it fits the frameworks."""
     spec = importlib.util.find_spec("horovod")
     if spec is None or spec.origin is None:
         return ["Horovod is not installed."]
@@ -101,17 +101,17 @@ def check() -> list[str]:
             continue
         if there is None:
             problems.append(f"Horovod was built without {name}, and {name} {here} is installed.")
-        elif there.replace("-", "") != here.replace("-", ""):  # 2.22.0-rc1 calls itself 2.22.0rc1 as a package
+        elif there.replace("-", "") != here.replace("-", ""):  # the package of 2.22.0-rc1 has version 2.22.0rc1
             problems.append(f"Horovod was built for {name} {there}, and {name} {here} is installed.")
     return problems
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What decides the binary
+# The build's settings
 
 
 class Plan(NamedTuple):
-    """What is built: Horovod's build variables, the versions of the system's parts in it, and what to tell about the choice."""
+    """The settings of a build: Horovod's build variables, versions of system libraries, and notes to print."""
 
     settings: dict[str, str]
     system: dict[str, str]
@@ -119,20 +119,20 @@ class Plan(NamedTuple):
 
 
 def make_plan(versions: Mapping[str, str], environ: Mapping[str, str], *, mpi: bool = False, nccl: bool | None = None) -> Plan:
-    """Choose what to build for: our choice, then the caller's own HOROVOD_* variables, then the options.
+    """Choose the build's settings: defaults, overridden by HOROVOD_* variables, overridden by the options.
 
-    GPU collectives go through NCCL where every framework is a build for CUDA, and a CUDA toolkit and NCCL are found. MPI is
-    not taken along unasked: `horovodrun` would then run over it, and elastic jobs, a second `hvd.init()` in a process without
-    a launcher, and more ranks than cores do not go well with it.
+    By default GPU collectives use NCCL if every framework is a CUDA build, and a CUDA toolkit and NCCL are found. MPI is off by
+    default, because `horovodrun` would use it, and it does not support elastic jobs or a second `hvd.init()` in a process
+    without a launcher, and is slow with more ranks than cores.
 
     Args:
-        versions: The frameworks.
-        environ: The environment.
+        versions: Versions of the frameworks.
+        environ: Environment variables.
         mpi: Whether to build with MPI.
-        nccl: Whether to run GPU collectives through NCCL; None where it can be.
+        nccl: Whether GPU collectives use NCCL; None if possible.
 
     Raises:
-        BuildError: what an option asks for is missing.
+        BuildError: A requirement of an option is missing.
     """
     system = {"compiler": find_compiler(environ)}
     notes = []
@@ -146,7 +146,7 @@ def make_plan(versions: Mapping[str, str], environ: Mapping[str, str], *, mpi: b
     here = find_mpi(environ)
     if mpi and here is None:
         raise BuildError(
-            "No mpicxx in the path, so MPI cannot be built in. Install one: apt-get install openmpi-bin libopenmpi-dev"
+            "mpicxx is not in PATH, so MPI cannot be built in. Install it: apt-get install openmpi-bin libopenmpi-dev"
         )
     for part in _PARTS:
         if environ.get(f"HOROVOD_WITH_{part}") == "1":
@@ -165,7 +165,7 @@ def make_plan(versions: Mapping[str, str], environ: Mapping[str, str], *, mpi: b
 
 
 def _plan_gpu(plan: Plan, versions: Mapping[str, str], environ: Mapping[str, str], nccl: bool | None) -> None:
-    """Add to a plan what GPUs need."""
+    """Add the settings for GPUs to a plan."""
     gpus = cuda_frameworks()
     plain = [f"{name} {version}" for name, version in versions.items() if name not in gpus]
     own = [value for name, value in plan.settings.items() if name.startswith("HOROVOD_GPU_")]
@@ -174,22 +174,22 @@ def _plan_gpu(plan: Plan, versions: Mapping[str, str], environ: Mapping[str, str
         return
     cuda = find_cuda(environ)
     if cuda is not None:
-        # Also without collectives on the GPU: Horovod then reads tensors that lie there, and asks PyTorch where CUDA is.
+        # Needed without GPU collectives, too: Horovod copies GPU tensors, and asks PyTorch for the path of CUDA.
         plan.system["CUDA"] = cuda.version
         plan.settings["HOROVOD_CUDA_HOME"] = str(cuda.home)
-    if own and not asked:  # the caller's GPU collectives go another way
+    if own and not asked:  # the caller's HOROVOD_GPU_* variables choose something other than NCCL
         return
     library = find_nccl(environ, cuda)
     problem = None
     if plain:
-        problem = f"{' and '.join(plain)} is no build for CUDA, and Horovod's GPU collectives need all frameworks to be"
+        problem = f"{' and '.join(plain)} is not a CUDA build, and Horovod's GPU collectives need all frameworks to be"
     elif cuda is None:
         problem = "no CUDA toolkit was found; install one that has nvcc, or set CUDA_HOME to it"
     elif library is None:
         cu = cuda.version.partition(".")[0]
         problem = f"NCCL's header was not found; {sys.executable} -m pip install nvidia-nccl-cu{cu}, or set HOROVOD_NCCL_HOME"
     if nccl is False or (problem is not None and not asked):
-        why = "as asked" if nccl is False else problem
+        why = "as requested" if nccl is False else problem
         plan.notes.append(f"without NCCL, so packets of GPU tensors go through host memory: {why}")
     elif problem is not None:
         raise BuildError(f"GPU collectives through NCCL cannot be built: {problem}.")
@@ -202,7 +202,7 @@ def _plan_gpu(plan: Plan, versions: Mapping[str, str], environ: Mapping[str, str
 
 
 def cache_key(versions: Mapping[str, str], plan: Plan) -> str:
-    """Return the name of the cache folder: readable, then a hash over everything that decides the binary."""
+    """Return the name of the cache folder: versions and a hash of everything that affects the binary."""
     python = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
     ingredients = {
         "horovod": HOROVOD_VERSION,
@@ -220,7 +220,7 @@ def cache_key(versions: Mapping[str, str], plan: Plan) -> str:
 
 
 def check_tools(environ: Mapping[str, str]) -> None:
-    """Raise if something the build needs is missing, before minutes are spent on finding out."""
+    """Raise BuildError if a tool that the build needs is missing."""
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.exists():
         raise BuildError(f"Python's headers are missing ({header}). Install them: apt-get install python3-dev")
@@ -235,15 +235,15 @@ def check_tools(environ: Mapping[str, str]) -> None:
 
 
 def check_packages() -> None:
-    """Raise if a Python package that the builder needs is missing; rich is one of them, so this comes first."""
+    """Raise BuildError if a Python package that the builder needs (such as rich) is missing."""
     missing = [name for name in _TOOLS if importlib.util.find_spec(name) is None]
     if missing:
         names = " ".join(missing)
-        raise BuildError(f"Horovod's build needs {names}. Install: {sys.executable} -m pip install {names}")
+        raise BuildError(f"Horovod's build needs {names}. Install with: {sys.executable} -m pip install {names}")
 
 
 def build_jobs() -> int:
-    """Return how many compilers to run at once: one per CPU, as long as the memory lasts."""
+    """Return the number of compilers to run at once: one per CPU, limited by memory."""
     cpus = len(os.sched_getaffinity(0))
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
     return max(1, min(cpus, gib // _GIB_PER_COMPILER))
@@ -251,12 +251,12 @@ def build_jobs() -> int:
 
 def build_environment(settings: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the build."""
-    # An outer make's MAKEFLAGS name a job server that this make cannot reach. Horovod's setup.py imports what is beside it.
+    # MAKEFLAGS of an outer make names a job server that this build cannot reach. Horovod's setup.py imports files beside it.
     dropped = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHONSAFEPATH"}
     env = {k: v for k, v in environ.items() if not k.startswith("HOROVOD_") and k not in dropped}
     jobs = build_jobs()
     if "HOROVOD_CUDA_HOME" in settings:
-        # PyTorch and CMake otherwise guess the toolkit from where nvcc is, which may be a script elsewhere.
+        # PyTorch and CMake otherwise guess the toolkit from the path of nvcc, which may be a script elsewhere.
         home = settings["HOROVOD_CUDA_HOME"]
         env |= {"CUDA_HOME": home, "CUDAToolkit_ROOT": home, "CUDACXX": f"{home}/bin/nvcc"}
         env["PATH"] = os.pathsep.join([f"{home}/bin", env.get("PATH", "")])
@@ -267,7 +267,7 @@ def build_environment(settings: Mapping[str, str], environ: Mapping[str, str]) -
         "CMAKE_GENERATOR": "Ninja",
         "NINJA_STATUS": "[%p] ",
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
-        # Horovod asks TensorFlow for its paths in a process of its own, which logs to the same place.
+        # Horovod queries TensorFlow's paths in a subprocess whose log would mix with the output.
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
 
@@ -282,14 +282,17 @@ def sha256_of(path: Path) -> str:
 
 
 def verify_sdist(path: Path) -> None:
-    """Raise if `path` is not the Horovod source our patches were written for."""
+    """Raise BuildError if `path` is not the Horovod source that the patches apply to."""
     found = sha256_of(path)
     if found != SDIST_SHA256:
-        raise BuildError(f"{path} is not Horovod {HOROVOD_VERSION} as released: SHA-256 {found}, not {SDIST_SHA256}.")
+        raise BuildError(
+            f"{path} is not the released source of Horovod {HOROVOD_VERSION}: expected SHA-256 {SDIST_SHA256}. Received: "
+            f"{found}. Check which package index pip uses."
+        )
 
 
 def fetch_sdist(folder: Path, env: Mapping[str, str]) -> Path:
-    """Return Horovod's verified source archive in `folder`, downloaded through pip unless it is there."""
+    """Return Horovod's verified source archive in `folder`, downloaded with pip if it is missing."""
     archive = folder / f"horovod-{HOROVOD_VERSION}.tar.gz"
     if archive.exists() and sha256_of(archive) == SDIST_SHA256:
         return archive
@@ -327,7 +330,7 @@ def first_error(lines: Sequence[str], before: int = 2, after: int = 5) -> list[s
 
 
 def parse_step(line: str) -> tuple[int, str] | None:
-    """Return (percent, what is made) from a line of Ninja's output, if it is a progress line."""
+    """Return (percent, target) from a progress line of Ninja's output, else None."""
     match = _STEP.match(line)
     if match is None:
         return None
@@ -336,7 +339,7 @@ def parse_step(line: str) -> tuple[int, str] | None:
 
 @contextlib.contextmanager
 def show_progress(console: Console, title: str) -> Iterator[Callable[[int, str], None]]:
-    """Show that something goes on: a live bar on a terminal, elsewhere a line now and then."""
+    """Show progress: a live bar on a terminal, else a line every 15 seconds."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     if console.is_terminal:
@@ -371,7 +374,7 @@ def show_progress(console: Console, title: str) -> Iterator[Callable[[int, str],
 def run_logged(
     command: Sequence[str], *, cwd: Path, env: Mapping[str, str], log: TextIO, report: Callable[[int, str], None]
 ) -> int:
-    """Run a command in a process group of its own, its output into `log`; if we are stopped, so is the whole group."""
+    """Run a command in a new process group and write its output to `log`; an exception here ends the whole group."""
     process = subprocess.Popen(
         command,
         cwd=cwd,
@@ -397,7 +400,7 @@ def run_logged(
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """End a process and its descendants, asking first: Ninja then removes what is half written."""
+    """End a process group, first with SIGTERM, which allows Ninja to remove incomplete files."""
     for request in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, request)
@@ -407,18 +410,18 @@ def _end_group(process: subprocess.Popen[str]) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, console: Console) -> Iterator[None]:
-    """Hold a lock file, waiting for another build that has it; the system frees it whatever way we end."""
+    """Hold a lock file, after waiting for another build that holds it; the system releases it when the process ends."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print("Another build of the same Horovod is running; waiting for it.")
+            console.print("Waiting for another build of the same Horovod.")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _compile(folder: Path, archive: Path, env: Mapping[str, str], console: Console) -> Path:
-    """Build the wheel in a temporary folder and move it into `folder` when it is whole."""
+    """Build the wheel in a temporary folder and move it to `folder` when it is complete."""
     log_path = folder / "build.log"
     with tempfile.TemporaryDirectory(prefix="horovod-build-") as temporary:
         source = unpack(archive, Path(temporary))
@@ -430,7 +433,7 @@ def _compile(folder: Path, archive: Path, env: Mapping[str, str], console: Conso
             status = run_logged(command, cwd=source, env=env, log=log, report=report)
         if status:
             said = "\n".join(first_error(log_path.read_text().splitlines()))
-            raise BuildError(f"Horovod did not build. The first error:\n\n{said}\n\nThe full log: {log_path}")
+            raise BuildError(f"Horovod's build failed. The first error:\n\n{said}\n\nThe full log: {log_path}")
         (built,) = wheels.glob("horovod-*.whl")
         # The temporary folder may be on another file system, where a move is not atomic.
         staged = folder / f".{built.name}.new"
@@ -439,19 +442,19 @@ def _compile(folder: Path, archive: Path, env: Mapping[str, str], console: Conso
 
 
 def build(*, mpi: bool = False, nccl: bool | None = None, install: bool = True) -> Path:
-    """Build Horovod for the frameworks of this Python, or take it from the cache, and install it.
+    """Build Horovod for the frameworks of this Python, or find the wheel in the cache, and install it.
 
     Args:
-        mpi: Build the MPI operations, too; needs an MPI with its headers.
-        nccl: Run GPU collectives through NCCL; needs CUDA and NCCL with its headers. None: where both are found and every
-            framework is a build for CUDA.
-        install: Install the wheel into this Python.
+        mpi: Whether to build the MPI operations, too, which need MPI with its headers.
+        nccl: Whether GPU collectives use NCCL, which needs CUDA and NCCL with its headers. None: if both are found and every
+            framework is a CUDA build.
+        install: Whether to install the wheel into this Python.
 
     Returns:
         The wheel's path in the cache.
 
     Raises:
-        BuildError: Something is missing, or the build failed.
+        BuildError: A requirement is missing, or the build failed.
     """
     from rich.console import Console
 
@@ -459,10 +462,10 @@ def build(*, mpi: bool = False, nccl: bool | None = None, install: bool = True) 
     versions = framework_versions()
     if not versions:
         raise BuildError(
-            f"Neither PyTorch nor TensorFlow is installed in {sys.prefix}. Horovod is built for what is there, so "
+            f"Neither PyTorch nor TensorFlow is installed in {sys.prefix}. Horovod is built for the installed frameworks, so "
             f"install one first: {sys.executable} -m pip install torch (or tensorflow)"
         )
-    # The tools that pip installed lie beside this Python, also when its environment is not activated.
+    # Finds the tools that pip installed beside this Python, even if its environment is not activated.
     environ = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
     plan = make_plan(versions, environ, mpi=mpi, nccl=nccl)
     env = build_environment(plan.settings, environ)
@@ -478,19 +481,19 @@ def build(*, mpi: bool = False, nccl: bool | None = None, install: bool = True) 
         wheel = next(folder.glob("horovod-*.whl"), None)
         if wheel is None:
             check_tools(env)
-            console.print(f"Building {title} with {build_jobs()} jobs; takes minutes, once.")
+            console.print(f"Building {title} with {build_jobs()} jobs. This takes minutes; later installations use the cache.")
             start = time.monotonic()
             wheel = _compile(folder, fetch_sdist(root, env), env, console)
             console.print(f"Built {title} in {time.monotonic() - start:.0f} s: {wheel}")
         else:
-            console.print(f"{title}, built before: {wheel}")
+            console.print(f"Using {title} from the cache: {wheel}")
 
     if install:
-        # First the wheel by force, as one for other frameworks has the same version; then what it lacks, if anything.
+        # Force the wheel, because one for other frameworks has the same version; then install missing requirements.
         for options in (("--no-deps", "--force-reinstall"), ()):
             command = [sys.executable, "-m", "pip", "install", "-qq", *options, str(wheel)]
             if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode:
-                raise BuildError(f"pip could not install {wheel}.")
+                raise BuildError(f"pip could not install {wheel}; its output is above.")
         console.print(f"Installed into {sys.prefix}")
     return wheel
 
@@ -500,17 +503,18 @@ def build(*, mpi: bool = False, nccl: bool | None = None, install: bool = True) 
 
 DESCRIPTION = f"Build Horovod {HOROVOD_VERSION} for the frameworks installed in this Python, and install it."
 EPILOG = """Horovod's own build variables (HOROVOD_WITH_*, HOROVOD_WITHOUT_*, HOROVOD_NCCL_HOME, HOROVOD_CUDA_HOME,
-HOROVOD_GPU_ALLREDUCE, ...) are passed on from the environment. Wheels are kept in $HVD_SYNCBN_CACHE, by default
+HOROVOD_GPU_ALLREDUCE, ...) are read from the environment. Wheels are cached in $HVD_SYNCBN_CACHE, by default
 ~/.cache/hvd-syncbn."""
 
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what decides the build."""
+    """Declare the options that affect the build."""
     parser.add_argument("--with-mpi", action="store_true", dest="mpi", help="build the MPI operations, too")
     nccl = parser.add_mutually_exclusive_group()
-    through = "GPU collectives through NCCL, or fail (by default where they can be built)"
+    through = "use NCCL for GPU collectives, and fail if it is missing (default: use NCCL if possible)"
     nccl.add_argument("--with-nccl", dest="nccl", action="store_const", const=True, help=through)
-    nccl.add_argument("--without-nccl", dest="nccl", action="store_const", const=False, help="GPU tensors through host memory")
+    host = "copy GPU tensors through host memory"
+    nccl.add_argument("--without-nccl", dest="nccl", action="store_const", const=False, help=host)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -518,11 +522,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_build_arguments(parser)
     parser.add_argument("--wheel-dir", type=Path, metavar="DIR", help="also copy the wheel into this folder")
     parser.add_argument("--no-install", action="store_true", help="only build the wheel and print its path")
-    parser.add_argument("--list", action="store_true", help="list our changes to Horovod and build nothing")
+    parser.add_argument("--list", action="store_true", help="list the changes to Horovod and exit")
 
 
 def list_patches() -> None:
-    """Print every change to Horovod: what, why, and where Horovod's people know of it."""
+    """Print the subject, reason and upstream issue of every change to Horovod."""
     from rich.console import Console
     from rich.padding import Padding
 
@@ -533,12 +537,12 @@ def list_patches() -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build as the parsed options say and return the exit status."""
+    """Build with the parsed options and return the exit status."""
 
     def stop(number: int, _frame: object) -> None:
         sys.exit(128 + number)
 
-    # As an exception, so that the compilers end and the temporary folder goes.
+    # Signals raise an exception, so that the compilers end and the temporary folder is removed.
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
     try:

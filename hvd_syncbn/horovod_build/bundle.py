@@ -1,4 +1,4 @@
-"""Collects every wheel that a host needs in one folder, so that only one machine has a compiler: ``hvd-syncbn bundle``."""
+"""Collects all wheels that a host needs in one folder, so that only one machine needs a compiler: ``hvd-syncbn bundle``."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ REQUIREMENTS = "requirements.txt"
 
 
 def requirements_of(wheel: Path) -> list[str]:
-    """Return what a wheel requires."""
+    """Return the requirements of a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         return email.message_from_bytes(archive.read(name)).get_all("Requires-Dist") or []
 
 
 def pins(requirements: Iterable[str]) -> dict[str, str]:
-    """Return all packages that requirements need here, directly or not, at their installed versions.
+    """Return the installed versions of all packages that the requirements need, directly or indirectly, on this machine.
 
     Raises:
-        BuildError: one of them is not installed.
+        BuildError: A package is not installed.
     """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
@@ -59,10 +59,10 @@ def pins(requirements: Iterable[str]) -> dict[str, str]:
 
 
 def our_wheel(folder: Path) -> Path:
-    """Put the wheel of hvd-syncbn into a folder: built from the checkout, or copied from the file, that it was installed from.
+    """Put the wheel of hvd-syncbn into a folder, built or copied from the source that it was installed from.
 
     Raises:
-        BuildError: it was installed from neither, or it does not build.
+        BuildError: The wheel cannot be built.
     """
     distribution = importlib.metadata.distribution("hvd-syncbn")
     origin = json.loads(distribution.read_text("direct_url.json") or "{}")
@@ -78,15 +78,15 @@ def our_wheel(folder: Path) -> Path:
 
 
 def bundle(folder: Path, horovod: Path, report: Callable[[str], None] = print) -> None:
-    """Fill a folder with the wheels of hvd-syncbn, Horovod, the frameworks and all that they need, and a list of them.
+    """Fill a folder with the wheels of hvd-syncbn, Horovod, the frameworks and their requirements, and a list of them.
 
     Args:
-        folder: Made if it does not exist.
+        folder: Created if it does not exist.
         horovod: Horovod's wheel.
         report: Called with a line for each step.
 
     Raises:
-        BuildError: a wheel is not to be had.
+        BuildError: A wheel cannot be built or downloaded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     built = [Path(shutil.copy(horovod, folder))]
@@ -94,7 +94,7 @@ def bundle(folder: Path, horovod: Path, report: Callable[[str], None] = print) -
     built.append(our_wheel(folder))
     owners = framework_owners()
     needed = pins([*owners, *(text for wheel in built for text in requirements_of(wheel))])
-    report(f"Collecting {len(needed)} more wheels, at the versions that are installed here")
+    report(f"Collecting {len(needed)} more wheels at their installed versions")
     listed = [f"{name}=={version}" for name, version in sorted(needed.items())]
     _pip("wheel", "--no-deps", "--wheel-dir", str(folder), *listed)
     for wheel in built:
@@ -102,7 +102,7 @@ def bundle(folder: Path, horovod: Path, report: Callable[[str], None] = print) -
         listed.append(f"{name.replace('_', '-')}=={version}")
     (folder / REQUIREMENTS).write_text("".join(f"{line}\n" for line in listed))
     size = sum(path.stat().st_size for path in folder.glob("*.whl"))
-    report(f"{len(listed)} wheels, {size / 2**20:.0f} MiB. On each host, with this version of Python:")
+    report(f"{len(listed)} wheels, {size / 2**20:.0f} MiB. Run on each host, with this version of Python:")
     report(f"  python3 -m pip install --no-index --find-links {folder} -r {folder / REQUIREMENTS}")
 
 
@@ -111,4 +111,4 @@ def _pip(*arguments: str) -> None:
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if result.returncode:
         said = "\n".join((result.stderr or result.stdout).strip().splitlines()[-10:])
-        raise BuildError(f"pip could not make the wheels of the bundle:\n{said}")
+        raise BuildError(f"pip could not build the wheels of the bundle:\n{said}")

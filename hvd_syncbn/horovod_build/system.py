@@ -1,6 +1,6 @@
-"""What this machine has that Horovod can be built with: compiler, CUDA, NCCL, MPI, and which frameworks are for CUDA.
+"""Finds the compiler, CUDA, NCCL and MPI of this machine, and which frameworks are CUDA builds.
 
-Found by looking at files and asking compilers for their versions; nothing is imported.
+Reads files and runs compilers with ``--version``; imports no framework.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _USUAL_NCCL = (Path("/usr/local"), Path("/usr"))
 
 
 class Found(NamedTuple):
-    """A part of the system: its folder and its version. A binary depends on the version, not on the folder."""
+    """The folder and version of a system library. A binary depends on the version, not on the folder."""
 
     home: Path
     version: str
@@ -32,7 +32,7 @@ def framework_versions() -> dict[str, str]:
     versions = {}
     torch = _text("torch", "version.py")
     if torch is not None:
-        # Not the distribution's version: that one leaves out which CUDA the build is for.
+        # Not the distribution's version, which omits the CUDA version of the build.
         match = re.search(r"^__version__ = '(.+)'$", torch, re.MULTILINE)
         versions["torch"] = match[1] if match else importlib.metadata.version("torch")
     if importlib.util.find_spec("tensorflow") is not None:
@@ -41,7 +41,7 @@ def framework_versions() -> dict[str, str]:
 
 
 def framework_owners() -> list[str]:
-    """Return the packages that the installed frameworks came with: tensorflow, tensorflow-cpu, tf-nightly, ..."""
+    """Return the packages that provide the installed frameworks: tensorflow, tensorflow-cpu, tf-nightly, ..."""
     return [_owner_of(name) for name in ("torch", "tensorflow") if importlib.util.find_spec(name) is not None]
 
 
@@ -50,7 +50,7 @@ def _owner_of(module: str) -> str:
 
 
 def cuda_frameworks() -> list[str]:
-    """Return which of the installed frameworks are builds for CUDA."""
+    """Return the installed frameworks that are CUDA builds."""
     torch = _text("torch", "version.py") or ""
     tensorflow = _text("tensorflow", "python/platform/build_info.py") or ""
     found = {
@@ -69,26 +69,28 @@ def _text(package: str, file: str) -> str | None:
 
 
 def find_compiler(environ: Mapping[str, str]) -> str:
-    """Return the version line of the C++ compiler CMake will take."""
+    """Return the version line of the C++ compiler that CMake will use."""
     candidates = [environ["CXX"].split()[0]] if environ.get("CXX") else ["c++", "g++", "clang++"]
     for candidate in candidates:
         path = shutil.which(candidate, path=environ.get("PATH"))
         if path:
             return _said_by([path, "--version"]).partition("\n")[0]
-    raise BuildError(f"No C++ compiler found ({', '.join(candidates)}). Install one: apt-get install g++")
+    raise BuildError(f"No C++ compiler was found. Searched: {', '.join(candidates)}. Install one: apt-get install g++")
 
 
 def find_cuda(environ: Mapping[str, str]) -> Found | None:
-    """Return the CUDA toolkit: where a variable says, else whose nvcc is in the path, else in the usual place.
+    """Return the CUDA toolkit that a variable names, else that of the nvcc in PATH, else the one in /usr/local/cuda.
 
     Raises:
-        BuildError: a variable names a folder without a compiler.
+        BuildError: A variable names a folder without a compiler.
     """
     for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"):
         if environ.get(name):
             found = _toolkit(Path(environ[name]))
             if found is None:
-                raise BuildError(f"{name}={environ[name]} is not a CUDA toolkit: no bin/nvcc that runs is there.")
+                raise BuildError(
+                    f"{name}={environ[name]} is not a CUDA toolkit: it has no working bin/nvcc. Correct or unset {name}."
+                )
             return found
     return next(filter(None, map(_toolkit, _cuda_homes(environ))), None)
 
@@ -96,7 +98,7 @@ def find_cuda(environ: Mapping[str, str]) -> Found | None:
 def _cuda_homes(environ: Mapping[str, str]) -> Iterator[Path]:
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
     if nvcc:
-        # It may be a script or a link in another folder than the toolkit's; it knows its own place.
+        # nvcc may be a script or a link outside the toolkit's folder, but it prints the path of its toolkit.
         match = re.search(r"^#\$ TOP=(.+)$", _said_by([nvcc, "--dryrun", "-x", "cu", "/dev/null"]), re.MULTILINE)
         yield Path(match[1]) if match else Path(nvcc).resolve().parents[1]
     yield _USUAL_CUDA
@@ -109,16 +111,16 @@ def _toolkit(home: Path) -> Found | None:
 
 
 def find_nccl(environ: Mapping[str, str], cuda: Found | None) -> Found | None:
-    """Return NCCL with its header: where a variable says, else pip's package, which PyTorch brings, else the system's.
+    """Return the NCCL with its header that a variable names, else pip's package (required by PyTorch), else the system's.
 
     Raises:
-        BuildError: a variable names a folder without the header.
+        BuildError: A variable names a folder without the header.
     """
     for name, header in (("HOROVOD_NCCL_INCLUDE", "nccl.h"), ("HOROVOD_NCCL_HOME", "include/nccl.h")):
         if environ.get(name):
             found = _nccl(Path(environ[name]), header)
             if found is None:
-                raise BuildError(f"{name}={environ[name]} is not NCCL's: no {header} is there.")
+                raise BuildError(f"{name}={environ[name]} is not NCCL's folder: it has no {header}. Correct or unset {name}.")
             return found
     homes = [*_of_pip(), *([cuda.home] if cuda else []), *_USUAL_NCCL]
     return next(filter(None, map(_nccl, homes)), None)
@@ -139,17 +141,17 @@ def _nccl(home: Path, header: str = "include/nccl.h") -> Found | None:
 
 
 def find_mpi(environ: Mapping[str, str]) -> Found | None:
-    """Return the MPI whose compiler is in the path."""
+    """Return the MPI whose compiler is in PATH."""
     mpicxx = shutil.which("mpicxx", path=environ.get("PATH"))
     if mpicxx is None:
         return None
-    # Open MPI's wrapper knows the first option, MPICH's the second.
+    # Open MPI's wrapper accepts the first option, MPICH's the second.
     said = next(filter(None, (_said_by([mpicxx, option]) for option in ("--showme:version", "-v"))), "")
     return Found(Path(mpicxx).parent, re.sub(r"^\S*mpicxx:? *", "", said.partition("\n")[0]))
 
 
 def _said_by(command: list[str]) -> str:
-    """What a command prints; nothing if it fails."""
+    """Return the output of a command; an empty string if it fails."""
     result = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )

@@ -1,8 +1,8 @@
-"""Synchronized batch normalization for Keras 3, and what it takes to train Keras 3 models under Horovod.
+"""Synchronized batch normalization and Horovod training for Keras 3.
 
-``import hvd_syncbn.keras as hvd`` takes the place of ``import horovod.tensorflow.keras as hvd`` and of
-``import horovod.tensorflow as hvd``: what Horovod does itself (``hvd.init``, ``hvd.rank``, ...) is taken from it when it is
-first used.
+``import hvd_syncbn.keras as hvd`` replaces ``import horovod.tensorflow.keras as hvd`` and ``import horovod.tensorflow as hvd``.
+Horovod's own functions (``hvd.init``, ``hvd.rank``, ...) are available under the same names; Horovod is imported when one of
+them is first used.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from hvd_syncbn.tf_impl.keras.freeze import freeze_batchnorm, unfreeze_batchnorm
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
 from hvd_syncbn.tf_impl.keras.recalibrate import recalibrate
 from hvd_syncbn.tf_impl.keras.state import get_state, set_state
-from hvd_syncbn.tf_impl.keras.training import start as _start  # noqa: F401, registers the training check
+from hvd_syncbn.tf_impl.keras.training import start as _start  # noqa: F401 (registers the training check)
 from hvd_syncbn.tf_impl.keras.training.backup import BackupAndRestore
 from hvd_syncbn.tf_impl.keras.training.callbacks import (
     BestModelCheckpoint,
@@ -40,8 +40,8 @@ from hvd_syncbn.tf_impl.keras.training.functions import (
 from hvd_syncbn.tf_impl.keras.training.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from hvd_syncbn.tf_impl.keras.training.saving import load_model
 
-# Horovod's own, which know nothing of Keras.
-_HOROVODS = {
+# Names that are forwarded to `horovod.tensorflow`.
+_FORWARDED = {
     "Adasum",
     "Average",
     "Compression",
@@ -86,13 +86,13 @@ _HOROVODS = {
 def __getattr__(name: str) -> Any:
     if name == "elastic":  # imports Horovod
         return importlib.import_module("hvd_syncbn.keras.elastic")
-    if name in _HOROVODS:
+    if name in _FORWARDED:
         return getattr(_horovod.load("tensorflow"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOROVODS, "elastic"})
+    return sorted({*globals(), *_FORWARDED, "elastic"})
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""``hvd.callbacks``: what Horovod has under this name, for Keras 3."""
+"""``hvd.callbacks``: Horovod's Keras callbacks, for Keras 3."""
 
 from hvd_syncbn.tf_impl.keras.training.backup import BackupAndRestore
 from hvd_syncbn.tf_impl.keras.training.callbacks import (

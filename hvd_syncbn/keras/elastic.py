@@ -1,4 +1,4 @@
-"""``hvd.elastic``: what Horovod has under this name, for Keras 3. Imports Horovod."""
+"""``hvd.elastic``: Horovod's elastic API, for Keras 3. Imports Horovod."""
 
 from hvd_syncbn.tf_impl.keras.training.elastic import (
     CommitStateCallback,

@@ -1,4 +1,4 @@
-"""Every way to die, at every number of ranks, in both frameworks: `make test-cluster` writes the table of docs/cluster.md."""
+"""Every way to die, at every number of ranks, in both frameworks: `make test-cluster` writes the table out/elastic.md."""
 
 from __future__ import annotations
 

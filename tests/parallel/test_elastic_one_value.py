@@ -13,7 +13,7 @@ from tests.parallel.job import ROOT, rank_environment
 
 pytest.importorskip("horovod.torch")
 
-ADVICE = "start it with `horovodrun --min-np 2`, or more, "
+ADVICE = "start it with `horovodrun --min-np 2` or more, "
 
 
 def run(folder: Path, *options: str) -> tuple[int, str]:
@@ -21,7 +21,7 @@ def run(folder: Path, *options: str) -> tuple[int, str]:
     horovodrun = str(Path(sys.executable).parent / "horovodrun")
     command = [horovodrun, "--gloo", "-np", "2", "--max-np", "2", "-H", "localhost:1,127.0.0.1:1", "--network-interface", "lo"]
     command += ["--start-timeout", "200", "--elastic-timeout", "200", *options]
-    command += [sys.executable, "-m", "tests.parallel.elastic_one_value", str(folder)]
+    command += [sys.executable, "-m", "tests.parallel.checks.elastic_one_value", str(folder)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=rank_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,

@@ -38,7 +38,18 @@ def test_the_job_ends(tmp_path: Path, framework: str, fault: str, seconds: float
     """On all ranks, with an error that says why, and nothing is left of it."""
     need(framework, f"horovod.{framework}")
     horovodrun = str(Path(sys.executable).parent / "horovodrun")
-    command = [horovodrun, "--gloo", "-np", "2", "-H", "localhost:2", sys.executable, "-m", "tests.parallel.faulty", framework]
+    command = [
+        horovodrun,
+        "--gloo",
+        "-np",
+        "2",
+        "-H",
+        "localhost:2",
+        sys.executable,
+        "-m",
+        "tests.parallel.checks.faulty",
+        framework,
+    ]
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",

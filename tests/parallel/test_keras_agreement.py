@@ -1,4 +1,4 @@
-"""What Keras's callbacks agree on, on two ranks: see checks_keras_agreement.py."""
+"""What Keras's callbacks agree on, on two ranks: see checks/keras_agreement.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Horovod's Keras API on two ranks, by its names: see checks_keras_api.py."""
+"""Horovod's Keras API on two ranks, by its names: see checks/keras_api.py."""
 
 from __future__ import annotations
 

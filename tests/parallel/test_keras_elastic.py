@@ -32,7 +32,7 @@ def start(folder: Path, launcher: list[str], output: Any) -> subprocess.Popen[st
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     folder.mkdir()
-    command = [*launcher, sys.executable, "-m", "tests.parallel.elastic_keras", str(folder)]
+    command = [*launcher, sys.executable, "-m", "tests.parallel.checks.elastic_keras", str(folder)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True)
 
 

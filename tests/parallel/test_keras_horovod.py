@@ -1,4 +1,4 @@
-"""The Keras 3 glue on two ranks: see checks_keras_horovod.py."""
+"""The Keras 3 glue on two ranks: see checks/keras_horovod.py."""
 
 from __future__ import annotations
 

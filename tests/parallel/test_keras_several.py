@@ -1,4 +1,4 @@
-"""Several optimizers, float8 and backups on two ranks: see checks_keras_several.py."""
+"""Several optimizers, float8 and backups on two ranks: see checks/keras_several.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State of layers beside their variables on two ranks: see checks_keras_state.py."""
+"""State of layers beside their variables on two ranks: see checks/keras_state.py."""
 
 from __future__ import annotations
 

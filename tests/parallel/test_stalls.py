@@ -8,7 +8,7 @@ import tempfile
 import pytest
 
 from tests.parallel.job import Job, run
-from tests.parallel.stalls import CASES
+from tests.parallel.shared.stalls import CASES
 
 WARN, STOP = 1, 3
 # A cached collective is looked at twice, then counted from the second look.

@@ -89,7 +89,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     framework = request.param
     need(*{"pytorch": ("torch", "horovod.torch"), "keras": ("keras", "horovod.tensorflow")}[framework], "sklearn")
     folder = tmp_path_factory.mktemp(framework)
-    job = [sys.executable, "-m", "tests.parallel.templates", framework, str(folder)]
+    job = [sys.executable, "-m", "tests.parallel.checks.templates", framework, str(folder)]
     horovodrun = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", "2"]
     plain = execute(*horovodrun, "-H", "localhost:2", *job, "plain")
     hosts = ["--min-np", "1", "-H", "localhost:1,127.0.0.1:1", "--network-interfaces", "lo"]
@@ -119,17 +119,17 @@ def test_rank_0_writes_and_nobody_else(runs: Runs) -> None:
 def test_a_killed_run_resumes_to_the_same_bytes(runs: Runs) -> None:
     """And in an elastic job, as nobody dies in it."""
     assert "Process 1 exit with status code 137" in runs.plain  # SIGKILL
-    assert "in the end" in runs.plain and runs.plain.count("in the end") == 2, runs.plain[-8000:]
+    assert "final result" in runs.plain and runs.plain.count("final result") == 2, runs.plain[-8000:]
     assert "resuming" in runs.elastic, runs.elastic[-8000:]
     whole = runs.contents("whole")
     assert len(whole) > 20
     assert runs.contents("killed") == whole
-    assert said(runs.elastic, "epoch 2/2") == said(runs.plain, "epoch 2/2") == said(runs.plain, "in the end")
+    assert said(runs.elastic, "epoch 2/2") == said(runs.plain, "epoch 2/2") == said(runs.plain, "final result")
 
 
 def test_evaluation_is_that_of_one_process(runs: Runs) -> None:
     """357 images on two ranks: uneven shares."""
-    (loss, right), (alone, right_alone) = said(runs.plain, "in the end"), said(runs.alone, "in the end")
+    (loss, right), (alone, right_alone) = said(runs.plain, "final result"), said(runs.alone, "final result")
     assert right == right_alone
     # The framework's products of other numbers of images round differently, and the last digit printed is 1e-6.
     assert abs(loss - alone) < 3e-6
@@ -139,12 +139,12 @@ def test_mixed_precision_and_recalibration(runs: Runs) -> None:
     loss, _ = said(runs.plain, "epoch 1/1")
     assert loss < 0.5
     assert runs.contents("amp").keys() == runs.contents("whole").keys()
-    assert runs.plain.count("epoch 1/1") == 1 and runs.plain.count("in the end") == 2
+    assert runs.plain.count("epoch 1/1") == 1 and runs.plain.count("final result") == 2
 
 
 def test_an_elastic_job_goes_on_alone(runs: Runs) -> None:
     assert "Process 1 exit with status code 137" in runs.elastic  # SIGKILL, in the first epoch
-    assert runs.elastic.count("epoch 1/2") == 1 and runs.elastic.count("in the end") == 2, runs.elastic[-8000:]
+    assert runs.elastic.count("epoch 1/2") == 1 and runs.elastic.count("final result") == 2, runs.elastic[-8000:]
     loss, _ = said(runs.elastic, "epoch 1/2")
     assert loss < 0.5
     assert runs.contents("elastic").keys() == runs.contents("whole").keys()

@@ -1,4 +1,4 @@
-"""The checks of checks_tensorflow*.py, under horovodrun."""
+"""The checks of checks/tensorflow*.py, under horovodrun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The PyTorch layer on several ranks: every check of checks_torch.py and checks_torch_death.py, one job per rank count."""
+"""The PyTorch layer on several ranks: every check of checks/torch.py and checks/torch_death.py, one job per rank count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's `check_ranks_agree` on two ranks: see checks_torch_drift.py."""
+"""PyTorch's `check_ranks_agree` on two ranks: see checks/torch_drift.py."""
 
 from __future__ import annotations
 

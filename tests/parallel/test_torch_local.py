@@ -1,4 +1,4 @@
-"""What would be local to a rank without an error, on two ranks: see checks_torch_local.py."""
+"""What would be local to a rank without an error, on two ranks: see checks/torch_local.py."""
 
 from __future__ import annotations
 

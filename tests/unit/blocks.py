@@ -26,8 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
-    "cluster.md": "torch",
     "cost_model.md": "torch",
+    "elastic.md": "torch",
     "exchange.md": "keras",
     "inference.md": "torch",
     "keras.md": "keras",

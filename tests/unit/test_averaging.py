@@ -171,12 +171,12 @@ def test_gradients_and_repr() -> None:
 
 def test_what_cannot_be_kept_is_said() -> None:
     model = keras.Sequential([keras.Input((3,)), SyncBatchNormalization(momentum=None)])
-    with pytest.raises(ValueError, match=r"averages with a momentum alone\. Received: .*momentum=None"):
+    with pytest.raises(ValueError, match=r"only supports averaging with a momentum\. Received: .*momentum=None"):
         revert_sync_batchnorm(model)
     assert (
         not convert_sync_batchnorm(keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])).layers[0].averages
     )
-    with pytest.warns(UserWarning, match="'0' averages with its momentum alone"):
+    with pytest.warns(UserWarning, match="'0' averages with its momentum only"):
         revert_torch(torch.nn.Sequential(SyncBatchNorm(3, zero_debias=True)))
     with pytest.raises(ValueError, match=r"`batches` is needed.*zero_debias=True"):
         ones = np.ones(3, np.float32)

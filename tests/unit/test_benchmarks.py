@@ -156,7 +156,7 @@ def test_cases_are_json() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_the_soak_deals_out_whole_batches(ranks: int) -> None:
-    """In one piece after the other, to all ranks or to the last two; in all three kinds of steps somebody gets nothing."""
+    """In consecutive parts, to all ranks or to the last two; in all three kinds of steps some rank gets nothing."""
     empty = set()
     for number in range(200):
         step = soak.draw(number, ranks)

@@ -38,7 +38,7 @@ class TestDoctor:
         assert status == 0
         for text in (__version__, "2.13.0", "2.21.0", "built with gloo", "instruction set avx2", "1 ms, the default"):
             assert text in out
-        assert "To repair" not in out
+        assert "To fix" not in out
 
     def test_cycle_time_in_force(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOROVOD_CYCLE_TIME", "0.1")
@@ -49,7 +49,7 @@ class TestDoctor:
         monkeypatch.setenv("HOROVOD_AUTOTUNE", "1")
         status, out = run(capsys, "doctor")
         assert status == 0
-        assert "HOROVOD_CACHE_CAPACITY 0: ranks negotiate every packet anew; unset it" in out
+        assert "HOROVOD_CACHE_CAPACITY 0: ranks negotiate every packet again; unset it" in out
         assert "HOROVOD_AUTOTUNE set: tunes for large fused tensors" in out
 
     def test_cache_of_a_large_network(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ class TestDoctor:
     def test_memory(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"):
             monkeypatch.delenv(name, raising=False)
-        advice = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 keeps them"
+        advice = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 reuses them"
         assert advice in run(capsys, "doctor")[1]
         monkeypatch.setenv("LD_PRELOAD", "libjemalloc.so.2")
         assert advice not in run(capsys, "doctor")[1]
@@ -107,13 +107,13 @@ class TestDoctor:
         assert status == 0 and "torch GPUs 2: NVIDIA H100" in out and "CUDA kernels built in" in out
         assert "HOROVOD_ENABLE_ASYNC_COMPLETION not set: the host waits at every packet" in out
         monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
-        assert "HOROVOD_ENABLE_ASYNC_COMPLETION set: the host goes on" in found()[1]
+        assert "HOROVOD_ENABLE_ASYNC_COMPLETION set: the host does not wait" in found()[1]
         status, out = found(cuda=False)
         assert status == 1 and "CUDA kernels not built in" in out and "pip install --no-build-isolation" in out
         status, out = found(nccl=False)
         assert status == 1 and "packets go through host memory" in out and "horovod_build --with-nccl" in out
         status, out = found(gpus=[], nccl=False, cuda=False)
-        assert status == 0 and "torch GPUs none that it can use" in out
+        assert status == 0 and "torch GPUs none available" in out
 
     def test_no_framework(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(horovod_build, "framework_versions", dict)
@@ -193,7 +193,7 @@ class TestVerifyTells:
     def test_equal(self, jobs: dict[str, Any], good: str, capsys: pytest.CaptureFixture[str]) -> None:
         jobs.update(torch=good, tensorflow=good)
         assert cli.main(["verify"]) == 0
-        assert "EQUAL: 2 configurations, one sha256" in capsys.readouterr().out
+        assert "EQUAL: 2 configurations have one sha256" in capsys.readouterr().out
 
     @pytest.mark.parametrize("other", [{"tensorflow": "ab" * 32}, {"tensorflow": "ab" * 32, "torch": "ab" * 32}])
     def test_not_that_of_the_reference(
@@ -381,9 +381,9 @@ class TestDoctorOnRanks:
     @pytest.mark.parametrize(
         ("environment", "text"),
         [
-            ({}, "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS 0: ranks that miss one wait for ever"),
-            ({"CHECK_TIME_SECONDS": "30", "SHUTDOWN_TIME_SECONDS": "20"}, "20 s: has no effect, as it has to be more than"),
-            ({"SHUTDOWN_TIME_SECONDS": "600"}, "600 s: then every rank that waits gets an error"),
+            ({}, "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS 0: ranks wait forever for a missing rank"),
+            ({"CHECK_TIME_SECONDS": "30", "SHUTDOWN_TIME_SECONDS": "20"}, "20 s: has no effect, because it must be more than"),
+            ({"SHUTDOWN_TIME_SECONDS": "600"}, "600 s: then every waiting rank gets an error"),
             ({"CHECK_DISABLE": "1"}, "HOROVOD_STALL_CHECK_DISABLE set"),
         ],
     )

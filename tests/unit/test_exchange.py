@@ -194,7 +194,7 @@ ONES = np.ones(3)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((np.ones(2), ONES, ONES, ONES, 0.1, 0.1, True), ValueError, "gamma of the mean's 3 channels. Received: 2"),
+        ((np.ones(2), ONES, ONES, ONES, 0.1, 0.1, True), ValueError, "gamma to have 3 values, as mean has. Received: 2"),
         ((ONES, np.ones((1, 3)), ONES, ONES, 0.1, 0.1, True), ValueError, r"for beta. Received: shape \(1, 3\)"),
         ((None, None, 1.0, ONES, 0.1, 0.1, True), ValueError, r"for mean. Received: shape \(\)"),
         ((None, None, None, ONES, 0.1, 0.1, True), TypeError, "for mean. Received: object NoneType"),
@@ -249,7 +249,7 @@ def test_layers_that_cannot_hold_a_state() -> None:
         with pytest.raises(TypeError, match="Received: BatchNorm2d of torch"):
             call(nn.BatchNorm2d(3))
     if hasattr(layers.BatchNormalization(), "renorm"):  # newer than Keras 3.12
-        with pytest.raises(ValueError, match=r"renormalization has more state.*Received: layer 're'"):
+        with pytest.raises(ValueError, match=r"state of batch renormalization.*Received: layer 're'"):
             hvd_syncbn.keras.set_state(keras_layer(layers.BatchNormalization, renorm=True, name="re"), want)
     with pytest.raises(TypeError, match=r"expected a BatchNormState. Received: dict"):
         hvd_syncbn.torch.set_state(nn.BatchNorm2d(5), {})

@@ -68,9 +68,9 @@ def horovod_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestPatches:
     def test_none_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Else Horovod would be built as released, without a word."""
+        """Otherwise Horovod would silently be built as released."""
         monkeypatch.setattr(horovod_build.patching, "FOLDER", tmp_path)
-        with pytest.raises(horovod_build.BuildError, match=f"not installed whole. Looked in {tmp_path}"):
+        with pytest.raises(horovod_build.BuildError, match=f"Reinstall hvd-syncbn. Searched: {tmp_path}"):
             horovod_build.patches()
 
     def test_all_fit_the_release_in_their_order(self, horovod_source: Path, tmp_path: Path) -> None:
@@ -360,11 +360,11 @@ class TestPlan:
         system.cuda()
         check(torch, "pip install nvidia-nccl-cu13")
         system.nccl()
-        check(torch | {"tensorflow": "2.21.0"}, "tensorflow 2.21.0 is no build for CUDA")
+        check(torch | {"tensorflow": "2.21.0"}, "tensorflow 2.21.0 is not a CUDA build")
         plan = horovod_build.make_plan(torch, system.environ, nccl=False)
         assert "HOROVOD_GPU_OPERATIONS" not in plan.settings and "NCCL" not in plan.system
-        # Without NCCL, too, Horovod is told where CUDA is, and the build depends on it: it reads tensors on GPUs.
-        assert plan.system["CUDA"] == "13.0.88" and "as asked" in plan.notes[0]
+        # Horovod gets the path of CUDA without NCCL, too, and the build depends on it, because it reads GPU tensors.
+        assert plan.system["CUDA"] == "13.0.88" and "as requested" in plan.notes[0]
 
     def test_the_callers_gpu_variables(self, system: System) -> None:
         system.cuda()
@@ -560,7 +560,7 @@ class TestRunning:
             monkey_print = console.print
             console.print = lambda *args: (monkey_print(*args), first.send_signal(signal.SIGKILL))  # type: ignore[method-assign]
             with horovod_build._locked(lock, console):
-                assert "waiting" in said.getvalue()
+                assert "Waiting" in said.getvalue()
 
 
 def _running(pid: int) -> bool:

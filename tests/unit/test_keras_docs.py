@@ -20,7 +20,7 @@ ROWS = re.findall(r"^\| (`.*) \| .* \| (.*) \|$", (ROOT / "docs" / "keras.md").r
 
 
 def test_every_row_has_a_test() -> None:
-    checks = (ROOT / "tests" / "parallel" / "checks_keras_api.py").read_text()
+    checks = (ROOT / "tests" / "parallel" / "checks" / "keras_api.py").read_text()
     assert len(ROWS) > 15
     for name, tests in ROWS:
         found = re.findall("`(.*?)`", tests)

@@ -369,7 +369,7 @@ def test_where_hvd_syncbn_is_not_installed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [None, 3, [], keras.Sequential()])
 def test_load_model_takes_paths(wrong: Any) -> None:
-    with pytest.raises(TypeError, match=r"`filepath` has to be a path. Received: "):
+    with pytest.raises(TypeError, match=r"`filepath` must be a path. Received: "):
         load_model(wrong)
 
 
@@ -381,7 +381,7 @@ def test_wrong_calls(convert: Any) -> None:
             convert(wrong)
     tf_keras = pytest.importorskip("tf_keras")
     for wrong in (tf_keras.Sequential([tf_keras.layers.BatchNormalization()]), tf_keras.layers.BatchNormalization()):
-        with pytest.raises(TypeError, match=r"tf_keras \(Keras 2\) is another library. Received: .*tf_keras"):
+        with pytest.raises(TypeError, match=r"tf_keras \(Keras 2\) is not supported. Received: .*tf_keras"):
             convert(wrong)
 
 

@@ -194,7 +194,7 @@ def test_scale(make: Any) -> None:
     assert count(pair, Scale) == 1 and len(pair.weights) == 2
     twice = folds(make((8, 8, 6), norm(), norm(cls=SyncBatchNormalization, activation="relu")))
     assert count(twice, Scale) == 1
-    with pytest.warns(UserWarning, match=r"Found no batch normalization to fold. Received: model "):
+    with pytest.warns(UserWarning, match=r"found no batch normalization to fold. Received: model "):
         again = fold_batchnorm(pair)
     assert_equal(again, pair)
     layer = Scale.from_config(Scale(axis=1, center=False, name="scale").get_config())
@@ -323,12 +323,12 @@ def conv(**options: Any) -> Any:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (one_after_the_other(conv(), layers.ReLU, named()), "'re_lu' lies between 'conv' and it"),
+        (one_after_the_other(conv(), layers.ReLU, named()), "between 'conv' and it there are other layers: 're_lu'"),
         (
             one_after_the_other(conv(), layers.ReLU, layers.MaxPooling2D, named()),
-            "'re_lu', 'max_pooling2d' lies between 'conv' and it",
+            "between 'conv' and it there are other layers: 're_lu', 'max_pooling2d'",
         ),
-        (one_after_the_other(conv(activation="relu"), named()), "the activation of 'conv' comes between"),
+        (one_after_the_other(conv(activation="relu"), named()), "the activation of 'conv' is between them"),
         (one_after_the_other(named(), conv(padding="same")), "'conv' after it pads with zeros"),
         (one_after_the_other(named(), lambda: layers.Conv2DTranspose(4, 3, name="conv")), "'conv', a transposed convolution"),
         (one_after_the_other(conv(), named(axis=1)), "it normalizes axis 1, and the channels of 'conv' are axis 3"),
@@ -340,7 +340,7 @@ def conv(**options: Any) -> Any:
         ),
         (
             one_after_the_other(lambda: layers.TimeDistributed(layers.BatchNormalization(name="norm"), name="steps")),
-            "in a layer whose order of calls is not known",
+            "in a layer for which the order of calls is not known",
         ),
     ],
 )  # fmt: skip
@@ -410,7 +410,7 @@ def test_wrong_calls() -> None:
             ValueError, match=rf"functional and Sequential models only. Received: {type(model).__name__}, built="
         ):
             fold_batchnorm(model)
-    with pytest.warns(UserWarning, match=r"Found no batch normalization to fold"):
+    with pytest.warns(UserWarning, match=r"found no batch normalization to fold"):
         fold_batchnorm(sequence((3,), layers.Dense(3)))
 
 

@@ -295,7 +295,7 @@ def test_not_an_optimizer(optimizer: Any) -> None:
 def test_distributed_already() -> None:
     inner = DistributedOptimizer(keras.optimizers.SGD())
     for optimizer in (inner, LossScaleOptimizer(inner)):
-        with pytest.raises(ValueError, match=r"already. Received: "):
+        with pytest.raises(ValueError, match=r"already a DistributedOptimizer. Received: "):
             DistributedOptimizer(optimizer)
 
 

@@ -426,7 +426,7 @@ def test_convert_no_batch_renormalization() -> None:
 
 
 def test_an_old_keras_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"not synchronized there\. Received: 3\.9\.2"):
+    with pytest.warns(UserWarning, match=r"not synchronized\. Received: Keras 3\.9\.2"):
         warn_if_older("3.9.2")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -523,5 +523,5 @@ def test_other_backend() -> None:
     """Keras's PyTorch backend evaluates; training is an error."""
     need("torch")
     printed = run_python(OTHER_BACKEND, KERAS_BACKEND="torch")
-    assert "training Keras under Horovod needs its TensorFlow backend" in printed
+    assert "training under Horovod needs Keras's TensorFlow backend" in printed
     assert "Received: KERAS_BACKEND=torch" in printed

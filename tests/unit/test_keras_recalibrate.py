@@ -307,7 +307,7 @@ def norm(shape: tuple[int | None, ...] = (4,), **options: Any) -> keras.Model:
 @pytest.mark.parametrize(
     ("model", "data", "options", "error", "message"),
     [
-        ("resnet", [], {}, TypeError, r"expected a model or layer of Keras 3. Received: builtins.str"),
+        ("resnet", [], {}, TypeError, r"expected a Keras 3 model or layer. Received: builtins.str"),
         (lambda: layers.Dense(2), [], {}, ValueError, r"no batch normalization layer.*Received: Dense"),
         (lambda: freeze_batchnorm(norm(), affine=True), [], {}, ValueError, r"Received: frozen layers \['norm'\]"),
         (lambda: norm(trainable=False), [], {}, ValueError, r"Received: frozen layers \['norm'\]"),
@@ -317,16 +317,16 @@ def norm(shape: tuple[int | None, ...] = (4,), **options: Any) -> keras.Model:
         (norm, tf.zeros((3, 4)), {}, TypeError, r"expected batches to be.*Received: .*Tensor"),
         (norm, {"x": 1}, {}, TypeError, r"expected batches to be.*Received: dict"),
         (norm, ["text"], {}, TypeError, r"pass `forward`. Received: str"),
-        (norm, tf.data.Dataset.from_tensors(normal(3, 4)).repeat(), {}, ValueError, r"without an end"),
+        (norm, tf.data.Dataset.from_tensors(normal(3, 4)).repeat(), {}, ValueError, r"an infinite tf.data.Dataset"),
         (norm, [normal(3, 5)], {}, ValueError, r"incompatible with the layer"),
         (norm, [normal(1, 4)], {"estimator": "pooled"}, ValueError, r"1 value per channel in the data.*'norm'"),
         (norm, [normal(1, 4)] * 2, {}, ValueError, r"in a global batch.*drop_last"),
         (norm, [normal(3, 4)], {"estimator": "mean"}, ValueError, r"\('pooled', 'batches'\). Received: 'mean'"),
         (norm, [normal(3, 4)], {"forward": 3}, TypeError, r"expected forward to be a function.*Received: int"),
-        (lambda: norm(scale=False), [], {"init_affine": True}, ValueError, r"scale and center. Received: layer 'norm'"),
-        (norm, iter([normal(3, 4)]), {"layer_by_layer": True}, ValueError, r"can be read once"),
+        (lambda: norm(scale=False), [], {"init_affine": True}, ValueError, r"gamma and beta. Received: layer 'norm'"),
+        (norm, iter([normal(3, 4)]), {"layer_by_layer": True}, ValueError, r"can be read only once"),
         (norm, [], {"layer_by_layer": True, "init_affine": True}, ValueError, r"init_affine=True"),
-        (norm, [1], {"forward": lambda m, b: None}, ValueError, r"does `forward` run this model"),
+        (norm, [1], {"forward": lambda m, b: None}, ValueError, r"Check that `forward` runs this model"),
     ],
 )
 def test_wrong_calls(model: Any, data: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-ADVICE = "start it with `horovodrun --min-np 2`, or more, "
+ADVICE = "start it with `horovodrun --min-np 2` or more, "
 
 
 def train_torch() -> None:

@@ -137,7 +137,7 @@ def test_any_number_of_packets_leaves_room_for_the_ranks() -> None:
 
 @pytest.mark.parametrize("dtype", protocol.DTYPES)
 def test_stored_statistics_come_back(dtype: str) -> None:
-    """A layer normalises by `stored_packet` as by the statistics themselves."""
+    """A layer normalizes by `stored_packet` as by the statistics themselves."""
     rng = np.random.default_rng(5)
     mean = rounded(rng.standard_normal(40) * 10.0 ** rng.integers(-3, 5, 40), "float32")
     variance = rounded(rng.standard_normal(40) ** 2 * 10.0 ** rng.integers(-6, 6, 40), "float32")

@@ -123,7 +123,7 @@ def test_millions_of_pieces_carry(value: float, alternating: bool) -> None:
     x = np.full((n, 1, 1), value, np.float32)
     if alternating:
         x[::2] *= -1
-        x[::3] *= np.float32(2.0**40)  # far from its neighbours: leaves the window of the fast path every time
+        x[::3] *= np.float32(2.0**40)  # far from its neighbors: leaves the window of the fast path every time
     packet = native.forward_packet(native.shape(n, 1, 1, "float32"), x, EPS)
     values, counts = np.unique(x, return_counts=True)
     for moment, power in ((5, 1), (13, 2)):
@@ -156,10 +156,10 @@ def test_ranks_that_disagree_are_found() -> None:
     ):
         total = sum(others, start=packet.copy())
         assert native.check_packet(native.FORWARD, total) == native.RANKS_DISAGREE
-    nobody = native.forward_packet(native.shape(0, channels, 4, "float32"), x[:0], EPS)
-    assert native.check_packet(native.FORWARD, nobody + nobody) == native.EMPTY
+    empty = native.forward_packet(native.shape(0, channels, 4, "float32"), x[:0], EPS)
+    assert native.check_packet(native.FORWARD, empty + empty) == native.EMPTY
     one = native.forward_packet(native.shape(1, channels, 1, "float32"), x[:1, :, :1].copy(), EPS)
-    assert native.check_packet(native.FORWARD, one + nobody) == native.ONE_VALUE
+    assert native.check_packet(native.FORWARD, one + empty) == native.ONE_VALUE
     # A rank that has joined contributes zeros, and is no participant.
     assert native.check_packet(native.FORWARD, packet + np.zeros_like(packet)) == native.OK
 

@@ -49,7 +49,7 @@ def unchanged(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Doubled(nn.BatchNorm2d):
-    """Somebody's subclass: own attributes, one of them with a name of ours, and `super().forward`."""
+    """A user-defined subclass with attributes, one of them with a name that SyncBatchNorm uses, and `super().forward`."""
 
     def __init__(self, features: int, scale: float = 2.0) -> None:
         super().__init__(features)
@@ -341,7 +341,7 @@ class CallsFunction(nn.BatchNorm2d):
 
 
 class CallsFunctionByMethod(nn.BatchNorm2d):
-    """In a method of its own, by its other name."""
+    """In another method, by its other name."""
 
     def normalize(self, x: Tensor) -> Tensor:
         running = self.running_mean, self.running_var
@@ -369,7 +369,7 @@ class CallsClassByName(nn.BatchNorm2d):
 
 
 class WithActivation(nn.BatchNorm2d):
-    """As image libraries have it: batch norm written out, then dropout and an activation of any kind."""
+    """As in image libraries: a call of the function, then dropout and an activation of any kind."""
 
     def __init__(self, features: int, momentum: float | None = 0.1) -> None:
         super().__init__(features, momentum=momentum)
@@ -398,7 +398,7 @@ class WithActivation(nn.BatchNorm2d):
 
 
 class OnlyRenamed(nn.BatchNorm2d):
-    """Without a forward of its own."""
+    """Inherits its forward."""
 
     def extra_repr(self) -> str:
         return "mine, " + super().extra_repr()
@@ -446,7 +446,7 @@ def test_subclass_that_calls_the_function(cls: Any) -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_example_of_images(momentum: float | None) -> None:
-    """The bytes of the layer by hand, where theirs computes the same."""
+    """The same bytes as a layer that is constructed directly, if both compute the same."""
     theirs = convert_sync_batchnorm(randomize(WithActivation(3, momentum)))
     ours = nn.Sequential(randomize(SyncBatchNorm(3, momentum=momentum)), nn.SiLU())
     for seed in range(3):
@@ -492,7 +492,7 @@ def test_subclass_that_normalizes_by_itself(cls: type[nn.Module], reason: str) -
 
 
 class ByHandInTraining(nn.BatchNorm2d):
-    """One cannot tell from its code."""
+    """Its code does not show it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean((0, 2, 3), keepdim=True) if self.training else super().forward(x)
@@ -534,7 +534,7 @@ class Hiding(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_what_is_out_of_reach() -> None:
-    """Whatever else would silently keep statistics of this rank."""
+    """All other parts of a model that would silently use statistics of this rank."""
     original = nn.ModuleDict(
         {
             "scripted": torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))),
@@ -565,7 +565,7 @@ class HasProcessSet(nn.BatchNorm2d):
 
 
 def test_names_that_are_taken() -> None:
-    """An attribute of theirs is not overwritten; a forward that hides the class's would hide ours."""
+    """Attributes of a user-defined class are not overwritten; a forward on the object would hide ours."""
     original = nn.Sequential(HasProcessSet(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3))
     original[1].activation = "mine"
     original[2].forward = original[2].forward
@@ -667,7 +667,7 @@ def test_copies_of_a_layer_made_by_hand(duplicate: Callable[[nn.Module], nn.Modu
 
 
 class Guarded(nn.BatchNorm2d):
-    """A subclass that says itself what to pickle."""
+    """A subclass that defines what to pickle."""
 
     def __init__(self, features: int) -> None:
         super().__init__(features)
@@ -710,7 +710,7 @@ def test_docs_name_tests_that_there_are() -> None:
     table = text[text.index("## What works with what") : text.index("## Limits")]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 20 and all("::test_" in row or "check_" in row for row in rows)
-    parallel = "".join(path.read_text() for path in (root / "tests/parallel").glob("checks_torch*.py"))
+    parallel = "".join(path.read_text() for path in (root / "tests/parallel/checks").glob("torch*.py"))
     file = ""
     for name, test, check in re.findall(r"`(test_torch_\w+\.py)?::(test_\w+)`|`(check_\w+)`", text):
         file = name or file

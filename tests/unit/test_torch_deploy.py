@@ -90,7 +90,7 @@ def scripted(module: nn.Module, path: Path) -> Callable[[Tensor], Tensor]:
 
 def traced(module: nn.Module, path: Path) -> Callable[[Tensor], Tensor]:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)  # nothing of ours depends on values
+        warnings.simplefilter("error", torch.jit.TracerWarning)  # our code does not depend on values
         torch.jit.trace(module, X).save(path)
     return torch.jit.load(path)
 
@@ -103,7 +103,7 @@ def to_onnx(module: nn.Module, path: Path) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
-# How a file of each kind is run where there is nothing of ours.
+# Runs a file of each kind in a process without hvd-syncbn.
 RUN = {
     exported: "torch.export.load(path).module()(x)",
     scripted: "torch.jit.load(path)(x)",
@@ -200,15 +200,15 @@ def test_script_refuses_what_the_layer_refuses() -> None:
 def test_no_training_in_torchscript(make: Callable[[], nn.Module]) -> None:
     """Its statistics would be this rank's alone."""
     scripted = torch.jit.script(make())
-    with pytest.raises(torch.jit.Error, match=r"does not synchronise in TorchScript.*\.eval\(\).*revert_sync_batchnorm"):
+    with pytest.raises(torch.jit.Error, match=r"does not synchronize in TorchScript.*\.eval\(\).*revert_sync_batchnorm"):
         scripted(X)
     scripted.eval()(X)
 
 
 def test_no_training_of_a_subclass_in_torchscript() -> None:
-    """TorchScript compiles their forward, not ours, so it is told before it does."""
+    """TorchScript would compile the user-defined forward without redirection, so it raises before that."""
     layer = convert_sync_batchnorm(nn.Sequential(WithActivation(3)))
-    with pytest.raises(RuntimeError, match=r"does not synchronise in TorchScript.*\.eval\(\).*SyncWithActivation in training"):
+    with pytest.raises(RuntimeError, match=r"does not synchronize in TorchScript.*\.eval\(\).*SyncWithActivation in training"):
         torch.jit.script(layer)
     torch.jit.script(revert_sync_batchnorm(layer))
 

@@ -37,7 +37,7 @@ def assert_close(got: Tensor, want: Tensor) -> None:
 
 
 def folds(model: nn.Module, *inputs: Tensor, left: int = 0, **options: Any) -> Any:
-    """The folded model, which answers as before; the original does not change, and there is no warning."""
+    """Return the folded model; its outputs are equal, the original does not change, and there is no warning."""
     model.eval()
     before = copy.deepcopy(model.state_dict())
     want = model(*inputs, **options)
@@ -97,7 +97,7 @@ def test_convolution_then_norm(layers: Any, dims: int, options: dict[str, Any], 
 )
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_norm_then_convolution(dims: int, options: dict[str, Any], dtype: torch.dtype) -> None:
-    """With no padding, or one that repeats what is there."""
+    """Without padding, or with padding that repeats elements."""
     model = randomize(nn.Sequential(NORM[dims](6), CONV[dims](6, 12, 3, **options))).to(dtype)
     folds(model, randn(1, 2, 6, *SPATIAL[dims], dtype=dtype))
 
@@ -119,7 +119,7 @@ def test_linear_of_more_dimensions_is_no_silent_mistake() -> None:
     with pytest.raises(ValueError, match=r"2 dimensions only.*Received: shape \(2, 6, 6\)"):
         fold_batchnorm(model)(randn(1, 2, 6, 5))
     other = randomize(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(4)))
-    refuses(other, randn(1, 2, 4, 5), reason="4 channels of another dimension than the 6 that '0' writes")
+    refuses(other, randn(1, 2, 4, 5), reason="4 channels, but '0' writes 6 in another dimension")
 
 
 def test_separable_and_depthwise() -> None:
@@ -236,7 +236,7 @@ def test_a_network(converted: bool) -> None:
 
 
 class AsksForValues(nn.Module):
-    """Not to be traced, but its parts are."""
+    """It cannot be traced, but its parts can."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,7 +285,7 @@ class Flag(Optional):
 
 def test_flags_that_a_trace_cannot_follow() -> None:
     model = randomize(Flag()).eval()
-    with pytest.warns(UserWarning, match="with the defaults of early alone"):
+    with pytest.warns(UserWarning, match="only with the defaults of early"):
         folded = fold_batchnorm(model)
     assert_close(folded(randn(1, 2, 3, 5, 5)), model(randn(1, 2, 3, 5, 5)))
 
@@ -431,7 +431,7 @@ def test_refusals(make: Any, name: str, reason: str) -> None:
 
 def test_training_mode() -> None:
     model = randomize(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
-    folded = refuses(model, X, name="1", reason="training mode: call model.eval", train=True)
+    folded = refuses(model, X, name="1", reason="training mode. Call model.eval", train=True)
     assert norms(folded) == ["1"]
     # In evaluation itself, while the convolution before it learns.
     model.train()
@@ -441,7 +441,7 @@ def test_training_mode() -> None:
 
 
 def test_a_refused_norm_that_holds_another() -> None:
-    """norm, norm, padded convolution: the first is in the second, which then cannot be folded as it is."""
+    """norm, norm, padded convolution: the first is merged into the second, which then cannot stay unchanged."""
     model = randomize(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)))
     folded = folds(model, X)
     assert isinstance(folded[0], nn.Identity) and isinstance(folded[1], Scale)

@@ -42,7 +42,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 class Doubled(nn.BatchNorm2d):
-    """Somebody's subclass, with a layer of its own in it."""
+    """A user-defined subclass that contains another layer."""
 
     def __init__(self, features: int) -> None:
         super().__init__(features)
@@ -220,7 +220,7 @@ def test_bad_input() -> None:
 
 
 def assert_frozen(frozen: nn.Module, affine: bool = False) -> None:
-    """Statistics stay and are used, and what is not to learn gets no gradient."""
+    """Statistics are used and do not change, and frozen parameters get no gradient."""
     frozen.train()
     layers = [layer for layer in frozen.modules() if is_batch_norm(layer)]
     assert len(layers) == 3 and all(is_frozen(layer) and not layer.training for layer in layers)
@@ -284,7 +284,7 @@ def test_survives(change: Callable[[Any], Any], affine: bool) -> None:
 
 
 def test_requires_grad_of_the_model() -> None:
-    """In a synchronized layer it thaws nothing."""
+    """It does not unfreeze a synchronized layer."""
     frozen = freeze_batchnorm(convert_sync_batchnorm(model())).train()
     frozen.requires_grad_(True)
     frozen(X).sum().backward()
@@ -326,7 +326,7 @@ def test_unfreezing_gives_back_what_was_there() -> None:
     assert not changing[1].weight.requires_grad and changing[1].bias.requires_grad
     assert [layer.training for layer in changing] == [True, True, True, False, True]
     assert_same(step(changing, X, DY), step(want, X, DY))
-    unfreeze_batchnorm(changing)  # what is not frozen stays as it is
+    unfreeze_batchnorm(changing)  # layers that are not frozen do not change
     assert_same(dict(changing.state_dict()), dict(want.state_dict()))
 
 

@@ -1,18 +1,12 @@
-"""The PyTorch layer in one process: against torch.nn, against the pure-Python reference, and what it does with bad input.
+"""The PyTorch layer in one process, against torch.nn and against formulas.
 
-Bytes are compared wherever both sides are ours. Against `torch.nn` each tolerance is about what PyTorch's own rounding costs:
-its CPU kernels sum in float32 (in float64 for float64), so a float32 result is good to about 1e-6 of the data's scale (1 here;
-ten times that with the cancellation in dx), a float64 one to 1e-14, and 16-bit results differ by a rounding, their last bit.
+Each tolerance is about what PyTorch's own rounding costs: its CPU kernels sum in float32 (in float64 for float64), so a float32
+result is good to about 1e-6 of the data's scale (1 here; ten times that with the cancellation in dx), a float64 one to 1e-14,
+and 16-bit results differ by a rounding, their last bit.
 """
 
 from __future__ import annotations
 
-import copy
-import os
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
@@ -21,59 +15,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
-from hvd_syncbn import native, protocol, vectors
-from hvd_syncbn.cli.stacks import torch_stack
-from hvd_syncbn.torch import SyncBatchNorm, check_device_errors, sync_batch_norm
+from hvd_syncbn.torch import SyncBatchNorm, sync_batch_norm
 from hvd_syncbn.torch_impl import ops
-from tests.arrays import hostile
 from tests.torch_tools import (
     DTYPES,
     LAYOUTS,
+    SHAPES,
+    TOLERANCE,
+    WEIGHTS,
+    assert_close,
     assert_same,
     in_layout,
-    isa,
+    pair,
     randn,
     randomize,
-    reference_step,
     step,
+    theirs,
     threads,
-    to_torch,
 )
-
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-WEIGHTS = 1e-7  # running statistics of any type: the protocol rounds 1 - momentum and momentum to float32
-SHAPES = [(7, 5), (6, 5, 9), (4, 5, 6, 7), (3, 5, 4, 3, 6)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def horovod() -> None:
     hvd.init()
     assert hvd.size() == 1
-
-
-def theirs(shape: tuple[int, ...], **options: Any) -> nn.Module:
-    classes = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-    return classes[len(shape)](shape[1], **options)
-
-
-def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any) -> tuple[SyncBatchNorm, nn.Module]:
-    """Our layer and theirs with the same state. 16-bit inputs have float32 parameters, as under autocast."""
-    options["dtype"] = torch.float64 if dtype == torch.float64 else torch.float32
-    ours, reference = SyncBatchNorm(shape[1], **options), randomize(theirs(shape, **options))
-    ours.load_state_dict(reference.state_dict(), strict=True)
-    return ours, reference
-
-
-def assert_close(ours: Any, reference: Any, tolerance: float = TOLERANCE[torch.float32]) -> None:
-    torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
-
-
-def large(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """`(x, dy, residual)` of 800 KiB in float32: a dozen tasks, whose grain is 64 KiB. With tails in every dimension."""
-    return tuple(randn(seed, 3, 67, 31, 33, dtype=dtype) for seed in range(3))
 
 
 # --- Against torch.nn -------------------------------------------------------------------------------------------------
@@ -260,162 +226,6 @@ def test_accuracy(ratio: float) -> None:
     assert ((y - exact).abs() / ulp).max() <= (1.0 if ratio <= 1e2 else 1.2)
 
 
-# --- Against the reference, in bytes ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("nonfinite", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_layer_equals_reference(dtype: str, nonfinite: bool, relu: bool, layout: str) -> None:
-    shape = 3, 5, 7, 2
-    rng = np.random.default_rng(protocol.DTYPES.index(dtype))
-    values = [hostile(rng, shape, dtype, nonfinite and i == 0) for i in range(3)]
-    layer = randomize(SyncBatchNorm(5, activation="relu" if relu else None))
-    (want,) = reference_step([values], layer, dtype)
-    assert_same(step(layer, *(in_layout(to_torch(v, dtype), layout) for v in values)), want)
-
-
-def test_one_core_for_python_and_the_operators() -> None:
-    """Else `native.set_isa` would not reach the operators, and the tests below would compare a path with itself."""
-    native.isa()
-    files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libhvd_syncbn.so" in line}
-    assert len(files) == 1
-
-
-def results(shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> list[Any]:
-    """A step with everything in it, and one with nothing."""
-    tensors = large(dtype) if shape is None else tuple(randn(seed, *shape, dtype=dtype) for seed in range(3))
-    x, dy, residual = (in_layout(tensor, layout) for tensor in tensors)
-    full = randomize(SyncBatchNorm(x.shape[1], activation="relu"))
-    return [step(full, x, dy, residual), step(SyncBatchNorm(x.shape[1], affine=False, track_running_stats=False), x, dy)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-def test_paths_threads_and_layouts_give_the_same_bytes(dtype: torch.dtype) -> None:
-    with threads(1), isa("baseline"):
-        want = results(dtype=dtype)
-    for path in native.isas():
-        for number in (1, 2):
-            for layout in LAYOUTS:
-                with threads(number), isa(path):
-                    assert_same(results(dtype=dtype, layout=layout), want, f"{path}, {number} threads, {layout}:")
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_layouts_give_the_same_bytes(shape: tuple[int, ...]) -> None:
-    assert_same(results(shape, layout="channels_last"), results(shape))
-
-
-def test_stack_has_one_digest() -> None:
-    """What tests/parallel continues over ranks and splits."""
-    digests = set()
-    for path in native.isas():
-        for layout in LAYOUTS:
-            with isa(path):
-                y, dx, running = torch_stack(list(range(vectors.SAMPLES)), layout)
-            digests.add(vectors.digest(y, dx, running))
-    assert len(digests) == 1
-
-
-def test_flush_to_zero_changes_nothing() -> None:
-    """Denormals in, denormals through, denormals out, whatever the caller's threads do with theirs."""
-    shape = (16, 32, 20, 20)  # two threads' worth
-    x, dy, residual = (randn(seed, *shape) * 1e-42 for seed in range(3))
-    # The output is x * 316, and x, dy and dx alike are below the least normal number, 1.2e-38.
-    for number in (1, 2):
-        with threads(number):
-            for layout in LAYOUTS:
-                inputs = [in_layout(tensor, layout) for tensor in (x, dy, residual)]
-                want = step(SyncBatchNorm(32, activation="relu"), *inputs)
-                assert 0 < want["y"].max() < 1e-38 and 0 < want["dx"].abs().max() < 1e-38
-                assert 0 < want["running_mean"].abs().max() < 1e-38
-                try:
-                    if not torch.set_flush_denormal(True):
-                        pytest.skip("this machine cannot flush denormals")
-                    assert (x[0, 0, 0] * 1.0).count_nonzero() == 0  # in this thread; PyTorch leaves its workers alone
-                    got = step(SyncBatchNorm(32, activation="relu"), *inputs)
-                finally:
-                    torch.set_flush_denormal(False)
-                assert_same(got, want)
-
-
-# --- Inputs as they lie in memory -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [*SHAPES, (6, 5, 1, 1), (6, 1, 4, 4)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_output_lies_as_the_input(shape: tuple[int, ...], layout: str) -> None:
-    x, residual = in_layout(randn(1, *shape), layout), randn(2, *shape)
-    x.requires_grad_()
-    y = SyncBatchNorm(shape[1], activation="relu")(x, residual)
-    y.backward(randn(3, *shape))
-    assert x.grad is not None
-    assert y.stride() == x.stride() == x.grad.stride()
-
-
-def test_channels_last_as_torch_spells_it() -> None:
-    for x, memory_format in (
-        (randn(1, 4, 5, 6, 7), torch.channels_last),
-        (randn(1, 3, 5, 4, 3, 6), torch.channels_last_3d),
-    ):
-        y = SyncBatchNorm(5)(x.to(memory_format=memory_format))
-        assert y.is_contiguous(memory_format=memory_format)
-        assert_same(y, SyncBatchNorm(5)(x))
-
-
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x[::2],
-        lambda x: x[:, 1::2],
-        lambda x: x[..., 1:],
-        lambda x: x[:, :, ::2],
-        lambda x: x.transpose(2, 3),
-        lambda x: x.transpose(0, 1),
-        lambda x: x.flip(0).permute(0, 3, 1, 2),
-        lambda x: x[:1].expand(6, -1, -1, -1),
-        lambda x: x[:, :1].expand(-1, 3, -1, -1),
-        lambda x: in_layout(x, "channels_last")[:, ::2],
-        lambda x: in_layout(x, "channels_last")[:, :, 1:, ::2],
-        lambda x: torch.as_strided(x, (2, 3, 4, 4), (8, 4, 2, 1)),
-    ],
-)
-def test_strided_inputs(view: Any) -> None:
-    """Of x, dy and residual."""
-    x, dy, residual = (view(randn(seed, 6, 5, 8, 9)) for seed in range(3))
-    layer = randomize(SyncBatchNorm(x.shape[1], activation="relu"))
-    state = {name: value.clone() for name, value in layer.state_dict().items()}
-    got = step(layer, x, dy, residual)
-    layer.load_state_dict(state)
-    assert_same(got, step(layer, *(tensor.clone(memory_format=torch.contiguous_format) for tensor in (x, dy, residual))))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_saved_tensors_in_another_layout(layout: str) -> None:
-    """A compiler may keep what backward reads as it likes."""
-    x, dy, y = (randn(seed, 4, 5, 6, 7) for seed in range(3))
-    stats = torch.ones(2, 5, dtype=torch.float64)
-
-    def backward(x: Tensor, dy: Tensor, y: Tensor) -> list[Tensor]:
-        packet, *parameters = ops.backward_moments(x, dy, y, stats, torch.float32)
-        return [packet, *parameters, *ops.backward_apply(x, dy, y, packet, stats, None, True, "name")]
-
-    other = LAYOUTS[1 - LAYOUTS.index(layout)]
-    assert_same(backward(in_layout(x, layout), in_layout(dy, other), in_layout(y, other)), backward(x, dy, y))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_zero_stride_gradient(layout: str) -> None:
-    x = in_layout(randn(1, 4, 5, 6, 7), layout)
-    results = []
-    for ones in (lambda y: y.sum().backward(), lambda y: y.backward(torch.ones(4, 5, 6, 7))):
-        layer, leaf = randomize(SyncBatchNorm(5, activation="relu")), x.clone().requires_grad_()
-        ones(layer(leaf))
-        results.append([leaf.grad, *(p.grad for p in layer.parameters())])
-    assert_same(*results)
-
-
 # --- Fused residual and activation ------------------------------------------------------------------------------------
 
 
@@ -500,313 +310,6 @@ def test_parameters_of_any_type() -> None:
     assert_same(got["running_var"], want["running_var"].bfloat16())
 
 
-# --- Autograd ---------------------------------------------------------------------------------------------------------
-
-
-def test_differentiating_twice() -> None:
-    x = randn(1, 4, 5, 6).requires_grad_()
-    (gradient,) = torch.autograd.grad(SyncBatchNorm(5)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        gradient.sum().backward()
-
-
-TRANSFORMS: dict[str, Any] = {
-    "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
-    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
-    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
-    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).square().sum())(x),
-    "vmap": lambda f, x: torch.func.vmap(f)(x.expand(2, *x.shape)),
-}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_torch_func(transform: str) -> None:
-    """In training an error that names the layer, and nothing happened; in evaluation PyTorch's own result."""
-    ours, theirs = pair((4, 5, 6))
-    before = copy.deepcopy(ours.state_dict())
-    x = randn(1, 4, 5, 6)
-    with pytest.raises(RuntimeError, match=rf"torch\.func .*\.eval\(\) on layer '{ours.collective_name}'"):
-        TRANSFORMS[transform](ours, x)
-    assert_same(dict(ours.state_dict()), dict(before))
-    assert_same(ours(x), copy.deepcopy(ours)(x))  # what was left behind would be noticed here
-    ours.load_state_dict(before)
-    got, want = (TRANSFORMS[transform](layer.eval(), x) for layer in (ours, theirs))
-    assert_close(got, want, 1e-6)
-
-
-def test_forward_mode() -> None:
-    layer, x = SyncBatchNorm(5), randn(1, 4, 5, 6)
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp is not implemented"):
-        layer(forward_ad.make_dual(x, x))
-
-
-def saved(layer: nn.Module, *inputs: Tensor) -> list[Tensor]:
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        kept_output = layer(*inputs)
-    return [*kept, kept_output]
-
-
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_memory_kept_for_backward(activation: str | None) -> None:
-    """Of the input's size: the input itself, and with relu the output itself. No copies, no residual."""
-    x, residual = randn(1, 4, 5, 6).requires_grad_(), randn(2, 4, 5, 6).requires_grad_()
-    *kept, y = saved(SyncBatchNorm(5, activation=activation), x, residual)
-    of_input_size = {tensor.data_ptr() for tensor in kept if tensor.numel() >= x.numel()}
-    assert of_input_size == {x.data_ptr(), *([y.data_ptr()] if activation else [])}
-    assert sum(tensor.numel() for tensor in kept if tensor.numel() < x.numel()) <= 3 * 5
-
-
-def test_changed_in_place_is_noticed() -> None:
-    """What backward reads must be what forward wrote."""
-    layer = SyncBatchNorm(5, activation="relu")
-    x = randn(1, 4, 5, 6).requires_grad_()
-    y = layer(x)
-    y.add_(1)
-    with pytest.raises(RuntimeError, match="inplace"):
-        y.sum().backward()
-    # Without an activation the output is nobody's but the caller's.
-    want = step(SyncBatchNorm(5), x, torch.full((4, 5, 6), 2.0))
-    layer = SyncBatchNorm(5)
-    layer(x).mul_(2).sum().backward()
-    assert_same(x.grad, want["dx"])
-
-
-class Checkpointed(nn.Module):
-    """Blocks that end in a norm, where early stopping stops, or go on after it."""
-
-    def __init__(self, norms: list[nn.Module], ends: bool, reentrant: bool | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(norm, *([] if ends else [nn.Sigmoid()])) for norm in norms)
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
-        return x
-
-
-@pytest.mark.parametrize("ends", [True, False])
-@pytest.mark.parametrize("blocks", [1, 3])
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("reentrant", [True, False, None])
-def test_checkpointing(reentrant: bool | None, momentum: float | None, blocks: int, ends: bool) -> None:
-    """Statistics and counter of a batch that is seen twice are PyTorch's."""
-    options = {"momentum": momentum, "dtype": torch.float64}
-    ours = Checkpointed([SyncBatchNorm(3, **options) for _ in range(blocks)], ends, reentrant)
-    theirs = Checkpointed([nn.BatchNorm1d(3, **options) for _ in range(blocks)], ends, reentrant)
-    for seed, mean in enumerate((1, 5, 2)):
-        x, dy = randn(seed, 6, 3, dtype=torch.float64) + mean, randn(seed + 3, 6, 3, dtype=torch.float64)
-        got, want = step(ours, x, dy), step(theirs, x, dy)
-        for name in want:
-            torch.testing.assert_close(got[name], want[name], rtol=WEIGHTS if "running" in name else 1e-11, atol=WEIGHTS)
-    assert theirs.blocks[-1][0].num_batches_tracked == (3 if reentrant is None else 6)
-
-
-def test_checkpointing_example() -> None:
-    """Batches of 1, 5 and 2 (+-1), each seen twice."""
-    layer = SyncBatchNorm(1, momentum=None)
-    for mean in (1.0, 5.0, 2.0):
-        x = torch.tensor([[mean - 1], [mean + 1]]).requires_grad_()
-        checkpoint(layer, x, use_reentrant=False).sum().backward()
-    assert layer.num_batches_tracked == 6 and layer.running_mean.item() == pytest.approx(16 / 6, rel=1e-6)
-    assert layer.running_var.item() == pytest.approx(2, rel=1e-6)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode: Any) -> None:
-    layer, x = SyncBatchNorm(5), randn(1, 4, 5, 6)
-    want = step(SyncBatchNorm(5), x, x)
-    with mode():
-        y = layer(x)
-    assert not y.requires_grad
-    assert_same([y, *layer.buffers()], [want[name] for name in ("y", "running_mean", "running_var", "num_batches_tracked")])
-
-
-# --- Empty and bad input ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 6, 7), (3, 5, 0)], ids=str)
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_empty_batch(shape: tuple[int, ...], activation: str | None) -> None:
-    layer = randomize(SyncBatchNorm(5, activation=activation))
-    mean, var = layer.running_mean.clone(), layer.running_var.clone()
-    got = step(layer, torch.empty(shape), torch.empty(shape), torch.empty(shape))
-    for name in ("y", "dx", "dresidual"):
-        assert got[name].shape == shape
-    assert_same([got[name] for name in ("dweight", "dbias")], [torch.zeros(5), torch.zeros(5)])
-    assert_same([got["running_mean"], got["running_var"]], [mean, var])
-
-
-X = torch.zeros(4, 3, 2)
-BAD: list[tuple[Any, type[Exception], list[str]]] = [
-    (lambda f: f(torch.zeros(3)), ValueError, ["2 dimensions", "(3,)"]),
-    (lambda f: f(torch.tensor(1.0)), ValueError, ["2 dimensions", "()"]),
-    (lambda f: f(torch.zeros(2, 4, 5)), ValueError, ["3", "Received", "4", "(2, 4, 5)"]),
-    (lambda f: f(X.long()), TypeError, ["float32", "torch.int64"]),
-    (lambda f: f(X.bool()), TypeError, ["float32", "torch.bool"]),
-    (lambda f: f(X.to(torch.complex64)), TypeError, ["float32", "torch.complex64"]),
-    (lambda f: f(X.to(torch.float8_e4m3fn)), TypeError, ["float32", "torch.float8_e4m3fn"]),
-    (lambda f: f(X, residual=torch.zeros(4, 3)), ValueError, ["residual", "(4, 3, 2)", "(4, 3)"]),
-    (lambda f: f(X, residual=torch.zeros(4, 3, 1)), ValueError, ["residual", "(4, 3, 2)", "(4, 3, 1)"]),
-    (lambda f: f(X, residual=X.double()), TypeError, ["residual", "torch.float32", "torch.float64"]),
-]
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("functional", [True, False])
-@pytest.mark.parametrize(("call", "error", "fragments"), BAD)
-def test_bad_input(
-    call: Any, error: type[Exception], fragments: list[str], functional: bool, training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One error that names what came, before anything is sent or changed."""
-    layer = randomize(SyncBatchNorm(3)).train(training)
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
-
-    def function(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return sync_batch_norm(x, layer.running_mean, layer.running_var, training=training, residual=residual)
-
-    monkeypatch.setattr(ops, "sync_batch_norm", lambda *_: pytest.fail("an operator was called"))
-    with pytest.raises(error) as caught:
-        call(function if functional else layer)
-    assert type(caught.value) is error
-    for fragment in fragments:
-        assert fragment in str(caught.value)
-    assert_same(dict(layer.state_dict()), before)
-
-
-@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
-def test_vector_of_another_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "sync_batch_norm", lambda *_: pytest.fail("an operator was called"))
-    vectors = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), name: torch.zeros(7)}
-    with pytest.raises(ValueError, match=rf"{name} .* 3 channels .*Received: shape \(7,\)"):
-        sync_batch_norm(X, **vectors)
-
-
-def test_unknown_activation() -> None:
-    with pytest.raises(ValueError, match="'gelu'"):
-        SyncBatchNorm(3, activation="gelu")
-    with pytest.raises(ValueError, match="'gelu'"):
-        sync_batch_norm(X, None, None, activation="gelu")
-
-
-def test_process_set_unknown_to_horovod() -> None:
-    layer = SyncBatchNorm(3, process_set=hvd.ProcessSet([0]))
-    with pytest.raises(ValueError, match=r"not registered.*add_process_set.*Received: ProcessSet"):
-        layer(X)
-    assert layer.num_batches_tracked == 0
-    layer.eval()(X)
-
-
-@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)], ids=str)
-def test_one_value_per_channel(shape: tuple[int, ...]) -> None:
-    layer = randomize(SyncBatchNorm(3))
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"Expected more than 1 value per channel when training.*{layer.collective_name}"):
-        layer(torch.zeros(shape))
-    assert_same(dict(layer.state_dict()), before)
-    layer.eval()(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-def test_nonfinite(dtype: torch.dtype, value: float) -> None:
-    """One bad value is NaN in its channel, in everything, and nowhere else."""
-    x, dy = (randn(seed, 4, 5, 6, 7, dtype=dtype) for seed in (1, 2))
-    good = step(SyncBatchNorm(5), x, dy)
-    x[2, 3, 1, 4] = value
-    got = step(SyncBatchNorm(5), x, dy)
-    rest = [0, 1, 2, 4]
-    for name in ("y", "dx"):
-        assert got[name][:, 3].isnan().all()
-        assert_same(got[name][:, rest], good[name][:, rest])
-    for name in ("dweight", "running_mean", "running_var"):
-        assert got[name][3].isnan()
-        assert_same(got[name][rest], good[name][rest])
-
-
-def test_nonfinite_gradient() -> None:
-    x, dy = randn(1, 4, 5, 6), randn(2, 4, 5, 6)
-    good = step(SyncBatchNorm(5), x, dy)
-    dy[1, 2, 3] = torch.inf
-    got = step(SyncBatchNorm(5), x, dy)
-    assert_same(got["y"], good["y"])
-    assert got["dx"][:, 2].isnan().all() and not got["dbias"][2].isfinite() and not got["dweight"][2].isfinite()
-    rest = [0, 1, 3, 4]
-    assert_same(got["dx"][:, rest], good["dx"][:, rest])
-    for name in ("dweight", "dbias"):
-        assert_same(got[name][rest], good[name][rest])
-
-
-# --- Without Horovod --------------------------------------------------------------------------------------------------
-
-
-PROGRAM = """
-import sys, torch
-from hvd_syncbn.torch import SyncBatchNorm
-layer, x = SyncBatchNorm(3), torch.ones(2, 3, 4)
-"""
-
-
-def run_python(code: str) -> str:
-    """Runs a program of its own: this process has Horovod initialised for good."""
-    command = [sys.executable, "-c", PROGRAM + code]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-FAILS = """
-try:
-    layer(x)
-except RuntimeError as error:
-    print(type(error).__name__, error)
-"""
-
-
-def test_evaluation_needs_no_horovod() -> None:
-    output = run_python(
-        """
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "horovod":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
-assert not any(name.split(".")[0] == "horovod" for name in sys.modules)
-print(layer.eval()(x).sum().item())
-layer.train()
-"""
-        + FAILS
-    )
-    evaluated, error = output.splitlines()
-    assert float(evaluated) == pytest.approx(24, rel=1e-4)  # 24 / sqrt(1 + eps)
-    assert error.startswith("RuntimeError") and "PyTorch" in error and "`hvd-syncbn build-horovod`" in error
-
-
-def test_horovod_not_initialised_or_not_loading() -> None:
-    output = run_python(
-        FAILS
-        + """
-print(layer.num_batches_tracked.item(), layer.eval()(x).sum().item())
-layer.train()
-from hvd_syncbn import horovod
-horovod.load.cache_clear()
-for name in [name for name in sys.modules if name.split(".")[0] == "horovod"]:
-    del sys.modules[name]
-class Broken:
-    def find_spec(self, name, path=None, target=None):
-        if name == "horovod.torch":
-            raise ImportError("mpi_lib_v2.so: undefined symbol\\nand more")
-sys.meta_path.insert(0, Broken())
-"""
-        + FAILS
-    )
-    uninitialised, evaluated, broken = output.splitlines()
-    assert uninitialised.startswith("RuntimeError") and "horovod.torch.init()" in uninitialised
-    assert evaluated.split()[0] == "0" and float(evaluated.split()[1]) == pytest.approx(24, rel=1e-4)
-    assert "does not load for PyTorch" in broken and "`hvd-syncbn build-horovod`" in broken and "undefined symbol" in broken
-
-
 # --- The module as an object ------------------------------------------------------------------------------------------
 
 
@@ -876,20 +379,3 @@ def test_large_outputs(sizes: tuple[int, ...], dtype: torch.dtype, channels_last
         parts = ops.backward_apply(x[part], dy[part], y[part], gradients, stats, weight, True, "layer")
         assert_same(dx[part], parts[0])
         assert_same(dresidual[part], parts[1])
-
-
-def test_device_errors_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing to tell where no GPU is used; a GPU that is asked for by name and is not there is an error of ours."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    check_device_errors()
-    with pytest.raises(RuntimeError, match=r"no GPU can be used here.*Received: device=cuda:1"):
-        check_device_errors("cuda:1")
-
-
-def test_an_old_pytorch_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"not synchronized there\. Received: 2\.4\.1"):
-        ops.warn_if_older("2.4.1+cu124")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for version in ("2.13.0+cpu", "2.14.1", "3.0.0a0+git12"):
-            ops.warn_if_older(version)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from hvd_syncbn import progress
 from hvd_syncbn.torch import SyncBatchNorm, freeze_batchnorm, recalibrate
 from tests import recalibration
-from tests.parallel.checks_torch_recalibrate import Stack
+from tests.parallel.checks.torch_recalibrate import Stack
 from tests.torch_tools import assert_same, in_layout, randn, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:the statistics of layer")
@@ -391,10 +391,10 @@ class Integers(nn.Module):
         (SyncBatchNorm(4), [randn(1, 3, 4)], {"estimator": "mean"}, ValueError, r"\('pooled', 'batches'\). Received: 'mean'"),
         (SyncBatchNorm(4), [randn(1, 3, 4)], {"forward": 3}, TypeError, r"expected forward to be a function.*Received: int"),
         (SyncBatchNorm(4, affine=False), [], {"init_affine": True}, ValueError, r"weight and bias. Received: layer"),
-        (SyncBatchNorm(4), iter([randn(1, 3, 4)]), {"layer_by_layer": True}, ValueError, r"can be read once"),
+        (SyncBatchNorm(4), iter([randn(1, 3, 4)]), {"layer_by_layer": True}, ValueError, r"can be read only once"),
         (SyncBatchNorm(4), [], {"layer_by_layer": True, "estimator": "batches"}, ValueError, r"Received: estimator='batches'"),
-        (SyncBatchNorm(4), [1], {"forward": lambda m, b: None}, ValueError, r"does `forward` run this model"),
-        (SyncBatchNorm(4), [randn(1, 3, 4)[:0]], {}, ValueError, r"no batch reached a batch norm layer with a value"),
+        (SyncBatchNorm(4), [1], {"forward": lambda m, b: None}, ValueError, r"Check that `forward` runs this model"),
+        (SyncBatchNorm(4), [randn(1, 3, 4)[:0]], {}, ValueError, r"no batch reached.*all batches were empty"),
     ],
 )
 def test_wrong_calls(model: Any, data: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:

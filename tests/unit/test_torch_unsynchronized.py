@@ -313,7 +313,7 @@ def test_a_subclass_that_calls_another_function(cls: type[nn.Module], name: str)
 
 
 class Hidden(nn.BatchNorm2d):
-    """What code cannot tell is told by the first step."""
+    """The first step warns about a layer whose code does not show it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + getattr(torch, "native_" + "batch_norm")(x, None, None, None, None, True, 0.1, 1e-5)[0]

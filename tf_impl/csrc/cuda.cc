@@ -1,8 +1,8 @@
-// The layer's ops on a GPU, on the op's stream. They wait for it only if the host is far ahead.
+// The layer's ops on a GPU, on the op's stream. They wait for the stream only if the host is far ahead.
 //
-// What the CPU kernels return after reading a packet's header, the GPU finds out later; a later op returns it, on every
-// rank the same one where the graph's order is the same (hvd_syncbn_cuda_earlier_failure). The collective runs where
-// TensorFlow places Horovod's op.
+// CPU kernels read a packet's header and return its error at once. The GPU finds the error later; then a later op
+// returns it, the same op on every rank if the order of the graph is the same (hvd_syncbn_cuda_earlier_failure). The
+// collective runs where TensorFlow places Horovod's op.
 #include "hvd_syncbn/cuda.h"
 
 #include "layer_op.h"
@@ -15,10 +15,10 @@ void* StreamOf(OpKernelContext* ctx) { return ctx->op_device_context()->stream()
 
 Status Cuda(int32_t error) {
   return error == 0 ? absl::OkStatus()
-                    : absl::InternalError(absl::StrCat("hvd-syncbn: CUDA says: ", hvd_syncbn_cuda_error(error)));
+                    : absl::InternalError(absl::StrCat("hvd-syncbn: CUDA error: ", hvd_syncbn_cuda_error(error)));
 }
 
-// What an earlier op left behind.
+// Returns the error of an earlier op.
 Status Earlier(OpKernelContext* ctx) {
   const char* layer;
   const int32_t status = hvd_syncbn_cuda_earlier_failure(StreamOf(ctx), &layer);

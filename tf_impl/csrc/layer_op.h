@@ -1,5 +1,5 @@
-// The layer's ops for either device: tensors as the core sees them, the checks that a graph leaves to run time,
-// outputs. What is left to a device is Launch.
+// The layer's ops for both devices: conversion to the core's types, run-time checks, and outputs. Each device
+// implements Launch.
 #ifndef HVD_SYNCBN_TF_LAYER_OP_H_
 #define HVD_SYNCBN_TF_LAYER_OP_H_
 
@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "hvd_syncbn/core.h"
 #include "hvd_syncbn/elastic.h"
+#include "hvd_syncbn/nonfinite.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace hvd_syncbn {
@@ -51,7 +52,7 @@ T* Data(const Tensor* tensor) {
   return tensor == nullptr ? nullptr : static_cast<T*>(tensor->data());
 }
 
-// What the kernels share: the shape of x, the checks that a graph leaves to run time.
+// The base of all kernels: the shape of x and the run-time checks of inputs.
 class LayerOp : public OpKernel {
  public:
   explicit LayerOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
@@ -64,7 +65,7 @@ class LayerOp : public OpKernel {
   }
 
  protected:
-  // x as the core sees it.
+  // Returns the core's shape of x.
   Status CoreShape(const Tensor& x, hvd_syncbn_shape* shape) const {
     if (x.dims() < 2) return InvalidArgument("Expected x with at least 2 dims. Received: ", x.shape().DebugString());
     const bool first = layout_ == HVD_SYNCBN_CHANNELS_FIRST;
@@ -80,13 +81,13 @@ class LayerOp : public OpKernel {
                            ". Received: ", tensor.shape().DebugString());
   }
 
-  // An input that is always there.
+  // Returns a required input.
   static Status Input(OpKernelContext* ctx, const char* name, const TensorShape& expected, const Tensor** tensor) {
     TF_RETURN_IF_ERROR(ctx->input(name, tensor));
     return Expect(name, **tensor, expected);
   }
 
-  // An input that may be missing: null then.
+  // Returns an optional input; null if it is missing.
   static Status OptionalInput(OpKernelContext* ctx, const char* name, const TensorShape& expected,
                               const Tensor** tensor) {
     OpInputList list;
@@ -95,7 +96,7 @@ class LayerOp : public OpKernel {
     return *tensor == nullptr ? absl::OkStatus() : Expect(name, **tensor, expected);
   }
 
-  // The mask of shape [n, spatial...]; null: every position counts.
+  // Returns the mask of shape [n, spatial...]; null if every position counts.
   static Status Mask(OpKernelContext* ctx, const hvd_syncbn_shape& shape, const uint8_t** mask) {
     OpInputList list;
     TF_RETURN_IF_ERROR(ctx->input_list("mask", &list));
@@ -105,14 +106,14 @@ class LayerOp : public OpKernel {
                            " positions. Received: ", list[0].shape().DebugString());
   }
 
-  double epsilon_;  // 0 in ops that do not need it
+  double epsilon_;  // 0 in ops without it
   int32_t layout_;
 };
 
-// A graph does not know whether it will be differentiated.
+// In a graph it is unknown whether a call will be differentiated.
 constexpr int32_t kGradientUnknown = 0;
 
-// What a packet's header says is wrong with a layer; `received` ends the message.
+// Returns the error for the status of a layer's packet; `received` ends the message.
 template <class... Parts>
 Status Failure(int32_t status, const std::string& layer, const Parts&... received) {
   switch (status) {
@@ -125,8 +126,7 @@ Status Failure(int32_t status, const std::string& layer, const Parts&... receive
     case HVD_SYNCBN_CALLS_DIFFER:
       return InvalidArgument(
           "the ranks differentiate different calls of layer '", layer,
-          "': where a layer runs several times, every rank has to run the backward passes in the same order. ",
-          received...);
+          "'. If a layer runs several times, every rank must run the backward passes in the same order. ", received...);
     case HVD_SYNCBN_ONE_VALUE:
       return InvalidArgument("Expected more than 1 value per channel when training, over all ranks (layer '", layer,
                              "'). ", received..., ".", one_value_advice());
@@ -135,7 +135,7 @@ Status Failure(int32_t status, const std::string& layer, const Parts&... receive
   }
 }
 
-// An op with the arrays that it reads and fills: Prepare finds those besides x, Launch is its device's.
+// An op with the arrays that it reads and writes: Prepare sets all arrays but x, and Launch runs the device's kernel.
 template <class Arrays>
 class PreparedOp : public LayerOp {
  public:
@@ -219,7 +219,7 @@ class ForwardApplyOp : public PreparedOp<ForwardApplyArrays> {
 struct BackwardMomentsArrays {
   hvd_syncbn_shape shape;
   const Tensor *x, *dy, *stats, *y;
-  const uint8_t* mask;  // only counted: dy of every position counts
+  const uint8_t* mask;  // only for the count, because dy of every position is summed
   Tensor *packet, *dgamma, *dbeta;
 };
 

@@ -3,16 +3,16 @@
 //   HvdSyncbnForwardMoments  -> [allreduce] -> HvdSyncbnForwardApply
 //   HvdSyncbnBackwardMoments -> [allreduce] -> HvdSyncbnBackwardApply
 //
-// Here is what TensorFlow owns: tensors, memory, threads and errors. Every number comes from the core
-// (hvd_syncbn/core.h). No kernel waits for another rank; only Horovod's own asynchronous op does.
+// This file manages tensors, memory, threads and errors; all arithmetic is in the core (hvd_syncbn/core.h). No kernel
+// waits for another rank; only Horovod's asynchronous op does.
 //
-// TensorFlow has no optional inputs: a list of at most one tensor stands for one.
-// epsilon travels as the bits of its float64, because a "float" attribute would round it.
+// TensorFlow has no optional inputs, so a list of at most one tensor is used. epsilon is passed as the bits of a
+// float64, because a "float" attribute would round it.
 //
-// What one rank's graph optimizer knows of its batch (it may be empty and known to be, and then is a constant) must not
-// cost the other ranks a collective. So the moment ops take an `unknown` input against folding and merging, and
-// HvdSyncbnKeep guards against pruning. Were the ops themselves stateful, TensorFlow would run them one after another,
-// and the branches of a graph would wait for each other's collectives.
+// The graph optimizer of one rank must not remove a collective that other ranks run (for example if it folds an empty
+// batch to a constant). The moment ops therefore have an `unknown` input against folding and merging, and HvdSyncbnKeep
+// prevents pruning. If the ops themselves were stateful, TensorFlow would run them one after another, and the branches
+// of a graph would wait for each other's collectives.
 #include <algorithm>
 #include <cstring>
 #include <functional>
@@ -68,9 +68,9 @@ REGISTER_OP("HvdSyncbnForwardMoments")
       return absl::OkStatus();
     });
 
-// `mask` is there for the gradient. With `batches`, the number of those before, the weights are those of an average
-// without a bias at its start, and new_weight is not looked at. `stats` is float64: mean and 1 / standard deviation of
-// each channel.
+// `mask` is used by the gradient. With `batches`, the number of earlier batches, the weights are those of a
+// zero-debiased average, and new_weight is ignored. `stats` is float64: mean and 1 / standard deviation of each
+// channel.
 REGISTER_OP("HvdSyncbnForwardApply")
     .HVD_SYNCBN_COMMON_ATTRS.Attr("epsilon_bits: int")
     .Attr("U: {half, bfloat16, float, double}")
@@ -108,7 +108,7 @@ REGISTER_OP("HvdSyncbnForwardApply")
       return absl::OkStatus();
     });
 
-// dgamma and dbeta are this rank's own: Horovod's optimizers average parameter gradients themselves.
+// dgamma and dbeta are this rank's share, because Horovod's optimizers average parameter gradients.
 REGISTER_OP("HvdSyncbnBackwardMoments")
     .HVD_SYNCBN_COMMON_ATTRS.Attr("U: {half, bfloat16, float, double}")
     .Attr("ys: int >= 0")
@@ -154,8 +154,8 @@ REGISTER_OP("HvdSyncbnBackwardApply")
       return absl::OkStatus();
     });
 
-// Of a frozen layer, which has no packet; on CPUs only. Its parameters' gradients are those of
-// HvdSyncbnBackwardMoments, asked for where `learns`.
+// For a frozen layer, which has no packet, on CPUs only. If it `learns`, HvdSyncbnBackwardMoments computes the
+// gradients of its parameters.
 REGISTER_OP("HvdSyncbnFrozenApply")
     .HVD_SYNCBN_COMMON_ATTRS.Attr("epsilon_bits: int")
     .Attr("U: {half, bfloat16, float, double}")
@@ -195,25 +195,24 @@ REGISTER_OP("HvdSyncbnFrozenBackward")
       return absl::OkStatus();
     });
 
-// Stands behind each collective and does nothing. TensorFlow does not prune a stateful op, hence not what it takes
-// either.
+// A no-op after each collective. TensorFlow prunes neither a stateful op nor its inputs.
 REGISTER_OP("HvdSyncbnKeep").Input("packet: int64").SetIsStateful().SetShapeFn(tensorflow::shape_inference::NoOutputs);
 
 // ---- Kernels for the CPU
 
-// Does `work` on [0, units) with TensorFlow's threads. A unit costs about a cycle per byte that it reads.
+// Runs `work` on [0, units) in TensorFlow's threads. A unit costs about one cycle per byte that it reads.
 void Run(OpKernelContext* ctx, int64_t units, int64_t unit_bytes, std::function<void(int64_t, int64_t)> work) {
   const auto& threads = *ctx->device()->tensorflow_cpu_worker_threads();
   tensorflow::Shard(threads.num_threads, threads.workers, units, unit_bytes, std::move(work));
 }
 
-// Positions that count.
+// Returns the number of unmasked positions.
 int64_t Unmasked(const hvd_syncbn_shape& shape, const uint8_t* mask) {
   const int64_t positions = shape.n * shape.s;
   return mask == nullptr ? positions : positions - std::count(mask, mask + positions, 0);
 }
 
-// What the reduced packet's header says.
+// Returns the error in the header of a reduced packet.
 Status CheckPacket(int32_t direction, const Tensor& x, const hvd_syncbn_shape& shape, double epsilon,
                    const Tensor* packet, const std::string& layer) {
   const int32_t status = hvd_syncbn_check_packet(direction, Data<const int64_t>(packet));
@@ -255,6 +254,8 @@ class CpuForwardApplyOp : public ForwardApplyOp {
   Status Launch(OpKernelContext* ctx, const ForwardApplyArrays& arrays) const override {
     const hvd_syncbn_shape& shape = arrays.shape;
     TF_RETURN_IF_ERROR(CheckPacket(HVD_SYNCBN_FORWARD, *arrays.x, shape, epsilon_, arrays.packet, layer_));
+    const std::string warning = nonfinite_warning(layer_, shape.c, Data<const int64_t>(arrays.packet));
+    if (!warning.empty()) LOG(WARNING) << "hvd-syncbn: " << warning;
     PreferHugePages(arrays.y);
     std::memcpy(arrays.new_mean->data(), arrays.moving_mean->data(), arrays.moving_mean->TotalBytes());
     std::memcpy(arrays.new_variance->data(), arrays.moving_variance->data(), arrays.moving_variance->TotalBytes());
@@ -371,7 +372,7 @@ class CpuFrozenBackwardOp : public LayerOp {
     PreferHugePages(dx);
     PreferHugePages(dresidual);
     hvd_syncbn_backward_finish(&shape, nullptr, Data<const double>(stats), Vector(gamma), coefficients.data());
-    // The coefficients leave x out, so dy stands for it.
+    // The coefficients do not use x, so dy is passed for it.
     Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
       hvd_syncbn_backward_apply(&shape, dy.data(), dy.data(), Data<const void>(y), nullptr, coefficients.data(), begin,
                                 end, dx->data(), Data<void>(dresidual));

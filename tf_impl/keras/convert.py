@@ -1,6 +1,6 @@
 """Conversion of whole Keras models to ``SyncBatchNormalization`` and back.
 
-A layer changes its class in place: it, its weights and its place in every graph, list and wrapper stay what they are.
+The class of a layer is changed in place, so the layer object, its weights and all references to it are kept.
 """
 
 from __future__ import annotations
@@ -20,34 +20,36 @@ if TYPE_CHECKING:
 
 
 def convert_sync_batchnorm(model: keras.layers.Layer, process_set: ProcessSet | None = None) -> keras.layers.Layer:
-    """Turn every `keras.layers.BatchNormalization` of a model into a `SyncBatchNormalization`.
+    """Convert every `keras.layers.BatchNormalization` of a model to `SyncBatchNormalization`, in place.
 
-    The layers are changed in place, wherever they are: in Sequential, functional and subclassed models, nested ones, wrappers.
-    Names, weights and `trainable` are kept, a shared layer stays shared. Collectives are named by the name of `model` and the
-    layers' places in it, which do not depend on what else a rank has made; give models that are converted one by one different
-    names (`keras.Sequential(..., name="generator")`). A `SyncBatchNormalization` gets the process set and the name. A class
-    derived from `BatchNormalization` is left as it is, with a warning.
+    This includes layers in Sequential, functional, subclassed and nested models and in wrappers. Names, weights and `trainable`
+    are kept, and a shared layer stays shared. Collectives are named by the name of `model` and the layers' paths in it, which
+    do not depend on other objects that a rank has created. Give models that are converted separately different names
+    (`keras.Sequential(..., name="generator")`). A `SyncBatchNormalization` gets the new process set and name. A subclass of
+    `BatchNormalization` is left unchanged, with a warning.
 
-    A compiled model stays compiled, and its next `fit()` traces anew. A `tf.function` of your own keeps what it has traced.
+    A compiled model stays compiled, and its next `fit()` traces it again. A user-defined `tf.function` keeps its traces.
 
     Args:
         model: Model or layer.
-        process_set: Horovod process set whose ranks share the batch; `None` for all.
+        process_set: Horovod process set whose ranks share the batch; `None` for all ranks.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError: `model` is no Keras 3 model or layer.
-        ValueError: A layer does batch renormalization. Nothing is changed then.
+        TypeError: `model` is not a Keras 3 model or layer.
+        ValueError: A layer does batch renormalization. Nothing is changed in this case.
 
     Warns:
-        UserWarning: There is nothing to convert. A model that makes its layers in `build()` or `call()` has to be built first.
+        UserWarning: There is nothing to convert. A model that creates layers in `build()` or `call()` must be built first.
     """
     layers = list(batch_norms(checked(model)))
     for path, layer in layers:
         if renormalizes(layer):
-            raise ValueError(f"SyncBatchNormalization does no batch renormalization. Received: layer {path!r} with renorm=True")
+            raise ValueError(
+                f"SyncBatchNormalization does not support batch renormalization. Received: layer {path!r} with renorm=True"
+            )
     for path, layer in layers:
         if type(layer) in (keras.layers.BatchNormalization, BatchNormalization):
             synchronize(layer, _collective_name(model, layer, path), process_set)
@@ -63,10 +65,11 @@ def convert_sync_batchnorm(model: keras.layers.Layer, process_set: ProcessSet | 
 
 
 def _collective_name(model: keras.layers.Layer, layer: keras.layers.Layer, path: str) -> str:
-    """Return the model's name and the layer's path in it; for a layer that is converted by itself its name.
+    """Return the model's name and the layer's path in it; for a layer that is converted directly, the layer's name.
 
-    It depends on the model alone, so that it is the same on a rank that has made other models, loads this one from a file, or
-    joins an elastic job. It does not contain the number of channels: ranks that disagree about that have to meet, and raise.
+    The name depends on the model alone, so it is the same on a rank that has created other models, has loaded this one from a
+    file, or joins an elastic job. It does not contain the number of channels, so that ranks with different numbers exchange a
+    packet under the same name and raise an error.
     """
     return path if layer is model else f"{_name(model, Counter())}.{path}"
 
@@ -79,7 +82,7 @@ def synchronize(
     unbiased_variance: bool = False,
     zero_debias: bool = False,
 ) -> None:
-    """Make a Keras batch normalization ours, in place."""
+    """Convert a Keras batch normalization to `SyncBatchNormalization`, in place."""
     change_class(layer, SyncBatchNormalization)
     layer.process_set = held(process_set)
     layer.collective_name = collective_name
@@ -92,9 +95,9 @@ def synchronize(
 
 
 def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
-    """Turn every `SyncBatchNormalization` of a model into a `keras.layers.BatchNormalization`, in place.
+    """Convert every `SyncBatchNormalization` of a model to `keras.layers.BatchNormalization`, in place.
 
-    Evaluation and export need this not: there the layer is Keras's own.
+    Evaluation and export do not need this, because `SyncBatchNormalization` then runs Keras's own code.
 
     Args:
         model: Model or layer.
@@ -103,9 +106,9 @@ def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
         `model`.
 
     Raises:
-        TypeError: `model` is no Keras 3 model or layer.
-        ValueError: A layer has an activation or averages without a bias (`zero_debias`, a momentum of `None`), which Keras's
-            layer does not. Nothing is changed then.
+        TypeError: `model` is not a Keras 3 model or layer.
+        ValueError: A layer has an activation or an unbiased average (`zero_debias`, `momentum=None`), which Keras's layer does
+            not support. Nothing is changed in this case.
 
     Warns:
         UserWarning: There is nothing to convert.
@@ -118,7 +121,7 @@ def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
             )
         if layer.averages:
             raise ValueError(
-                "BatchNormalization averages with a momentum alone. "
+                "BatchNormalization only supports averaging with a momentum. "
                 f"Received: layer {path!r} with momentum={layer.momentum}, zero_debias={layer.zero_debias}"
             )
     for path, layer in layers:
@@ -139,9 +142,9 @@ def checked(model: Any) -> keras.layers.Layer:
     """Return `model` if it is a model or layer of Keras 3; raise ``TypeError`` otherwise."""
     if not isinstance(model, keras.layers.Layer):
         kind = model if isinstance(model, type) else type(model)
-        hint = " tf_keras (Keras 2) is another library." if kind.__module__.partition(".")[0] == "tf_keras" else ""
+        hint = " tf_keras (Keras 2) is not supported." if kind.__module__.partition(".")[0] == "tf_keras" else ""
         raise TypeError(
-            f"`model` has to be a model or layer of Keras 3, one at a time.{hint} Received: {model!r} "
+            f"`model` must be a single Keras 3 model or layer.{hint} Received: {model!r} "
             f"({'the class' if isinstance(model, type) else 'of type'} {kind.__module__}.{kind.__qualname__})"
         )
     return model
@@ -149,15 +152,15 @@ def checked(model: Any) -> keras.layers.Layer:
 
 def _warn_of_nothing(model: keras.layers.Layer, what: str) -> None:
     warnings.warn(
-        f"found no {what} to convert. A model that makes its layers in `build()` or `call()` has to be built before. "
+        f"found no {what} to convert. A model that creates layers in `build()` or `call()` must be built first. "
         f"Received: {model!r}",
         stacklevel=3,
     )
 
 
 def change_class(layer: Any, cls: type) -> None:
-    """Give an object of Keras another class, in place."""
-    # Past Keras's own __setattr__, which would take the class for a state to track.
+    """Change the class of a Keras object, in place."""
+    # Bypass Keras's __setattr__, which would track the class as state.
     object.__setattr__(layer, "__class__", cls)
 
 
@@ -170,7 +173,7 @@ def _warn(path: str, layer: keras.layers.Layer) -> None:
 
 
 def forget_traces(model: keras.layers.Layer, allow_xla: bool = False) -> None:
-    """Make compiled models trace their next step anew; without XLA, which cannot compile collectives, unless it is allowed."""
+    """Make compiled models trace their next step again. Disable XLA, which cannot compile collectives, unless it is allowed."""
     for _, layer in _walk(model, "", set()):
         if isinstance(layer, keras.Model) and layer.compiled:
             layer.train_function = layer.test_function = layer.predict_function = None
@@ -178,14 +181,14 @@ def forget_traces(model: keras.layers.Layer, allow_xla: bool = False) -> None:
 
 
 def batch_norms(model: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
-    """All batch normalizations of a model, of Keras's class or one derived from it, each with its path."""
+    """Yield the path and the layer of every batch normalization in a model, including subclasses."""
     for path, layer in _walk(model, "", set()):
         if isinstance(layer, keras.layers.BatchNormalization):
             yield path or layer.name, layer
 
 
 def _walk(layer: keras.layers.Layer, path: str, seen: set[int]) -> Iterator[tuple[str, keras.layers.Layer]]:
-    """A layer and all below, each once, with its path: of attributes where a class has them, else of Keras's names."""
+    """Yield a layer and all layers in it, each once, with its path of attribute names or, without these, Keras's names."""
     if id(layer) in seen:
         return
     seen.add(id(layer))
@@ -215,7 +218,7 @@ def _members(name: str, value: object) -> Iterator[tuple[int, str]]:
 
 
 def _name(layer: keras.layers.Layer, counts: Counter[str]) -> str:
-    """The layer's name; one that Keras counted up in this process is counted among the layer's siblings instead."""
+    """Return the layer's name. If Keras numbered it per process, number it among its siblings instead."""
     stem = re.sub(r"_\d+$", "", layer.name)
     if stem.replace("_", "") != type(layer).__name__.lower():
         return str(layer.name)

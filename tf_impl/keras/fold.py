@@ -1,7 +1,7 @@
-"""``fold_batchnorm``: batch norms of moving statistics become a part of the layer before or after them.
+"""``fold_batchnorm``: fold batch norms with moving statistics into the layers before or after them.
 
-The order of layers is read from the graph that a functional or Sequential model has. The result is a new model, built from the
-configs of the old one's layers.
+The order of layers is read from the graph of a functional or Sequential model. The result is a new model, built from the
+configs of the original layers.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _Affine = tuple[Array, Array]  # (scale, shift)
 
 @keras.saving.register_keras_serializable("hvd_syncbn")
 class Scale(keras.layers.Layer):
-    """Layer that computes `gamma * inputs + beta` of each channel: Caffe's layer of that name.
+    """Layer that computes `gamma * inputs + beta` per channel, like Caffe's `Scale`.
 
-    `fold_batchnorm` leaves it where a batch normalization has no layer to become a part of.
+    `fold_batchnorm` replaces a batch normalization with this layer if it cannot be folded into another one.
 
     Args:
-        axis: Integer, the channels' axis.
-        center: If `True`, there is an offset `beta`.
-        **kwargs: Those of `keras.layers.Layer`.
+        axis: Integer, the axis of the channels.
+        center: If `True`, add an offset `beta`.
+        **kwargs: The arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: Tensor of at least 2 dims.
+        inputs: Tensor with at least 2 dimensions.
     """
 
     def __init__(self, axis: int = -1, center: bool = True, **kwargs: Any) -> None:
@@ -52,13 +52,13 @@ class Scale(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the weights."""
+        """Create the weights."""
         shape = (input_shape[self.axis],)
         self.gamma = self.add_weight(shape=shape, name="gamma", initializer="ones")
         self.beta = self.add_weight(shape=shape, name="beta", initializer="zeros") if self.center else None
 
     def call(self, inputs: Any) -> Any:
-        """Multiply and add."""
+        """Scale and shift `inputs`."""
         shape = [1] * len(inputs.shape)
         shape[self.axis] = -1
         outputs = inputs * keras.ops.reshape(self.gamma, shape)
@@ -74,30 +74,31 @@ class Scale(keras.layers.Layer):
 
 
 def fold_batchnorm(model: keras.Model) -> keras.Model:
-    """Return a copy of a model for inference whose batch normalizations are parts of other layers.
+    """Return a copy of a model for inference, with its batch normalizations folded into other layers.
 
-    A batch normalization with moving statistics multiplies and adds. It is taken into the layer whose output it alone reads
-    (`Conv1D` to `3D`, `Conv1DTranspose` to `3D`, `DepthwiseConv1D`, `2D`, `SeparableConv1D`, `2D`, `Dense`), or else into the
-    layer that alone reads its output, where that is exact: with zero padding it is not. Two norms, or a norm and a `Scale`,
-    become one. A norm that has no layer beside it becomes a `Scale`. An activation or a residual that was fused stays, as a
-    layer of its own. What cannot be folded stays a batch normalization, with a warning that names it and says why.
+    With moving statistics, a batch normalization is a multiplication and an addition. It is folded into the layer whose output
+    it reads, if nothing else reads this output (`Conv1D` to `3D`, `Conv1DTranspose` to `3D`, `DepthwiseConv1D`, `2D`,
+    `SeparableConv1D`, `2D`, `Dense`). Otherwise it is folded into the only layer that reads its own output, if that is exact:
+    with zero padding it is not. Two adjacent norms, or a norm and a `Scale`, are combined. A norm without such a neighbor
+    becomes a `Scale`. A fused activation or residual becomes a separate layer. A norm that cannot be folded stays a batch
+    normalization, and a warning says why.
 
-    Outputs are equal up to float rounding: weights are folded in float64 and rounded once, so an output differs by about as
-    much as two ways to add up the same convolution (some 1e-6 of its size in float32).
+    Outputs are equal up to float rounding: weights are folded in float64 and rounded once. An output differs by about as much
+    as between two summation orders of the same convolution (about 1e-6 of its magnitude in float32).
 
-    A Keras layer does not know whether it will be called in training: a norm that is folded has the moving statistics whatever
-    the copy is called with. So train a copy only where the norms were frozen (`freeze_batchnorm`, `trainable = False`).
-    `trainable` of the layers is kept. The copy is not compiled.
+    A folded norm uses the moving statistics also if the copy is called with `training=True`. Therefore train the copy only if
+    the norms were frozen (`freeze_batchnorm`, `trainable = False`). `trainable` of the layers is kept. The copy is not
+    compiled.
 
     Args:
-        model: Functional or Sequential model, with such models inside, built. It is not changed.
+        model: Functional or Sequential model, possibly nested, built. It is not changed.
 
     Returns:
         The copy: a `keras.Sequential` or a `keras.Model`.
 
     Raises:
-        TypeError: Not a Keras model.
-        ValueError: A subclassed model, whose order of layers is known to its code alone; or it is not built.
+        TypeError: `model` is not a Keras model.
+        ValueError: The model is subclassed, so that only its code knows the order of its layers; or it is not built.
 
     Example:
 
@@ -112,18 +113,18 @@ def fold_batchnorm(model: keras.Model) -> keras.Model:
         raise TypeError(f"Expected a keras.Model. Received: {type(model).__name__} of {type(model).__module__}")
     if not _is_graph(model):
         raise ValueError(
-            "The order of layers is known of built functional and Sequential models only. "
+            "The order of layers is known for built functional and Sequential models only. "
             f"Received: {type(model).__name__}, built={model.built}"
         )
     norms = {id(layer): path for path, layer in _walk(model, "", set()) if isinstance(layer, keras.layers.BatchNormalization)}
     if not norms:
-        warnings.warn(f"Found no batch normalization to fold. Received: model {model.name!r}", stacklevel=2)
+        warnings.warn(f"found no batch normalization to fold. Received: model {model.name!r}", stacklevel=2)
     folder = _Folder(model)
     for graph in list(folder.graphs):
         folder.fold(graph)
     for number, path in norms.items():
-        if number not in folder.gone | folder.scales:
-            reason = folder.reasons.get(number, "it is in a layer whose order of calls is not known")
+        if number not in folder.folded | folder.scales:
+            reason = folder.reasons.get(number, "it is in a layer for which the order of calls is not known")
             warnings.warn(f"{path!r} is not folded: {reason}", stacklevel=2)
     try:
         return folder.build(model)
@@ -136,18 +137,18 @@ def _is_graph(model: Any) -> bool:
 
 
 def _function(model: Any) -> Any:
-    """The model as a graph of operations, if it has one."""
+    """Return the model as a graph of operations, or None if it has none."""
     if isinstance(model, keras.Sequential):
         return model._functional
     return model if isinstance(model, keras.Function) else None
 
 
 class _Refused(Exception):
-    """Why two layers cannot become one."""
+    """Raised with the reason why a norm cannot be folded."""
 
 
 class _Graph:
-    """What calls what in one model. A node of Keras's is one call of an operation."""
+    """The calls in one model. A Keras node is one call of an operation."""
 
     def __init__(self, model: keras.Model) -> None:
         function = _function(model)
@@ -162,11 +163,11 @@ class _Graph:
             self._readers.setdefault(id(tensor), []).append(None)
 
     def source(self, node: Any) -> Any:
-        """The call whose output a call takes first."""
+        """Return the call whose output is the first input of a call."""
         return None if node.is_input else self._writer.get(id(node.input_tensors[0]))
 
     def users(self, node: Any) -> list[Any]:
-        """The calls that take its output, once for each time; None is the model's output."""
+        """Return the calls that read the output of a call, once per use; None stands for the model's output."""
         return [user for tensor in node.outputs for user in self._readers.get(id(tensor), [])]
 
 
@@ -176,18 +177,18 @@ class _Folder:
         self.calls = Counter(id(node.operation) for graph in self.graphs for node in graph.nodes)
         self.reasons: dict[int, str] = {}
         self.affine: dict[int, _Affine] = {}
-        self.gone: set[int] = set()  # norms and Scales that are parts of other layers
-        self.scales: set[int] = set()  # those that become a Scale, or another one
-        self.weights: dict[int, tuple[list[Array], Array]] = {}  # of layers with a norm in them: kernels, bias
+        self.folded: set[int] = set()  # norms and Scales that were folded into other layers
+        self.scales: set[int] = set()  # those that become a Scale, or stay one with other weights
+        self.weights: dict[int, tuple[list[Array], Array]] = {}  # kernels and bias of layers with a folded norm
         self.copies: dict[int, Any] = {}
-        # Building is what takes time. Folding needs no Horovod, so it is not asked which rank this is.
+        # Most of the time is spent building the copy. The launcher's rank is used because folding does not need Horovod.
         total = len(self.calls)
         self.bar = track(range(total), "Folding batch norms", launched_rank() == 0, total)
 
-    # --- What becomes a part of what
+    # --- Folding
 
     def fold(self, graph: _Graph) -> None:
-        """Everything in one model, in the order of its calls."""
+        """Fold the norms of one model, in the order of its calls."""
         self.graph = graph
         found = []
         for node in graph.nodes:
@@ -210,7 +211,7 @@ class _Folder:
         for way in (self._into_source, self._into_user):
             try:
                 if way(node):
-                    self.gone.add(number)
+                    self.folded.add(number)
                     return
             except _Refused as refused:
                 reason = reason or str(refused)
@@ -220,7 +221,7 @@ class _Folder:
             self.reasons[number] = reason
 
     def _into_source(self, node: Any) -> bool:
-        """Into the layer whose output it reads. False: there is none."""
+        """Fold a norm into the layer whose output it reads. Return whether it was folded."""
         source = self._behind(node)
         if source is None or not isinstance(source.operation, _FOLDS):
             between = self._between(source)
@@ -234,7 +235,7 @@ class _Folder:
                 raise _Refused(f"the output of {layer.name!r} is used elsewhere, too")
         self._check_layer(layer)
         if layer.activation is not keras.activations.linear:
-            raise _Refused(f"the activation of {layer.name!r} comes between")
+            raise _Refused(f"the activation of {layer.name!r} is between them")
         self._check_axis(node.operation, layer, len(source.outputs[0].shape))
         scale, shift = self.affine[id(node.operation)]
         kernels, bias = self._weights(layer)
@@ -242,10 +243,10 @@ class _Folder:
         return True
 
     def _into_user(self, node: Any) -> bool:
-        """Into the layer, norm or `Scale` that reads its output. False: there is none."""
+        """Fold a norm into the layer, norm or `Scale` that reads its output. Return whether it was folded."""
         norm, dims = node.operation, len(node.outputs[0].shape)
         if getattr(norm, "activation", None) is not None or len(node.input_tensors) > 1:
-            return False  # what is fused comes between
+            return False  # the fused activation or residual is between them
         users = self.graph.users(node)
         while len(users) == 1 and users[0] is not None and self._is_identity(users[0]):
             users = self.graph.users(users[0])
@@ -263,21 +264,21 @@ class _Folder:
         self._check_layer(layer)
         self._check_axis(norm, layer, dims)
         if isinstance(layer, _TRANSPOSED):
-            raise _Refused(f"at its borders {layer.name!r}, a transposed convolution, does not see all of its shift")
+            raise _Refused(f"{layer.name!r}, a transposed convolution, does not apply the whole shift at its borders")
         if _pads_with_zeros(layer) and shift.any():
             raise _Refused(
-                f"{layer.name!r} after it pads with zeros, which it does not normalize: folded, its borders would be wrong"
+                f"{layer.name!r} after it pads with zeros, which the norm does not shift: the borders would be wrong"
             )
         kernels, bias = self._weights(layer)
         kernels, added = _before(layer, kernels, scale, shift)
         self._write(layer, kernels, bias + added)
         return True
 
-    # --- The surroundings
+    # --- Neighboring layers
 
     def _is_identity(self, node: Any) -> bool:
         layer = node.operation
-        if id(layer) in self.gone:
+        if id(layer) in self.folded:
             return getattr(layer, "activation", None) is None and len(node.input_tensors) == 1
         return type(layer) is _layers.Identity
 
@@ -288,17 +289,17 @@ class _Folder:
         return source
 
     def _between(self, node: Any) -> str | None:
-        """What keeps a norm from the layer that it might have been folded into."""
+        """Say which layers separate a norm from the layer that it could be folded into; None if there is no such layer."""
         between: list[str] = []
         while node is not None and len(node.input_tensors) == 1:
             if isinstance(node.operation, _FOLDS):
-                return f"{', '.join(reversed(between))} lies between {node.operation.name!r} and it"
+                return f"between {node.operation.name!r} and it there are other layers: {', '.join(reversed(between))}"
             if not self._is_identity(node):
                 between.append(repr(node.operation.name))
             node = self.graph.source(node)
         return None
 
-    # --- The layers
+    # --- Checks and weights
 
     def _check_norm(self, layer: Any) -> None:
         if type(layer) not in (keras.layers.BatchNormalization, BatchNormalization, SyncBatchNormalization, Scale):
@@ -321,7 +322,7 @@ class _Folder:
             raise _Refused(f"it normalizes axis {norm.axis}, and the channels of {layer.name!r} are axis {channels}")
 
     def _weights(self, layer: Any) -> tuple[list[Array], Array]:
-        """Kernels and bias as they are now."""
+        """Return the current kernels and bias of a layer."""
         if id(layer) in self.weights:
             return self.weights[id(layer)]
         variables = [layer.depthwise_kernel, layer.pointwise_kernel] if isinstance(layer, _SEPARABLE) else [layer.kernel]
@@ -342,13 +343,13 @@ class _Folder:
     # --- The new model
 
     def build(self, model: Any) -> Any:
-        """A copy of a model, with the copies of the models inside."""
+        """Return a copy of a model, including nested models."""
         if isinstance(model, keras.Sequential):
             pieces = [piece for layer in model.layers for piece in self._pieces(layer)]
             new = keras.Sequential([_input(model.inputs[0]), *pieces], name=model.name)
         else:
             inputs = keras.tree.map_structure(_input, model._inputs_struct)
-            # Up to Keras 3.12 operation_fn has no default.
+            # `operation_fn` has no default in Keras 3.12 and older.
             outputs = model._run_through_graph(inputs, operation_fn=lambda operation: operation, call_fn=self._call)
             new = keras.Model(inputs, outputs, name=model.name)
         for layer in model.operations if isinstance(model, keras.Function) else model.layers:
@@ -358,7 +359,7 @@ class _Folder:
         return new
 
     def _call(self, operation: Any, *args: Any, residual: Any = None, **kwargs: Any) -> Any:
-        if id(operation) not in self.gone | self.scales:
+        if id(operation) not in self.folded | self.scales:
             next(self.bar, None)
             kwargs = kwargs if residual is None else {**kwargs, "residual": residual}
             return self._copy(operation)(*args, **kwargs)
@@ -372,12 +373,12 @@ class _Folder:
         return outputs
 
     def _pieces(self, layer: Any) -> list[Any]:
-        """The layers in the place of one."""
+        """Return the layers that replace a layer."""
         next(self.bar, None)
-        if id(layer) not in self.gone | self.scales:
+        if id(layer) not in self.folded | self.scales:
             return [self._copy(layer)]
         pieces: list[Any] = []
-        if id(layer) in self.scales and id(layer) not in self.gone:
+        if id(layer) in self.scales and id(layer) not in self.folded:
             dtype = layer.dtype_policy
             pieces.append(Scale(axis=layer.axis, name=layer.name, dtype=dtype, trainable=layer.trainable))
             self.copies[id(layer)] = pieces[0]
@@ -395,7 +396,7 @@ class _Folder:
         return self.copies[id(operation)]
 
     def _fill(self, new: Any, old: Any) -> None:
-        """Gives a copy its weights, once it is built."""
+        """Set the weights of a copy that is built."""
         if _is_graph(old):
             return
         if id(old) in self.weights:
@@ -435,7 +436,7 @@ def _affine(layer: Any) -> _Affine:
 
 
 def _after(layer: Any, kernels: list[Array], scale: Array) -> list[Array]:
-    """Kernels of a layer whose output is scaled."""
+    """Return the kernels of a layer with the scale of its output folded in."""
     *before, last = kernels
     if isinstance(layer, _TRANSPOSED):  # (..., out, in)
         return [last * scale[:, None]]
@@ -445,7 +446,7 @@ def _after(layer: Any, kernels: list[Array], scale: Array) -> list[Array]:
 
 
 def _before(layer: Any, kernels: list[Array], scale: Array, shift: Array) -> tuple[list[Array], Array]:
-    """Kernels of a layer whose input is scaled, and what the input's shift adds to its output."""
+    """Return the kernels of a layer with the scale of its input folded in, and what the input's shift adds to its output."""
     kernel, *pointwise = kernels
     spatial = tuple(range(kernel.ndim - 2))
     if isinstance(layer, _DEPTHWISE + _SEPARABLE):  # (..., in, multiplier)

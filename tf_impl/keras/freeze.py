@@ -1,4 +1,4 @@
-"""``freeze_batchnorm`` and its opposite: batch normalizations that use and keep their moving statistics in training, too."""
+"""``freeze_batchnorm`` and ``unfreeze_batchnorm``: training with fixed moving statistics."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormaliz
 
 
 def freeze_batchnorm(model: keras.layers.Layer, affine: bool = False) -> keras.layers.Layer:
-    """Make every batch normalization of a model use its moving statistics in training, too, and leave them as they are.
+    """Make every batch normalization of a model use its moving statistics in training and stop updating them.
 
-    That is what Caffe calls `use_global_stats`, and what fine-tuning with small batches wants. Frozen layers send no
-    collective: freeze them on every rank. They stay frozen when `trainable` of a model above is set, through
-    `convert_sync_batchnorm` and `revert_sync_batchnorm`, saving and loading. A `keras.layers.BatchNormalization` becomes one
-    that knows about it, in place; a class derived from it is left as it is, with a warning.
+    Caffe calls this `use_global_stats`. It is common for fine-tuning with small batches. Frozen layers send no collective, so
+    freeze them on every rank. They stay frozen when `trainable` of an enclosing model is set, after `convert_sync_batchnorm`
+    and `revert_sync_batchnorm`, and after saving and loading. The class of a `keras.layers.BatchNormalization` changes in place
+    to a subclass that supports freezing. Other subclasses are left unchanged, with a warning.
 
-    A compiled model stays compiled, and its next `fit()` traces anew. A `tf.function` of your own keeps what it has traced.
+    A compiled model stays compiled, and its next `fit()` traces it again. A user-defined `tf.function` keeps its traces.
 
     Args:
         model: Model or layer.
-        affine: Whether `gamma` and `beta` go on learning. Otherwise they are no trainable variables and have no gradient.
+        affine: Whether `gamma` and `beta` are still trained. Otherwise they are not trainable and have no gradient.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError: Not a Keras layer; `affine` is no bool.
-        ValueError: A layer does batch renormalization. Nothing is changed then.
+        TypeError: `model` is not a Keras layer, or `affine` is not a bool.
+        ValueError: A layer does batch renormalization. Nothing is changed in this case.
 
     Example:
 
@@ -45,7 +45,7 @@ def freeze_batchnorm(model: keras.layers.Layer, affine: bool = False) -> keras.l
     4
     """
     if not isinstance(affine, bool):
-        raise TypeError(f"`affine` has to be a bool. Received: affine={affine!r}")
+        raise TypeError(f"`affine` must be a bool. Received: affine={affine!r}")
     layers = _batch_norms(model)
     for path, layer in layers:
         if renormalizes(layer):
@@ -73,16 +73,18 @@ def freeze_batchnorm(model: keras.layers.Layer, affine: bool = False) -> keras.l
 
 
 def unfreeze_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
-    """Undo `freeze_batchnorm`: layers train again as `training` and `trainable` say, and their weights as they did before.
+    """Undo `freeze_batchnorm`: `training` and `trainable` have their usual effect again.
+
+    `gamma` and `beta` are trainable again if they were before.
 
     Args:
-        model: Model or layer. Layers that are not frozen stay as they are.
+        model: Model or layer. Layers that are not frozen are left unchanged.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError: Not a Keras layer.
+        TypeError: `model` is not a Keras layer.
     """
     for _, layer in _batch_norms(model):
         if not getattr(layer, "frozen", None):
@@ -97,5 +99,9 @@ def unfreeze_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
 def _batch_norms(model: keras.layers.Layer) -> list[tuple[str, Any]]:
     norms = list(batch_norms(checked(model)))
     if not norms:
-        warnings.warn(f"found no batch normalization. Received: {model.name!r}", stacklevel=3)
+        warnings.warn(
+            "found no batch normalization. A model that creates layers in `build()` or `call()` must be built first. "
+            f"Received: {model.name!r}",
+            stacklevel=3,
+        )
     return norms

@@ -1,7 +1,7 @@
-"""``SyncBatchNormalization``: the Keras layer. It trains on Keras's TensorFlow backend.
+"""The Keras layer ``SyncBatchNormalization``. Training needs Keras's TensorFlow backend.
 
-Keras's own layer does everything but the training step: weights, config and evaluation are inherited, so an exported model
-needs neither Horovod nor the native library.
+Only the training step is new. Weights, config and evaluation are inherited from Keras's layer, so an exported model needs
+neither Horovod nor the native library.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
     from hvd_syncbn.tf_impl.horovod import Group
 
-_OLDEST = (3, 10)  # that was tried and found right in everything: docs/versions.md
+_OLDEST = (3, 10)  # the oldest tested version without known problems: docs/versions.md
 
 
 def warn_if_older(version: str) -> None:
-    """Warns of a Keras in which a layer may become local without a word."""
+    """Warn if this version of Keras may load layers as silently unsynchronized."""
     if native.is_older(version, _OLDEST):
         warnings.warn(
-            f"hvd-syncbn is tried with Keras {'.'.join(map(str, _OLDEST))} and newer. Older ones (seen in 3.8 and 3.9) make "
-            "Keras's own layers of converted and frozen ones where a saved model with a class of its own is loaded: they "
-            f"are not synchronized there. Received: {version}",
+            f"hvd-syncbn is tested with Keras {'.'.join(map(str, _OLDEST))} and newer. Older versions (seen in 3.8 and 3.9) "
+            "load the converted and frozen layers of a custom class as plain Keras layers, which are not synchronized. "
+            f"Received: Keras {version}. Upgrade Keras.",
             stacklevel=2,
         )
 
@@ -41,17 +41,17 @@ warn_if_older(keras.__version__)
 
 @keras.saving.register_keras_serializable("hvd_syncbn")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """Keras's own layer, that can be frozen: what `freeze_batchnorm` makes of a `keras.layers.BatchNormalization`.
+    """A `keras.layers.BatchNormalization` that can be frozen. `freeze_batchnorm` converts layers to this class.
 
-    Its config says so. `trainable` is that of the unfrozen layer when it is set, and False when it is read of one whose `gamma`
-    and `beta` are frozen, too: setting it on a model above thaws nothing.
+    The config of a frozen layer contains `frozen`. Setting `trainable` sets the value for the unfrozen layer. Reading it
+    returns False while `gamma` and `beta` are frozen. Setting `trainable` on an enclosing model therefore unfreezes nothing.
     """
 
     frozen: str | None = None
-    """None, `"statistics"` (`gamma` and `beta` go on learning), or `"all"`."""
+    """None, `"statistics"` (`gamma` and `beta` are still trained), or `"all"`."""
 
     def freeze(self, affine: bool) -> None:
-        """Use the moving statistics in training, too; `affine`: `gamma` and `beta` go on learning."""
+        """Use the moving statistics in training, too. With `affine`, `gamma` and `beta` are still trained."""
         self.frozen = "statistics" if affine else "all"
         self._learned = tuple(v.name for v in self._affine_variables() if v.trainable)
         self._hold()
@@ -63,7 +63,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         del self.frozen, self._learned
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the weights."""
+        """Create the weights."""
         super().build(input_shape)
         if self.frozen:
             self._learned = tuple(v.name for v in self._affine_variables() if self._trainable)
@@ -71,7 +71,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     @property
     def trainable(self) -> bool:
-        """Whether anything of the layer learns."""
+        """Whether the layer has trainable weights."""
         return bool(self._trainable) and self.frozen != "all"
 
     @trainable.setter
@@ -86,20 +86,20 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return super().call(inputs, training=training and self.frozen is None, mask=mask)
 
     def get_config(self) -> dict[str, Any]:
-        """Keras's config of the layer, and whether it is frozen."""
+        """Return the config of Keras's layer, with `frozen` if the layer is frozen."""
         config = {**super().get_config(), "trainable": self._trainable}
         return config | {"frozen": self.frozen} if self.frozen else config
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> BatchNormalization:
-        """The layer of a config."""
+        """Create a layer from its config."""
         layer: BatchNormalization = super().from_config({k: v for k, v in config.items() if k != "frozen"})
         if config.get("frozen"):
             layer.freeze(affine=config["frozen"] == "statistics")
         return layer
 
     def save_own_variables(self, store: Any) -> None:
-        """Save the weights as Keras's layer does, and beside them, where there is room, what `load_model` has to know."""
+        """Save the weights as Keras's layer does. In an HDF5 file, also save the record that `load_model` reads."""
         super().save_own_variables(store)
         attributes = getattr(getattr(store, "_h5_entry_group", None), "attrs", None)
         if attributes is not None:
@@ -120,44 +120,45 @@ class BatchNormalization(keras.layers.BatchNormalization):
 class SyncBatchNormalization(BatchNormalization):
     """Layer that normalizes its inputs over the batch of all Horovod ranks.
 
-    It takes the place of `keras.layers.BatchNormalization`, with the same weights. In training, its outputs, input gradients
-    and moving statistics have the same bits however the batch is dealt out to the ranks: as on one rank that has it all. That
-    takes one Horovod allreduce forward and one backward. In evaluation it is Keras's layer.
+    It replaces `keras.layers.BatchNormalization` and has the same weights. In training, its outputs, input gradients and
+    moving statistics are bitwise identical for every split of the batch over the ranks, including one rank with the whole
+    batch. This takes one Horovod allreduce in each direction. In evaluation it is Keras's layer.
 
-    The gradients of `gamma` and `beta` are this rank's part of the sum; `DistributedOptimizer` averages them with the other
-    parameters' gradients. The layer cannot be differentiated twice in training, nor compiled by XLA (`compile()` knows).
+    The gradients of `gamma` and `beta` are this rank's share of the sum; `DistributedOptimizer` averages them like all other
+    gradients. In training, the layer has no second derivative, and XLA cannot compile it (`compile()` disables XLA by default).
 
-    Differences from Keras's layer: a batch of one value per channel is an error in training; a batch without any unmasked
-    position leaves the moving statistics alone; a mask needs `axis=-1`. Training needs the TensorFlow backend.
+    Differences from Keras's layer: in training, a global batch with one value per channel is an error; a batch in which every
+    position is masked does not change the moving statistics; a mask needs `axis=-1`. Training needs the TensorFlow backend.
 
-    Files of weights and models cross between this layer and Keras's in both directions. To that end both classes have the same
-    `__name__`: Keras stores the members of lists under the names of their classes, and `model.summary()` shows those, too;
-    `repr(layer)` tells them apart.
+    Weight files and model files can be exchanged with Keras's layer in both directions. For this, both classes have the same
+    `__name__`, because Keras stores the members of lists under their class names. `model.summary()` shows that name;
+    `repr(layer)` tells the classes apart.
 
-    A layer made by hand calls its collectives by its `name`, which has to be the same on every rank: make the same layers in
-    the same order on each, or name them. `convert_sync_batchnorm` calls them by the model and their place in it.
+    A layer that is constructed directly uses its `name` for its collectives. The name must be the same on every rank: create
+    the same layers in the same order on every rank, or name them. `convert_sync_batchnorm` names the collectives by the model
+    and the layer's path in it.
 
     Args:
         axis: Integer, the axis that should be normalized (typically the features axis): -1 for channels last, 1 for channels
-            first. Others work and cost transpositions.
+            first. Any other axis works, at the cost of transposing the tensors.
         momentum: Momentum for the moving average; `None` averages over all batches.
         epsilon: Small float added to variance to avoid dividing by zero.
         center: If `True`, add offset of `beta` to normalized tensor.
         scale: If `True`, multiply by `gamma`.
-        process_set: Horovod process set whose ranks share the batch, or the list of their ranks; `None` for all. A saved model
-            holds the ranks. A process set of just these ranks has to be registered when it is trained again.
+        process_set: Horovod process set whose ranks share the batch, or a list of their ranks; `None` for all ranks. A saved
+            model contains the ranks. To train it again, register a process set with exactly these ranks first.
         activation: `None`, or `"relu"`, fused in both directions.
-        unbiased_variance: Whether the moving variance takes `n / (n - 1)` times the batch's variance, as PyTorch does.
-        zero_debias: Whether the moving statistics are Caffe's average, in which the 0 and 1 that they started from have no
-            weight: with `s = momentum * s + 1` in every batch, the batch weighs `1 / s`. Its variance is the unbiased one. As
-            with a momentum of `None`, the layer has one weight more, the number of batches.
-        **kwargs: The other arguments of `keras.layers.BatchNormalization`. `renorm` and `synchronized` are refused.
+        unbiased_variance: Whether the moving variance is updated with `n / (n - 1)` times the batch variance, as in PyTorch.
+        zero_debias: Whether the moving statistics are Caffe's average, in which the initial values 0 and 1 have no weight: with
+            `s = momentum * s + 1` in every batch, the batch has weight `1 / s`. The variance is the unbiased one. As with
+            `momentum=None`, the layer has one more weight, the number of batches.
+        **kwargs: The other arguments of `keras.layers.BatchNormalization`. `renorm` and `synchronized` are not supported.
 
     Call arguments:
-        inputs: Input tensor of at least 2 dims. Ranks may have different numbers of samples, also none.
+        inputs: Input tensor with at least 2 dimensions. Ranks may have different numbers of samples, including none.
         training: Python boolean indicating whether the layer should behave in training mode or in inference mode.
-        mask: Tensor with one dimension less than `inputs`, whose true positions the mean and variance are computed over.
-        residual: Tensor like `inputs` that is added before the activation.
+        mask: Tensor with one dimension less than `inputs`. Mean and variance are computed over its true positions.
+        residual: Tensor with the shape of `inputs`, added before the activation.
 
     Reference:
 
@@ -182,15 +183,15 @@ class SyncBatchNormalization(BatchNormalization):
     ) -> None:
         for name, why in _REFUSED.items():
             if kwargs.get(name):
-                raise ValueError(f"SyncBatchNormalization {why}. Received: {name}={kwargs[name]}")
+                raise ValueError(f"SyncBatchNormalization {why}. Received: {name}={kwargs[name]}. Remove the argument.")
         kwargs.pop("virtual_batch_size", None)
         if activation not in (None, "relu"):
-            raise ValueError(f'`activation` has to be None or "relu". Received: activation={activation!r}')
+            raise ValueError(f'`activation` must be None or "relu". Received: activation={activation!r}')
         super().__init__(
             axis=axis, momentum=1.0 if momentum is None else momentum, epsilon=epsilon, center=center, scale=scale, **kwargs
         )
         self.momentum = momentum
-        if zero_debias:  # what is converted is without
+        if zero_debias:  # converted layers only have the class attribute
             self.zero_debias = True
         self.process_set = held(process_set)
         self.activation = activation
@@ -202,7 +203,7 @@ class SyncBatchNormalization(BatchNormalization):
 
     @property
     def averages(self) -> bool:
-        """Whether the weights of the moving average follow from the number of batches."""
+        """Whether the weights of the moving average depend on the number of batches."""
         return self.momentum is None or self.zero_debias
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -217,7 +218,7 @@ class SyncBatchNormalization(BatchNormalization):
         """Normalize `inputs`."""
         if residual is not None and not _may_be_equal(residual.shape, inputs.shape):
             raise ValueError(
-                f"`residual` has to have the shape of the inputs. Received: residual.shape={residual.shape}, "
+                f"`residual` must have the shape of the inputs. Received: residual.shape={residual.shape}, "
                 f"inputs.shape={inputs.shape}"
             )
         backend = keras.backend.backend()
@@ -229,7 +230,7 @@ class SyncBatchNormalization(BatchNormalization):
                 outputs = outputs + residual
             return keras.ops.relu(outputs) if self.activation == "relu" else outputs
         if mask is None and residual is not None:
-            # Keras hands masks to layers of one tensor only.
+            # Keras passes masks only to layers with one input tensor.
             mask = getattr(inputs, "_keras_mask", None)
         group = self._group()
         if group.size > 1:
@@ -238,23 +239,23 @@ class SyncBatchNormalization(BatchNormalization):
         return keras.ops.cast(_train(self, inputs, mask, residual, group), self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
-        """Keras's config of the layer and ours. A process set becomes the list of its ranks."""
+        """Return the config of Keras's layer and the arguments of this one. A process set becomes the list of its ranks."""
         return super().get_config() | self._own_config()
 
     def _own_config(self) -> dict[str, Any]:
-        """What Keras's layer does not have."""
+        """Return the settings that Keras's layer does not have."""
         own = {
             "process_set": ranks_of(self.process_set),
             "activation": self.activation,
             "unbiased_variance": self.unbiased_variance,
             "zero_debias": self.zero_debias,
         }
-        # What conversion called it is still the same on every rank when the model is loaded.
+        # A name that `convert_sync_batchnorm` chose must be the same on every rank when the model is loaded.
         return own if self.collective_name == self.name else own | {"collective_name": self.collective_name}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SyncBatchNormalization:
-        """The layer of a config."""
+        """Create a layer from its config."""
         layer: SyncBatchNormalization = super().from_config({k: v for k, v in config.items() if k != "collective_name"})
         layer.collective_name = config.get("collective_name", layer.name)
         return layer
@@ -263,38 +264,38 @@ class SyncBatchNormalization(BatchNormalization):
         return super()._record() | self._own_config() | {"collective_name": self.collective_name}
 
     def __repr__(self) -> str:
-        """Return Keras's words, with the name that tells it from Keras's layer."""
+        """Return Keras's representation with the name of this class."""
         return f"<SyncBatchNormalization name={self.name}, built={self.built}>"
 
     def _group(self) -> Group:
-        """Return the group of ranks that share the batch: a saved model has only the ranks' numbers."""
+        """Return the group of ranks that share the batch: a saved model only has the ranks' numbers."""
         process_set = self.process_set
         if isinstance(process_set, tuple):
             process_set = horovod.registered_process_set(ranks.require(), process_set, f"layer {self.collective_name!r}")
         return ranks.find(process_set)
 
 
-# Keras stores the members of lists under their classes' names, and counts layers' names by them. Pickle uses __qualname__.
+# Keras derives file entries of list members and default layer names from `__name__`. Pickle uses `__qualname__`.
 SyncBatchNormalization.__name__ = keras.layers.BatchNormalization.__name__
 
 RECORD = "hvd_syncbn"
-"""The HDF5 attribute beside a layer's weights that says it was ours (synchronized, frozen), and how, as JSON."""
+"""HDF5 attribute next to a layer's weights: the settings of a synchronized or frozen layer, as JSON."""
 
 
 _REFUSED = {
-    "renorm": "does no batch renormalization",
-    "synchronized": "synchronizes over Horovod, not over a tf.distribute strategy",
+    "renorm": "does not support batch renormalization",
+    "synchronized": "synchronizes with Horovod, not with a tf.distribute strategy",
     "virtual_batch_size": "normalizes over the batch of all ranks, not over parts of it",
 }
 
 
 def renormalizes(layer: Any) -> bool:
-    """Whether a layer of Keras does batch renormalization, which older versions of Keras do not know."""
+    """Return whether a Keras layer does batch renormalization. Older versions of Keras lack the attribute."""
     return getattr(layer, "renorm", False)
 
 
 def held(process_set: ProcessSet | Sequence[int] | None) -> ProcessSet | tuple[int, ...] | None:
-    """A process set as a layer holds it: ranks as a tuple, since Keras would track a list."""
+    """Return a process set as a layer stores it: ranks become a tuple, because Keras would track a list."""
     return process_set if process_set is None or hasattr(process_set, "ranks") else tuple(process_set)
 
 

@@ -1,7 +1,7 @@
-"""What Keras layers keep outside of their variables: constants, vocabularies, bins, and what a custom class writes to a file.
+"""State of Keras layers outside their variables: constants, vocabularies, bins, and what a custom class writes to a file.
 
-Assigning variables does not reach it. `Normalization` computes with constants that it makes of its variables, and a lookup
-layer has a table and no variables.
+Assigning variables does not change this state. `Normalization` computes with constants derived from its variables, and a
+lookup layer has a table and no variables.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ State: TypeAlias = list[tuple[str, dict[str, Any]]]
 # `TextVectorization` holds a `StringLookup`.
 _LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
 NEVER_BUILT = (*_LOOKUPS, keras.layers.TextVectorization, keras.layers.Discretization)
-"""Layers that have their state before they are built."""
+"""Layers that have state before they are built."""
 _exported: WeakKeyDictionary[keras.layers.Layer, tuple[Any, list[Any]]] = WeakKeyDictionary()
 
 
 def all_layers(roots: Iterable[keras.layers.Layer]) -> list[tuple[str, keras.layers.Layer]]:
-    """Return models or layers and all layers in them, each once, with their paths."""
+    """Return each model or layer and all layers in it, each once, with its path."""
     seen: set[int] = set()
     return [(path or layer.name, layer) for root in roots for path, layer in _walk(root, "", seen)]
 
 
 def is_stateful(layer: keras.layers.Layer) -> bool:
-    """Whether a layer keeps state outside of its variables."""
+    """Return whether a layer keeps state outside its variables."""
     return bool(_readers(layer))
 
 
 def capture(layers: Sequence[tuple[str, keras.layers.Layer]]) -> State:
-    """Return the state of layers, which can be pickled."""
+    """Return the state of layers, in a form that can be pickled."""
     return [(path, {name: read() for name, read in _readers(layer).items()}) for path, layer in layers]
 
 
 def restore(layers: Sequence[tuple[str, keras.layers.Layer]], state: State) -> None:
-    """Give layers a state of `capture`, and make their constants of the variables that they have now.
+    """Restore a state from `capture`, and recompute the constants that layers derive from their variables.
 
     Raises:
-        ValueError: A layer does not take it; the message names the layer.
+        ValueError: A layer cannot be given the state; the message names the layer.
     """
     for (path, layer), (_, values) in zip(layers, state, strict=True):
         try:
             _write(layer, values)
         except Exception as error:
-            raise ValueError(f"layer {path!r} does not take the state of another rank: {error}") from error
+            raise ValueError(f"layer {path!r} cannot be given the state of another rank: {error}") from error
 
 
 def constants(layers: Sequence[tuple[str, keras.layers.Layer]]) -> dict[tuple[int, str], str]:
-    """Return a digest of each tensor, array and table that is an attribute of a layer, by the layer's number and its name."""
+    """Return the digest of each tensor, array and table in the layers' attributes, by layer index and attribute name."""
     found = {}
     for i, (_, layer) in enumerate(layers):
         if isinstance(layer, _LOOKUPS):  # compared as vocabularies
@@ -73,7 +73,7 @@ def constants(layers: Sequence[tuple[str, keras.layers.Layer]]) -> dict[tuple[in
 
 
 def _readers(layer: Any) -> dict[str, Callable[[], Any]]:
-    """How to read each part of the state of one layer; empty if it has no other than its variables."""
+    """Return a function for each part of one layer's state that reads it; empty if the layer only has variables."""
     state: dict[str, Callable[[], Any]] = {}
     if isinstance(layer, _LOOKUPS):
         state["vocabulary"] = lambda: _vocabulary(layer)
@@ -81,7 +81,7 @@ def _readers(layer: Any) -> dict[str, Callable[[], Any]]:
         state["attributes"] = lambda: _attributes(layer, "input_vocabulary", "input_idf_weights")
     elif isinstance(layer, keras.layers.Discretization):
         state["attributes"] = lambda: _attributes(layer, "bin_boundaries", "summary")
-    elif isinstance(layer, keras.layers.CategoryEncoding):  # a FeatureSpace makes them when it is adapted
+    elif isinstance(layer, keras.layers.CategoryEncoding):  # a FeatureSpace sets it when it is adapted
         state["attributes"] = lambda: _attributes(layer, "num_tokens")
     elif callable(getattr(layer, "finalize_state", None)) and not isinstance(layer, keras.layers.TextVectorization):
         state["finalized"] = lambda: True
@@ -117,12 +117,12 @@ def _write(layer: Any, state: Mapping[str, Any]) -> None:
 
 
 def _attributes(layer: Any, *names: str) -> dict[str, Any]:
-    """Attributes, as copies that Keras does not track."""
+    """Return attributes, lists as copies that Keras does not track."""
     return {name: list(value) if isinstance(value := getattr(layer, name), list) else value for name in names}
 
 
 def _vocabulary(layer: Any) -> list[Any] | None:
-    """The vocabulary of a lookup layer; None if it has none yet. Exported once for a table, which never changes."""
+    """Return the vocabulary of a lookup layer, or None if it has none yet. Tables never change, so each is exported once."""
     table = layer.lookup_table
     known = _exported.get(layer)
     if known is None or known[0] is not table:
@@ -131,7 +131,7 @@ def _vocabulary(layer: Any) -> list[Any] | None:
 
 
 def _idf_weights(layer: Any) -> np.ndarray | None:
-    """Inverse document frequencies of the vocabulary, without padding."""
+    """Return the inverse document frequencies of the vocabulary, without padding."""
     vocabulary = _vocabulary(layer)
     if layer.output_mode != "tf_idf" or vocabulary is None:
         return None
@@ -141,7 +141,10 @@ def _idf_weights(layer: Any) -> np.ndarray | None:
 def _set_vocabulary(layer: Any, vocabulary: list[Any] | None, idf_weights: np.ndarray | None) -> None:
     own = _vocabulary(layer)
     if vocabulary is None and own is not None:
-        raise ValueError(f"it was adapted here and not there: adapt it there, too. Received: {len(own)} tokens here")
+        raise ValueError(
+            "it was adapted on this rank, but not on the rank whose state is broadcast: adapt it there, too. "
+            f"Received: {len(own)} tokens on this rank"
+        )
     own_weights = _idf_weights(layer)
     same = idf_weights is None or (own_weights is not None and np.array_equal(idf_weights, own_weights))
     if vocabulary is not None and (vocabulary != own or not same):
@@ -153,7 +156,7 @@ def _is_ours(cls: type) -> bool:
 
 
 def _custom_method(layer: Any, name: str) -> bool:
-    """Whether a class outside of Keras and this package defines a method of a layer."""
+    """Return whether a class outside Keras and this package defines a method of a layer."""
     owner = next((cls for cls in type(layer).__mro__ if name in vars(cls)), None)
     return owner is not None and not _is_ours(owner)
 
@@ -172,7 +175,7 @@ def _saved_assets(layer: Any) -> dict[str, bytes]:
 
 
 def _content(value: Any) -> bytes | None:
-    """What a tensor, an array or a table holds; None for anything else, and for symbolic tensors."""
+    """Return the content of a tensor, an array or a table; None for anything else and for symbolic tensors."""
     if isinstance(value, np.ndarray):
         array = value
     elif isinstance(value, tf.Tensor) and hasattr(value, "numpy"):

@@ -1,4 +1,4 @@
-"""Horovod for the Keras modules, and what they ask of the other ranks."""
+"""Access to Horovod and to the other ranks for the Keras modules."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from hvd_syncbn.tf_impl.horovod import Group
 
 
-# Called with a model that several ranks train, and whether this rank speaks for all. `training.start` adds its check: the layer
-# and the optimizer run it without importing that module.
+# Each check is called with a model that several ranks train, and with whether this rank reports what concerns all ranks.
+# `training.start` registers its check here, so that the layer and the optimizer can run it without importing that module.
 training_checks: list[Callable[[keras.layers.Layer, bool], None]] = []
 
 
 def require() -> Any:
-    """Return Horovod, or say what is missing and how to get it."""
+    """Return Horovod's TensorFlow module; raise ``RuntimeError`` if it cannot be used."""
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(
-            "training Keras under Horovod needs its TensorFlow backend: set KERAS_BACKEND=tensorflow. "
+            "training under Horovod needs Keras's TensorFlow backend: set KERAS_BACKEND=tensorflow. "
             f"Received: KERAS_BACKEND={keras.backend.backend()}"
         )
     return horovod.require("tensorflow")
 
 
 def require_to_communicate() -> Any:
-    """Return Horovod for a collective of the caller, which needs Horovod's thread also where there is one rank."""
+    """Return Horovod for a collective of the caller, which needs Horovod's background thread even on one rank."""
     hvd = require()
     horovod.check_not_forked(hvd)
     return hvd
@@ -46,7 +46,7 @@ def find(process_set: ProcessSet | None) -> Group:
 
 
 def check_before_training(model: keras.layers.Layer, process_set: ProcessSet | None = None) -> None:
-    """Run the training checks on a model, if several ranks train it; the first of them speaks for all."""
+    """Run the training checks on a model if several ranks train it. The first rank reports what concerns all ranks."""
     group = find(process_set)
     if group.size > 1:
         for check in training_checks:

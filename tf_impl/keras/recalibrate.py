@@ -1,4 +1,4 @@
-"""`recalibrate`: the moving statistics of a model's batch norms, from a pass over data."""
+"""`recalibrate`: compute the moving statistics of a model's batch norms in a pass over data."""
 
 from __future__ import annotations
 
@@ -38,40 +38,41 @@ def recalibrate(
     progress: bool = True,
     layer_by_layer: bool = False,
 ) -> keras.layers.Layer:
-    """Replace the moving statistics of a model's batch norms by those of data, each rank giving its shard.
+    """Replace the moving statistics of a model's batch norms by the statistics of data that is split over the ranks.
 
-    Every `SyncBatchNormalization` and `keras.layers.BatchNormalization` takes part, wherever it is; one that is frozen (by
-    `freeze_batchnorm` or `trainable = False`) does not, nor does a class derived from Keras's, with a warning. Ranks may have
-    any number of batches of any size, also none. Nothing else of the model changes, neither other variables nor the state of
-    its random numbers. The pass is in inference mode (no dropout). It needs Keras's TensorFlow backend and runs eagerly. See
+    Every `SyncBatchNormalization` and `keras.layers.BatchNormalization` in the model takes part, except frozen ones (by
+    `freeze_batchnorm` or `trainable = False`). Other subclasses do not take part, with a warning. Ranks may have any number of
+    batches of any size, including none. Nothing else in the model changes: other variables and the state of random number
+    generators are kept. The pass is in inference mode (no dropout). It needs Keras's TensorFlow backend and runs eagerly. See
     `docs/recalibration.md`.
 
     Args:
-        model: Model or layer, built; changed in place. Those of its layers take part that `forward` reaches.
-        batches: This rank's: what `fit` takes as batches. Of a tuple the first element is the input. A `tf.data.Dataset`,
+        model: Model or layer, built; changed in place. Layers take part if `forward` calls them.
+        batches: This rank's batches, as for `fit`. If a batch is a tuple, its first element is the input. A `tf.data.Dataset`,
             `keras.utils.PyDataset`, `torch.utils.data.DataLoader`, or any iterable.
-        estimator: `"batches"` for the means of the global batches' means and unbiased variances, as in Ioffe and Szegedy, 2015,
-            every layer normalizing each batch (of all ranks together) by its own: right in one pass over shuffled batches,
-            whatever the moving statistics are. `"pooled"` for mean and variance of all values (times `n / (n - 1)` where the
-            layer has `unbiased_variance`), the layers normalizing by their moving statistics meanwhile: right behind layers
-            whose moving statistics are right. `None` is `"batches"`, with `layer_by_layer` and `init_affine` `"pooled"`.
-        forward: Called as `forward(model, batch)` in place of all that, with the batch as it comes.
-        process_set: Horovod process set whose ranks share the data; `None` for all.
-        init_affine: Whether to set gamma and beta to standard deviation and mean, too, so that every layer becomes the
-            identity: for norms that were inserted into a trained network. They are the identity during the pass.
-        progress: Whether the first rank shows a bar where it takes more than a second.
-        layer_by_layer: Whether to repeat the pass, at most once for every layer, until the statistics are those of the inputs
-            that the layers have in the recalibrated model: exact. Only with `"pooled"`, and batches that can be read again.
+        estimator: `"batches"`: the means of the global batches' means and unbiased variances, as in Ioffe and Szegedy, 2015.
+            Every layer normalizes each batch (of all ranks together) by the batch's own statistics. The result is correct after
+            one pass over shuffled batches and does not depend on the present moving statistics. `"pooled"`: the mean and
+            variance of all values (times `n / (n - 1)` if the layer has `unbiased_variance`). The layers normalize by their
+            moving statistics during the pass, so a layer's result is correct if the moving statistics of the layers before it
+            are. `None` means `"pooled"` with `layer_by_layer` or `init_affine`, else `"batches"`.
+        forward: Called as `forward(model, batch)` instead of the model, with the unchanged batch.
+        process_set: Horovod process set whose ranks share the data; `None` for all ranks.
+        init_affine: Whether to also set gamma and beta to the standard deviation and mean, so that every layer becomes the
+            identity: for norms that were inserted into a trained network. The layers are the identity during the pass.
+        progress: Whether the first rank shows a progress bar if the pass takes more than a second.
+        layer_by_layer: Whether to repeat the pass, at most once per layer, until the statistics are exactly those of the
+            layers' inputs in the recalibrated model. Needs `"pooled"` and batches that can be iterated repeatedly.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError: No model, or no iterable of batches.
-        ValueError: No layer has moving statistics to replace, the model is not built, no rank has a batch, one value per
-            channel, an unknown estimator, ranks with different models. All of these, and what `forward` raises, on every rank,
-            and the model is as it was.
-        RuntimeError: Horovod is missing or not initialized; another backend than TensorFlow; another rank failed.
+        TypeError: `model` is not a Keras 3 model or layer, or `batches` is not an iterable of batches.
+        ValueError: No layer has moving statistics to replace; the model is not built; no rank has a batch; there is one value
+            per channel; the estimator is unknown; ranks have different models. These errors, and errors in `forward`, are
+            raised on every rank and leave the model unchanged.
+        RuntimeError: Horovod is missing or not initialized; Keras's backend is not TensorFlow; another rank failed.
 
     Example:
 
@@ -87,12 +88,12 @@ def recalibrate(
 
     def prepare() -> _Network:
         if not isinstance(model, keras.layers.Layer):
-            raise TypeError(f"expected a model or layer of Keras 3. Received: {type(model).__module__}.{type(model).__name__}")
+            raise TypeError(f"expected a Keras 3 model or layer. Received: {type(model).__module__}.{type(model).__name__}")
         population.check_arguments(
             batches, estimator, forward, init_affine, layer_by_layer, (keras.KerasTensor, tf.Tensor, tf.Variable)
         )
         if isinstance(batches, tf.data.Dataset) and batches.cardinality() == tf.data.INFINITE_CARDINALITY:
-            raise ValueError("expected batches that end: use `dataset.take(n)`. Received: a tf.data.Dataset without an end")
+            raise ValueError("expected a finite dataset: use `dataset.take(n)`. Received: an infinite tf.data.Dataset")
         network = _Network(model, forward or _call, init_affine)
         undo.enter_context(_undone(model, network.norms))
         return network
@@ -132,7 +133,7 @@ class _Network:
                 continue
             if type(norm) is not keras.layers.BatchNormalization and not isinstance(norm, SyncBatchNormalization):
                 warnings.warn(
-                    f"layer {path!r} keeps its statistics, because its class may do anything to its inputs. "
+                    f"layer {path!r} keeps its statistics, because a subclass may do more than BatchNormalization. "
                     f"Received: an instance of {type(norm).__name__}",
                     stacklevel=7,
                 )
@@ -140,13 +141,16 @@ class _Network:
             if not norm.built:
                 raise ValueError(f"the model is not built: call it on a batch first. Received: layer {path!r} without weights")
             if init_affine and (norm.gamma is None or norm.beta is None):
-                raise ValueError(f"init_affine needs layers with scale and center. Received: layer {path!r} without")
+                raise ValueError(
+                    "init_affine needs layers with gamma and beta. "
+                    f"Received: layer {path!r} with scale={norm.scale}, center={norm.center}"
+                )
             self.norms.append(norm)
             unbiased = bool(getattr(norm, "unbiased_variance", False) or getattr(norm, "zero_debias", False))
             self.layers.append(population.Layer(path, norm.moving_mean.shape[0], norm.epsilon, unbiased))
         if not self.norms:
             raise ValueError(
-                "the model has no batch normalization layer whose moving statistics could be replaced. "
+                "the model has no batch normalization layer whose moving statistics can be replaced. "
                 + (f"Received: frozen layers {frozen}" if frozen else f"Received: {type(model).__name__}")
             )
         self.stored: dict[int, Any] = {}
@@ -166,7 +170,7 @@ class _Network:
             outputs = self._normalize(index, take, inputs, mask, residual)
             return keras.ops.relu(outputs) if getattr(norm, "activation", None) == "relu" else outputs
 
-        # The instance's own, past Keras's __setattr__, which would take it for a state to track.
+        # An instance attribute, set without Keras's __setattr__, which would track it as state.
         object.__setattr__(norm, "call", call)
         try:
             yield
@@ -174,14 +178,14 @@ class _Network:
             object.__delattr__(norm, "call")
 
     def _normalize(self, index: int, take: Take, x: Any, mask: Any, residual: Any) -> Any:
-        """What a watched layer makes of its input, by the kernels of training, whose bits do not depend on the layout.
+        """Return the output of a watched layer, computed by the training kernels: their results do not depend on the layout.
 
-        With the residual, as there: a step of its own would round once more.
+        The residual is added by the same kernel: adding it separately would round once more.
         """
         norm, layer = self.norms[index], self.layers[index]
         if not tf.executing_eagerly():
             raise RuntimeError(
-                "recalibrate needs to see values: the layer runs in a graph (a `tf.data` function, a vectorized map). "
+                "recalibrate needs eager tensors, but the layer runs in a graph (a `tf.data` function, a vectorized map). "
                 f"Received: layer {layer.name!r}, inputs {x}"
             )
         packet = functional.forward_packet(x, layer.eps, norm.axis, mask)
@@ -219,7 +223,7 @@ def _to_core(variable: Any) -> Vector:
 
 @contextlib.contextmanager
 def _undone(model: keras.layers.Layer, watched: Sequence[Any]) -> Iterator[None]:
-    """Afterwards all variables that no optimizer trains are as before, but those of the watched layers."""
+    """Restore all non-trainable variables on exit, except those of the watched layers."""
     own = {id(variable) for norm in watched for variable in norm.variables}
     variables = [(v, tf.identity(v.value)) for v in model.variables if id(v) not in own and not v.trainable]
     try:
@@ -240,7 +244,7 @@ def _functions_run_eagerly(eagerly: bool) -> Iterator[None]:
 
 
 class _Pairs:
-    """A PyDataset or a DataLoader as `fit` reads it."""
+    """A PyDataset or DataLoader, iterated as `fit` does."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -248,13 +252,13 @@ class _Pairs:
     def __len__(self) -> int:
         length = self.data.num_batches if isinstance(self.data, keras.utils.PyDataset) else len(self.data)
         if length is None:
-            raise TypeError("a PyDataset without an end")
+            raise TypeError("an infinite PyDataset")
         return int(length)
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.data, keras.utils.PyDataset):
             yield from (self.data[i] for i in range(len(self)))
-        else:  # a DataLoader's lists are tuples to Keras
+        else:  # Keras converts a DataLoader's lists to tuples
             yield from (tuple(batch) if isinstance(batch, list) else batch for batch in self.data)
 
 
@@ -270,8 +274,8 @@ def _call(model: keras.layers.Layer, batch: Any) -> Any:
         found = found[0]  # [x, y] for a model of one input
     if isinstance(found, str | bytes | None):
         raise TypeError(
-            "expected batches of tensors, of tuples that begin with one, or of a model's inputs as lists and dictionaries; for "
-            f"others pass `forward`. Received: {type(batch).__name__}"
+            "expected batches that are tensors, tuples that begin with one, or lists or dictionaries of the model's inputs. "
+            f"For other batches pass `forward`. Received: {type(batch).__name__}"
         )
     found = keras.tree.map_structure(lambda x: x.numpy() if type(x).__module__ == "torch" else x, found)
     return model(found, training=False)

@@ -1,4 +1,4 @@
-"""A layer's state, out of it and into it: ``get_state``, ``set_state``."""
+"""Reading and setting the state of a layer: ``get_state``, ``set_state``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def get_state(layer: keras.layers.Layer) -> BatchNormState:
         layer: `SyncBatchNormalization` or `keras.layers.BatchNormalization`, built.
 
     Returns:
-        Its state, copied and rounded to float32; `momentum` is in PyTorch's sense, one minus Keras's.
+        The state, as float32 copies. `momentum` follows PyTorch's convention: one minus Keras's.
 
     Raises:
-        TypeError: Not a batch normalization layer.
-        ValueError: It is not built.
+        TypeError: `layer` is not a batch normalization layer.
+        ValueError: `layer` is not built.
 
     Example:
 
@@ -45,20 +45,21 @@ def get_state(layer: keras.layers.Layer) -> BatchNormState:
 
 
 def set_state(layer: keras.layers.Layer, state: BatchNormState) -> None:
-    """Give a batch normalization layer the weights, moving statistics, epsilon and momentum of a state.
+    """Set the weights, moving statistics, epsilon and momentum of a batch normalization layer from a state.
 
-    A `SyncBatchNormalization` takes over `unbiased`, too; Keras's own layer goes on with the biased variance, which changes
-    nothing now. A function that is traced already (`fit`, `predict`) keeps the epsilon and momentum that it was traced with:
-    compile the model afterwards.
+    A `SyncBatchNormalization` also adopts `unbiased`. Keras's own layer keeps updating with the biased variance; its present
+    moving variance is the state's. A function that is already traced (`fit`, `predict`) keeps the epsilon and momentum that it
+    was traced with: compile the model afterwards.
 
     Args:
         layer: As in `get_state`.
-        state: Of `get_state` in either framework, `from_caffe`, or made by hand.
+        state: The result of `get_state` in either framework or of `from_caffe`, or a state constructed directly.
 
     Raises:
-        TypeError: Not a batch normalization layer, or not a state.
-        ValueError: It is not built; another number of channels; a layer without gamma or beta and a state that needs them;
-            `momentum=None` and a layer that cannot average over all batches; batch renormalization. Nothing is changed then.
+        TypeError: `layer` is not a batch normalization layer, or `state` is not a `BatchNormState`.
+        ValueError: The layer is not built; it has a different number of channels; it has no gamma or beta, but the state needs
+            them; the state has `momentum=None`, but the layer cannot average over all batches; the layer does batch
+            renormalization. Nothing is changed in these cases.
 
     Example:
 
@@ -75,11 +76,14 @@ def set_state(layer: keras.layers.Layer, state: BatchNormState) -> None:
     if not isinstance(state, BatchNormState):
         raise TypeError(f"Expected a BatchNormState. Received: {type(state).__name__}")
     if renormalizes(layer):
-        raise ValueError(f"A layer that does batch renormalization has more state than this. Received: layer {layer.name!r}")
+        raise ValueError(
+            "A BatchNormState does not contain the state of batch renormalization. "
+            f"Received: layer {layer.name!r} with renorm=True"
+        )
     ours = isinstance(layer, SyncBatchNormalization)
     if state.momentum is None and not (ours and layer.averages):
         raise ValueError(
-            "an average over all batches needs their number, which only a SyncBatchNormalization made with momentum=None has. "
+            "an average over all batches needs their number: use a SyncBatchNormalization created with momentum=None. "
             f"Received: momentum=None for layer {layer.name!r}"
         )
     channels = layer.moving_mean.shape[0]
@@ -100,4 +104,6 @@ def _check(layer: Any) -> None:
             f"Expected a keras.layers.BatchNormalization. Received: {type(layer).__name__} of {type(layer).__module__}"
         )
     if not layer.built:
-        raise ValueError(f"The layer has no weights yet: call `build()`, or the model once. Received: layer {layer.name!r}")
+        raise ValueError(
+            f"The layer has no weights yet: call `build()`, or call the model once. Received: layer {layer.name!r}"
+        )

@@ -1,10 +1,10 @@
-// The operators for GPU tensors: the same, on the current stream of the tensor's device. They wait for it only if
-// the host is far ahead.
+// The operators for GPU tensors, on the current stream of the tensor's device. They wait for the stream only if the
+// host is far ahead.
 //
-// What the CPU kernels raise after reading a packet's header, the GPU finds out later; an operator raises it, the same
-// one on every rank (hvd_syncbn_cuda_earlier_failure), or check_device_errors.
+// CPU kernels read a packet's header and raise its error at once. The GPU finds the error later; then the same later
+// operator raises it on every rank (hvd_syncbn_cuda_earlier_failure), or check_device_errors does.
 //
-// Built without PyTorch's CUDA headers and libraries, so that one library serves its CPU and its CUDA builds.
+// Built without PyTorch's CUDA headers and libraries, so that one library works with its CPU and CUDA builds.
 #include "hvd_syncbn/cuda.h"
 
 #include <ATen/ops/empty.h>
@@ -18,8 +18,8 @@
 namespace hvd_syncbn {
 namespace {
 
-// The current stream of a device, from the C interface of PyTorch's CUDA library, which is loaded where there are GPU
-// tensors.
+// Returns the current stream of a device through the C interface of PyTorch's CUDA library, which is loaded if there
+// are GPU tensors.
 void* current_stream(const c10::Device& device) {
   using Function = int32_t (*)(int32_t device_index, void** stream);
   static const Function function = [] {
@@ -30,14 +30,14 @@ void* current_stream(const c10::Device& device) {
   TORCH_CHECK(function != nullptr,
               "this PyTorch has no aoti_torch_get_current_cuda_stream; hvd-syncbn needs 2.6 or newer");
   void* stream = nullptr;
-  TORCH_CHECK(function(device.index(), &stream) == 0, "PyTorch did not tell the current stream of ", device);
+  TORCH_CHECK(function(device.index(), &stream) == 0, "PyTorch failed to return the current stream of ", device);
   return stream;
 }
 
-void check_error(int32_t error) { TORCH_CHECK(error == 0, "hvd-syncbn: CUDA says: ", hvd_syncbn_cuda_error(error)); }
+void check_error(int32_t error) { TORCH_CHECK(error == 0, "hvd-syncbn: CUDA error: ", hvd_syncbn_cuda_error(error)); }
 
-// One operator on one device: makes it the current one, raises what an earlier one left, and checks that all arrays are
-// there.
+// One operator on one device: makes the device current, raises the error of an earlier operator, and checks that all
+// tensors are on the device.
 class Call {
  public:
   explicit Call(const Tensor& x) : guard_(x.device()), device_(x.device()) {
@@ -126,8 +126,7 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, con
   return {dx, dresidual};
 }
 
-// Without elements the kernel does nothing but look at the header. It is launched, because all ranks have to launch the
-// same ones.
+// Without elements the kernel only checks the header. It is launched, because all ranks must launch the same kernels.
 std::tuple<Tensor, Tensor> backward_check(const Tensor& packet, const Tensor& dweight, const Tensor& dbias,
                                           const std::string& name) {
   const Call call(packet);

@@ -1,19 +1,20 @@
-// PyTorch operators over the core, and their kernels for CPU tensors: they own tensors, memory and threads, and no
-// arithmetic. cuda.cc has the kernels for GPU tensors.
+// PyTorch operators on the core, and their kernels for CPU tensors. They manage tensors, memory and threads; all
+// arithmetic is in the core. cuda.cc has the kernels for GPU tensors.
 //
 //   forward_moments(x) -> packet                          then allreduce_(packet), written in Python
 //   forward_apply(x, packet, ...) -> (y, stats)
 //   backward_moments(x, dy, y?) -> (packet, dweight, dbias)
 //   backward_apply(x, dy, y?, packet) -> (dx, dresidual)
-//   backward_check(packet, dweight, dbias) -> (dweight, dbias)   instead, where neither of them is wanted
+//   backward_check(packet, dweight, dbias) -> (dweight, dbias)   instead, if neither dx nor dresidual is needed
 //
-// and of a frozen layer, which has no packet, on CPUs only:
+// For a frozen layer, which has no packet, on CPUs only:
 //
 //   frozen_apply(x, ...) -> (y, stats)
-//   frozen_backward(dy, y?) -> (dx, dresidual)             its parameters' gradients are those of backward_moments
+//   frozen_backward(dy, y?) -> (dx, dresidual)             backward_moments returns the gradients of its parameters
 //
-// autograd.cc makes a layer of them. Shape functions are in torch_impl/ops.py.
+// autograd.cc combines them to a layer. Shape functions are in torch_impl/ops.py.
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -32,7 +33,7 @@ Tensor empty_output(const Tensor& x) {
   return out;
 }
 
-// Tasks of at least 64 KiB: below that, handing work over costs more than doing it.
+// Returns the grain size for tasks of at least 64 KiB; dispatching smaller tasks costs more than running them.
 int64_t grain(int64_t unit_bytes) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, unit_bytes)); }
 
 Tensor empty_packet(int64_t channels) {
@@ -55,7 +56,14 @@ Tensor forward_moments(const Tensor& x, double eps, bool needs_gradient) {
   return packet;
 }
 
-// What forward_finish found, applied.
+// Issues a Python warning. TORCH_WARN only prints in operators that libraries register.
+void warn(const std::string& message) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("hvd_syncbn::warn", "").typed<void(const std::string&)>();
+  op.call(message);
+}
+
+// Applies the coefficients of forward_finish.
 Tensor apply(const Input& in, const OptionalTensor& residual, bool relu, const Tensor& scratch) {
   const OptionalTensor added = like(in, residual);
   Tensor y = empty_output(in.tensor);
@@ -68,7 +76,7 @@ Tensor apply(const Input& in, const OptionalTensor& residual, bool relu, const T
   return y;
 }
 
-// What backward_finish found, applied. `x` may be `dy` itself where the coefficients leave it out.
+// Applies the coefficients of backward_finish. `in` may be `dy` if the coefficients do not use x.
 std::tuple<Tensor, Tensor> apply_backward(const Input& in, const Tensor& g, const OptionalTensor& output,
                                           bool want_residual, const Tensor& scratch) {
   Tensor dx = empty_output(in.tensor);
@@ -95,6 +103,8 @@ std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, 
   raise_failure(hvd_syncbn_check_packet(HVD_SYNCBN_FORWARD, words), name, " This rank has: ", in.shape.c,
                 " channels, eps ", eps, ", dtype ", x.scalar_type(), ", ", needs_gradient ? "a" : "no",
                 " gradient needed");
+  const std::string warning = nonfinite_warning(name, in.shape.c, words);
+  if (!warning.empty()) warn(warning);
   const auto [share_of_old, share_of_new] = weights(batches, old_weight, new_weight);
   Tensor stats = at::empty({2, in.shape.c}, at::TensorOptions().dtype(at::kDouble));
   Tensor scratch = coefficients(in.shape);
@@ -139,8 +149,8 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, con
   return apply_backward(in, g, output, want_residual, scratch);
 }
 
-// The collective has to stay in a compiled graph, where only results keep what they come from: so the gradients are
-// copies. An operator may not return its arguments.
+// A compiled graph keeps the collective only if results depend on it, so the gradients pass through this operator. They
+// are copies, because an operator must not return its arguments.
 std::tuple<Tensor, Tensor> backward_check(const Tensor& packet, const Tensor& dweight, const Tensor& dbias,
                                           const std::string& name) {
   raise_failure(hvd_syncbn_check_packet(HVD_SYNCBN_BACKWARD, packet.const_data_ptr<int64_t>()), name);

@@ -1,4 +1,4 @@
-// Tensors as the core sees them, for the kernels of both devices.
+// Conversion of tensors to the core's types, for the kernels of both devices.
 #ifndef HVD_SYNCBN_TORCH_TENSORS_H_
 #define HVD_SYNCBN_TORCH_TENSORS_H_
 
@@ -12,13 +12,14 @@
 
 #include "hvd_syncbn/core.h"
 #include "hvd_syncbn/elastic.h"
+#include "hvd_syncbn/nonfinite.h"
 
 namespace hvd_syncbn {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The operators, as the dispatcher knows them for either device.
+// The operators' signatures in the dispatcher, for both devices.
 using ForwardMoments = Tensor(const Tensor& x, double eps, bool needs_gradient);
 using ForwardApply = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& packet, const OptionalTensor& weight,
                                                 const OptionalTensor& bias, const OptionalTensor& residual,
@@ -56,7 +57,8 @@ inline int32_t dtype_code(at::ScalarType type) {
   }
 }
 
-// Whether memory holds [n, spatial..., c], as `movedim(1, -1).is_contiguous()` would say, which takes microseconds.
+// Returns whether memory holds [n, spatial..., c]. Faster than `movedim(1, -1).is_contiguous()`, which takes
+// microseconds.
 inline bool is_channels_last(const Tensor& x) {
   int64_t expected = 1;
   const int64_t last = x.dim() - 1;
@@ -69,7 +71,7 @@ inline bool is_channels_last(const Tensor& x) {
   return true;
 }
 
-// An input brought to one of the core's two layouts; no copy where it is in one already.
+// An input in one of the core's two layouts; copied only if it is in neither.
 struct Input {
   Tensor tensor;
   hvd_syncbn_shape shape;
@@ -87,7 +89,7 @@ inline Input input(const Tensor& x) {
   return {x.contiguous(), shape};
 }
 
-// Another tensor of x's shape, in x's layout.
+// Returns another tensor of x's shape in x's layout.
 inline Tensor like(const Input& x, const Tensor& other) {
   if (x.shape.layout == HVD_SYNCBN_CHANNELS_FIRST) return other.contiguous();
   return is_channels_last(other) ? other : other.movedim(1, -1).contiguous().movedim(-1, 1);
@@ -104,8 +106,8 @@ inline hvd_syncbn_vector vector(const hvd_syncbn_shape& shape, const OptionalTen
   return {tensor->data_ptr(), dtype_code(tensor->scalar_type())};
 }
 
-// The weights of the old running statistics and of the batch's: as given, or where there were `batches` before this one
-// those of an average without a bias at its start.
+// Returns the weights of the old running statistics and of the batch's: as given, or, with the number of earlier
+// `batches`, those of a zero-debiased average.
 inline std::pair<double, double> weights(const OptionalTensor& batches, double old_weight, double new_weight) {
   if (batches.has_value() && batches->defined()) {
     hvd_syncbn_average_weights(old_weight, batches->item<int64_t>(), &old_weight, &new_weight);
@@ -113,8 +115,8 @@ inline std::pair<double, double> weights(const OptionalTensor& batches, double o
   return {old_weight, new_weight};
 }
 
-// Raises where a layer's tensors are on more than one device: one on meta among CPU tensors would select the shape
-// functions, whose results are uninitialized memory. `layer` is empty for a frozen one.
+// Raises if a layer's tensors are on more than one device: a meta tensor among CPU tensors would select the shape
+// functions, whose results are uninitialized memory. `layer` is empty for a frozen layer.
 inline void check_devices(const Tensor& x, std::initializer_list<std::pair<const char*, const OptionalTensor*>> others,
                           const std::string& layer) {
   const c10::Device device = x.device();
@@ -139,7 +141,7 @@ inline void check_packet_size(const hvd_syncbn_shape& shape, const Tensor& packe
                     " channels. Received: ", packet.numel(), " words");
 }
 
-// Raises what a packet's header says is wrong; `detail` ends the message.
+// Raises the error for the status of a packet; `detail` ends the message.
 template <typename... Detail>
 void raise_failure(int32_t status, const std::string& layer, const Detail&... detail) {
   TORCH_CHECK_VALUE(status != HVD_SYNCBN_RANKS_DISAGREE, "the ranks disagree about layer '", layer,
@@ -147,7 +149,7 @@ void raise_failure(int32_t status, const std::string& layer, const Detail&... de
                     "(requires_grad of the input and the parameters, torch.no_grad) have to be the same on every rank.",
                     detail...);
   TORCH_CHECK_VALUE(status != HVD_SYNCBN_CALLS_DIFFER, "the ranks differentiate different calls of layer '", layer,
-                    "': where a layer runs several times, every rank has to run the backward passes in the same order.",
+                    "'. If a layer runs several times, every rank must run the backward passes in the same order.",
                     detail...);
   TORCH_CHECK_VALUE(status != HVD_SYNCBN_ONE_VALUE,
                     "Expected more than 1 value per channel when training, got 1 over all ranks in layer '", layer,

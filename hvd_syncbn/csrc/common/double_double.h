@@ -1,4 +1,4 @@
-// Twice the digits of a floating-point type, from sums and products whose rounding errors are kept.
+// Double-double arithmetic: sums and products that keep their rounding errors.
 #ifndef HVD_SYNCBN_COMMON_DOUBLE_DOUBLE_H_
 #define HVD_SYNCBN_COMMON_DOUBLE_DOUBLE_H_
 
@@ -53,14 +53,14 @@ HVD_SYNCBN_HD DoubleDouble<V> divide(DoubleDouble<V> a, V n) {
   return quick_two_sum(q, r / n);
 }
 
-// a + b * c, for a product that is not too large for a double.
+// Returns a + b * c, for a product that does not overflow.
 HVD_SYNCBN_HD DoubleDouble<double> add_product(double a, double b, double c) {
   const double product = b * c;
   const DoubleDouble<double> sum = two_sum(a, product);
   return {sum.hi, sum.lo + fused(b, c, -product)};
 }
 
-// The same in T: a float takes half the digits.
+// Converts to T, which may be float.
 template <class T>
 HVD_SYNCBN_HD DoubleDouble<T> narrowed(DoubleDouble<double> a) {
   const T hi = static_cast<T>(a.hi);

@@ -1,4 +1,4 @@
-// The four element types, and their exact or once-rounded conversions. A GPU has instructions for float16.
+// The four element types, and their conversions, which are exact or round once. GPUs have instructions for float16.
 #ifndef HVD_SYNCBN_COMMON_DTYPES_H_
 #define HVD_SYNCBN_COMMON_DTYPES_H_
 
@@ -13,7 +13,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The type in which elements of T are normalised (section 4): float64 in itself, the others in float32.
+// The type for normalizing elements of T (section 4): float64 for float64, float32 for the others.
 template <class T>
 struct ComputeOf {
   using type = float;
@@ -82,13 +82,13 @@ HVD_SYNCBN_HD float round_to_odd(double v) {
   if (!(static_cast<double>(nearest) != v) || v != v || nearest - nearest != 0.0f) return nearest;
   uint32_t bits = bit_cast<uint32_t>(nearest);
   if (bits & 1u) return nearest;
-  // The nearest is even and inexact: the odd neighbour on v's side.
+  // The nearest value is even and inexact: return its odd neighbor on v's side.
   const bool grow = fabs(v) > fabs(static_cast<double>(nearest));
   bits = grow ? bits + 1 : (bits & 0x7fffffffu) == 0 ? (bits | 1u) : bits - 1;
   return bit_cast<float>(bits);
 }
 
-// float64 rounded once to the type that a per-channel vector is kept in.
+// Rounds float64 once to the element type of a per-channel vector.
 HVD_SYNCBN_HD void narrow(double v, float* out) { narrow(static_cast<float>(v), out); }
 HVD_SYNCBN_HD void narrow(double v, Half* out) { narrow(round_to_odd(v), out); }
 HVD_SYNCBN_HD void narrow(double v, BFloat16* out) { narrow(round_to_odd(v), out); }

@@ -22,8 +22,7 @@ HVD_SYNCBN_HD V normalized(V x, V pivot, V scale, V scale_lo, V shift, V shift_l
   return fused(d, scale, shift) + fused(d, scale_lo, shift_lo);
 }
 
-// The sum with a residual is rounded once, as if there were none: what the shift loses of it is added with the low
-// part.
+// The sum with a residual is rounded once: the rounding error of shift + residual is added with the low part.
 template <class V>
 HVD_SYNCBN_HD V normalized(V x, V pivot, V scale, V scale_lo, V shift, V shift_lo, V residual) {
   const V d = x - pivot;
@@ -36,7 +35,7 @@ HVD_SYNCBN_HD V input_gradient(V x, V dy, V unit, V scale, V scale_lo, V slope, 
   return unit * fused(scale, dy, fused(x, slope, shift) + fused(scale_lo, dy, shift_lo));
 }
 
-// Of a masked position, which took no part in the statistics: no gradient flows to it through them.
+// The gradient of a masked position, which does not affect the statistics.
 template <class V>
 HVD_SYNCBN_HD V input_gradient(V dy, V unit, V scale, V scale_lo) {
   return unit * fused(scale, dy, scale_lo * dy);

@@ -1,8 +1,8 @@
 // Exact sums: a two's complement fixed-point number in LIMBS limbs of LIMB_BITS bits, little end first
 // (docs/protocol.md, 2).
 //
-// While a sum grows its limbs are signed digits: a negative value is subtracted limb by limb, so values of either sign
-// touch at most three limbs. `normalize` turns digits into the packet's form, limbs 0..6 in [0, 2^40).
+// During summation limbs are signed digits: a negative value is subtracted limb by limb, so values of either sign
+// change at most three limbs. `normalize` converts digits to the packet's form, with limbs 0..6 in [0, 2^40).
 #ifndef HVD_SYNCBN_COMMON_EXACT_SUM_H_
 #define HVD_SYNCBN_COMMON_EXACT_SUM_H_
 
@@ -18,16 +18,16 @@ constexpr int kLimbBits = 40;
 constexpr int kLsbExp = -160;
 constexpr int kHeader = 4;
 constexpr int64_t kLimbMask = (int64_t{1} << kLimbBits) - 1;
-// Values that a sum takes between two `normalize` calls: each adds less than 2^40 to a limb of 63 bits.
+// The maximum number of values between two `normalize` calls: each adds less than 2^40 to a limb of 63 bits.
 constexpr int64_t kDepositsBeforeCarry = int64_t{1} << 22;
 
-// One value as signed digits of limbs [index, index + 3); the third is 0 where index is 6.
+// One value as signed digits of limbs [index, index + 3); the third is 0 if index is 6.
 struct Digits {
   int index;
   int64_t digit[3];
 };
 
-// Truncates v toward minus infinity to a multiple of 2^kLsbExp. False: NaN, infinite, or 2^159 and more.
+// Rounds v toward minus infinity to a multiple of 2^kLsbExp. Returns false if v is NaN, infinite, or at least 2^159.
 HVD_SYNCBN_HD bool split(double v, Digits* out) {
   const uint64_t bits = bit_cast<uint64_t>(v);
   const int biased = static_cast<int>(bits >> 52) & 0x7ff;
@@ -53,7 +53,7 @@ HVD_SYNCBN_HD bool split(double v, Digits* out) {
   return true;
 }
 
-// Adds v to the sum at `limbs`, or 1 to `nonfinite`. Limbs: int64_t*, or what is indexed like one.
+// Adds v to the sum at `limbs`, or 1 to `nonfinite`. Limbs: int64_t*, or a type that is indexed like it.
 template <class Limbs>
 HVD_SYNCBN_HD void deposit(double v, Limbs limbs, int64_t* nonfinite) {
   Digits d;
@@ -66,7 +66,7 @@ HVD_SYNCBN_HD void deposit(double v, Limbs limbs, int64_t* nonfinite) {
   if (d.digit[2]) limbs[d.index + 2] += d.digit[2];
 }
 
-// Limbs: an int64_t* (or a vector's), or what is indexed like one.
+// Limbs: int64_t* or a pointer to vectors of int64_t, or a type that is indexed like it.
 template <class Limbs>
 HVD_SYNCBN_HD void normalize(Limbs limbs) {
   auto digit = limbs[0] + 0;
@@ -77,7 +77,7 @@ HVD_SYNCBN_HD void normalize(Limbs limbs) {
   limbs[kLimbs - 1] = digit;
 }
 
-// Where a channel's parts lie in a packet of c channels.
+// Offsets of a channel's parts in a packet of c channels.
 HVD_SYNCBN_HD int64_t packet_size(int64_t c) { return kHeader + c + 2 * c * kLimbs; }
 HVD_SYNCBN_HD int64_t nonfinite_at(int64_t channel) { return kHeader + channel; }
 HVD_SYNCBN_HD int64_t moment_a_at(int64_t c, int64_t channel) { return kHeader + c + channel * kLimbs; }

@@ -1,4 +1,4 @@
-// From exact sums to the per-channel numbers of a layer (docs/protocol.md, 3), in double-double, in one fixed order.
+// Computes the per-channel values of a layer from exact sums (docs/protocol.md, 3), in double-double and a fixed order.
 #ifndef HVD_SYNCBN_COMMON_FINISH_H_
 #define HVD_SYNCBN_COMMON_FINISH_H_
 
@@ -8,7 +8,8 @@
 
 namespace hvd_syncbn {
 
-// The exact sum in `limbs` (any carry state, left in another), for V double and I int64_t, or vectors of them.
+// Reads the exact sum in `limbs`, whose carries may be pending and change, for V double and I int64_t, or vectors of
+// them.
 template <class V, class I>
 HVD_SYNCBN_HD DoubleDouble<V> read_limbs(I* limbs) {
   normalize(limbs);
@@ -17,7 +18,7 @@ HVD_SYNCBN_HD DoubleDouble<V> read_limbs(I* limbs) {
     for (int i = 0; i < kLimbs; ++i) limbs[i] = (limbs[i] ^ negative) - negative;
     normalize(limbs);
   }
-  // From the highest digit down. The top limb may have 63 bits, more than a double: its upper part goes first.
+  // From the highest digit down. The top limb may have 63 bits, more than a double holds: add its upper part first.
   DoubleDouble<V> sum = {to_double(shift_right<kLimbBits>(limbs[kLimbs - 1])) * constant<V>(0x1p160), constant<V>(0.0)};
   double unit = 0x1p120;  // 2^((kLimbs - 1) * kLimbBits + kLsbExp)
   for (int i = kLimbs - 1; i >= 0; --i) {
@@ -53,14 +54,15 @@ HVD_SYNCBN_HD Statistics<double> statistics(const int64_t* packet, int64_t c, in
     const double nan = canonical_nan<double>();
     return {nan, nan, nan};
   }
-  if (packet[1] == 0) return {0, 0, 1 / sqrt(eps)};  // nobody has a value, or all are masked: as Keras has it
+  if (packet[1] == 0) return {0, 0, 1 / sqrt(eps)};  // no rank has a value, or all are masked: 0, as in Keras
   return statistics(read_sum(packet + moment_a_at(c, channel)), read_sum(packet + moment_b_at(c, channel)),
                     static_cast<double>(packet[1]), eps);
 }
 
-// `weight`s are f32 values, widened; one rounding follows, into the buffer.
+// The weights are float32 values, widened. The result is then rounded once into the buffer. A batch that is not finite
+// is left out.
 HVD_SYNCBN_HD double running(double old_weight, double old, double new_weight, double batch) {
-  return old_weight * old + new_weight * batch;
+  return batch == batch ? old_weight * old + new_weight * batch : old;
 }
 
 // base^n, n >= 0, always in this order; pow() may differ between machines.
@@ -73,9 +75,8 @@ HVD_SYNCBN_HD double power(double base, int64_t n) {
   return result;
 }
 
-// The batch's weight in an average that starts without a bias, after `batches` others: 1 / s, where s = old_weight * s
-// + 1 with every batch. For old_weight 1 that is the average over all batches. Rounded to float32 first, as weights
-// are.
+// The batch's weight in a zero-debiased average after `batches` earlier batches: 1 / s, where s = old_weight * s + 1
+// with every batch. For old_weight 1 it is the average over all batches. old_weight is first rounded to float32.
 HVD_SYNCBN_HD double share_of_new(double old_weight, int64_t batches) {
   const double keep = static_cast<float>(old_weight);
   if (keep == 1) return 1 / (static_cast<double>(batches) + 1);
@@ -84,15 +85,15 @@ HVD_SYNCBN_HD double share_of_new(double old_weight, int64_t batches) {
 
 HVD_SYNCBN_HD double unbiased(double var, double n) { return var * n / (n - 1); }
 
-// What forward_apply needs of a channel, in the compute type T of the elements: y = (x - pivot) * (scale + scale_lo) +
-// shift + shift_lo.
+// The coefficients of a channel for forward_apply, in the compute type T: y = (x - pivot) * (scale + scale_lo) + shift
+// + shift_lo.
 template <class T>
 struct ForwardCoefficients {
   T pivot, scale, scale_lo, shift, shift_lo;
 };
 
-// Past this many standard deviations a mean does not go into the shift, where it would take digits from beta, but is
-// taken off first, which is exact there.
+// A mean of more standard deviations than this is not part of the shift, where it would cost digits of beta. It is
+// subtracted first, which is exact there.
 constexpr double kFarMean = 0x1p20;
 
 template <class T>
@@ -104,8 +105,8 @@ HVD_SYNCBN_HD ForwardCoefficients<T> forward_coefficients(double mean, double in
   return {pivot, scale.hi, scale.lo, shift.hi, shift.lo};
 }
 
-// What backward_apply needs of a channel: dx = unit * ((scale + scale_lo) * dy + slope * x + shift + shift_lo). The
-// unit is a power of two: without it, the slope would be too small for a float where x is very large.
+// The coefficients of a channel for backward_apply: dx = unit * ((scale + scale_lo) * dy + slope * x + shift +
+// shift_lo). The unit is a power of two; without it, the slope would underflow float if x is very large.
 template <class T>
 struct BackwardCoefficients {
   T unit, scale, scale_lo, slope, shift, shift_lo;
@@ -172,7 +173,7 @@ HVD_SYNCBN_HD ParameterGradients<double> parameter_gradients(const int64_t* pack
 
 HVD_SYNCBN_HD uint32_t folded(uint64_t hash) { return static_cast<uint32_t>(hash ^ (hash >> 32)); }
 
-// The digest of a forward packet, which differs where two ranks cannot share a batch: FNV-1a over version, dtype,
+// The digest of a forward packet, which differs between ranks that cannot share a batch: FNV-1a over version, dtype,
 // channel count, eps and whether the rank will differentiate this call.
 HVD_SYNCBN_HD uint32_t forward_digest(double eps, int32_t dtype, int64_t channels, bool needs_gradient) {
   const uint64_t words[5] = {static_cast<uint64_t>(kProtocolVersion), static_cast<uint64_t>(dtype),
@@ -202,8 +203,8 @@ HVD_SYNCBN_HD int64_t header_word(int index, uint32_t digest) {
   return index == 0 ? 1 : static_cast<int64_t>(index == 2 ? d : d * d);
 }
 
-// What the header of a reduced packet says: HVD_SYNCBN_OK, or what is wrong. p * sum(d^2) - sum(d)^2 is the sum of the
-// squared differences of all pairs of digests: 0 where they are equal.
+// The status in the header of a reduced packet. p * sum(d^2) - sum(d)^2 is the sum of the squared differences of all
+// pairs of digests: 0 if they are equal.
 HVD_SYNCBN_HD int32_t check_header(int32_t direction, const int64_t* packet) {
   const uint64_t participants = static_cast<uint64_t>(packet[0]), sum = static_cast<uint64_t>(packet[2]);
   if (participants * static_cast<uint64_t>(packet[3]) != sum * sum) {

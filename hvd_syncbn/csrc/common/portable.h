@@ -1,4 +1,4 @@
-// What the same arithmetic needs on a CPU and on a GPU: the function qualifier, fused multiply-add, bit casts.
+// Primitives of arithmetic that CPU and GPU share: the function qualifier, fused multiply-add, bit casts.
 #ifndef HVD_SYNCBN_COMMON_PORTABLE_H_
 #define HVD_SYNCBN_COMMON_PORTABLE_H_
 
@@ -14,11 +14,11 @@
 
 namespace hvd_syncbn {
 
-// The only fused operation of the protocol; everything else is compiled with contraction off.
+// The only fused operation of the protocol; all code is compiled with contraction off.
 HVD_SYNCBN_HD double fused(double a, double b, double c) { return fma(a, b, c); }
 HVD_SYNCBN_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
-// What templates over a double or a vector V of them need of a double.
+// Functions of a double for templates over a double or a vector V of doubles.
 template <class V>
 HVD_SYNCBN_HD V constant(double v) {
   return V::splat(v);
@@ -31,7 +31,7 @@ HVD_SYNCBN_HD double square_root(double v) { return sqrt(v); }
 HVD_SYNCBN_HD float square_root(float v) { return sqrtf(v); }
 HVD_SYNCBN_HD double larger(double a, double b) { return a > b ? a : b; }  // b where a is NaN
 
-// And of an integer, beside + - & ^.
+// Functions of an int64_t for the same templates, besides + - & ^.
 template <int kBits>
 HVD_SYNCBN_HD int64_t shift_right(int64_t v) {  // toward minus infinity
   return v >> kBits;
@@ -49,7 +49,7 @@ HVD_SYNCBN_HD To bit_cast(From from) {
   return to;
 }
 
-// The power of two at or below |v|; the least normal one where v is smaller, 1 where v is no number.
+// Returns the largest power of two up to |v|, at least the smallest normal one; 1 if v is not finite.
 HVD_SYNCBN_HD float power_of_two(float v) {
   const uint32_t bits = bit_cast<uint32_t>(v) & 0x7f800000u;
   return bit_cast<float>(bits == 0 ? 0x00800000u : bits == 0x7f800000u ? 0x3f800000u : bits);
@@ -59,7 +59,7 @@ HVD_SYNCBN_HD double power_of_two(double v) {
   return bit_cast<double>(bits == 0 ? 0x0010000000000000u : bits == infinite ? 0x3ff0000000000000u : bits);
 }
 
-// Every NaN that leaves the core is this one: hardware disagrees about the sign and payload of the NaNs it makes.
+// The only NaN that the core writes, because processors differ in the sign and payload of the NaNs they generate.
 template <class T>
 HVD_SYNCBN_HD T canonical_nan();
 template <>

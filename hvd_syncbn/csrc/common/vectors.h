@@ -1,4 +1,4 @@
-// Elements of a framework's per-channel vectors, whatever type it keeps them in.
+// Access to the elements of a framework's per-channel vectors of any type.
 #ifndef HVD_SYNCBN_COMMON_VECTORS_H_
 #define HVD_SYNCBN_COMMON_VECTORS_H_
 
@@ -7,7 +7,7 @@
 
 namespace hvd_syncbn {
 
-// Calls work(elements, with their type), or nothing where there are none.
+// Calls work with a typed pointer to the elements, unless `data` is NULL.
 template <class Work>
 HVD_SYNCBN_HD void with_elements(const hvd_syncbn_vector& vector, const Work& work) {
   if (vector.data == nullptr) return;

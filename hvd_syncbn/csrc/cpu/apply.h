@@ -1,11 +1,11 @@
-// The walk over elements that both apply kernels share. An Op brings
-//   splat<V>(c), load<V>(c)         its coefficients of channel c, or of channels c .. c + V::N
-//   apply<kStream>(i, k, counts)    the element (or vector) at offset i; counts: not masked
-//   outputs()                       the addresses it writes to, or-ed
-//   kRows                           channels last, rows that share each load of coefficients
+// The loop over elements that both apply kernels share. An Op has
+//   splat<V>(c), load<V>(c)         return its coefficients of channel c, or of channels c .. c + V::N
+//   apply<kStream>(i, k, counts)    processes the element (or vector) at offset i; counts: whether it is not masked
+//   outputs()                       the bitwise or of the addresses that it writes to
+//   kRows                           channels last, the number of rows that share each load of coefficients
 //
-// Geometry: channels first, one unit is a piece of one row (n, c), its coefficients in registers; channels last, one
-// unit is the c channels of one position.
+// Geometry: channels first, one unit is a piece of one row (n, c), with its coefficients in registers; channels last,
+// one unit is the c channels of one position.
 #ifndef HVD_SYNCBN_CPU_APPLY_H_
 #define HVD_SYNCBN_CPU_APPLY_H_
 
@@ -16,8 +16,8 @@
 namespace hvd_syncbn {
 namespace HVD_SYNCBN_PATH {
 
-// Outputs past this size are written around the caches: they would not stay there until somebody reads them, and a
-// store that goes through a cache reads the line first.
+// Larger outputs are written with streaming stores: they would be evicted before they are read, and a store through the
+// cache reads the cache line first.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 template <class T, int kRows, bool kStream, class Op>
@@ -44,7 +44,8 @@ HVD_SYNCBN_INLINE void walk_units(const hvd_syncbn_shape& shape, const Op& op, c
   using Wide = typename VectorOf<T>::Wide;
   using One = typename VectorOf<T>::One;
   if (shape.layout == HVD_SYNCBN_CHANNELS_LAST || shape.s == 1) {
-    constexpr int kRows = kStream ? 1 : Op::kRows;  // streamed stores need whole lines, so one row at a time
+    constexpr int kRows =
+        kStream ? 1 : Op::kRows;  // streaming stores should fill whole cache lines, so one row at a time
     int64_t row = begin;
     for (; row + kRows <= end; row += kRows) apply_rows<T, kRows, kStream>(op, mask, row, shape.c);
     for (; row < end; ++row) apply_rows<T, 1, kStream>(op, mask, row, shape.c);

@@ -1,10 +1,9 @@
-// Backward apply: dx = unit * ((scale + scale_lo) * dy + slope * x + shift + shift_lo), element by element, in the
-// operations of
-// ../common/elementwise.h; with a fused relu dy is masked by the output first, and the masked dy is the residual's
-// gradient.
+// Backward apply: dx = unit * ((scale + scale_lo) * dy + slope * x + shift + shift_lo) for each element, with the
+// operations of ../common/elementwise.h. With a fused relu, dy is first masked by the output, and the masked dy is the
+// gradient of the residual.
 //
 // Traffic: x and dy (and y) are read once, dx (and dresidual) are written once; six coefficients per channel stay in
-// cache. Geometry: as forward_apply.cc.
+// cache. Geometry: see apply.h.
 #include "apply.h"
 
 namespace hvd_syncbn {

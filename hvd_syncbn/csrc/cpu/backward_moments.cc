@@ -1,7 +1,7 @@
 // Backward moments: sum dy and sum dy * (x - mean) of every piece, in float64, added exactly to the packet. With a
-// fused relu dy counts where the output y is positive.
+// fused relu, dy counts where the output y is positive.
 //
-// Traffic: x and dy (and y) are read once. Geometry: as forward_moments.cc.
+// Traffic: x and dy (and y) are read once. Geometry: see moments.h.
 #include "moments.h"
 
 namespace hvd_syncbn {

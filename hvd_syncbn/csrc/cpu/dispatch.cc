@@ -1,5 +1,4 @@
-// The C interface: picks the instruction-set path, keeps the floating-point environment IEEE, and does the per-channel
-// work.
+// The C interface: selects the instruction-set path and sets the floating-point environment to IEEE.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -34,7 +33,7 @@ struct Path {
   path::forward_moments, path::backward_moments, path::forward_apply, path::backward_apply, path::forward_finish, \
       path::backward_params, path::backward_finish
 
-// Best last.
+// In ascending order of preference.
 const Path kPaths[] = {
     {"baseline", [] { return true; }, HVD_SYNCBN_KERNELS(baseline)},
 #if defined(__x86_64__)
@@ -71,7 +70,7 @@ std::atomic<const Path*>& current() {
 
 const Path& path() { return *current().load(std::memory_order_relaxed); }
 
-// TensorFlow's threads flush denormals to zero, PyTorch's may. Ours must not, and must leave them as they were.
+// TensorFlow's threads flush denormals to zero, and PyTorch's may. The core must not, and must restore the setting.
 class IeeeArithmetic {
  public:
 #if defined(__x86_64__)
@@ -165,6 +164,12 @@ void hvd_syncbn_backward_close(const hvd_syncbn_shape* shape, const double* stat
 
 int32_t hvd_syncbn_check_packet(int32_t direction, const int64_t* packet) { return check_header(direction, packet); }
 
+int64_t hvd_syncbn_nonfinite_channels(int64_t c, const int64_t* packet) {
+  int64_t channels = 0;
+  for (int64_t i = 0; i < c; ++i) channels += packet[nonfinite_at(i)] != 0;
+  return channels;
+}
+
 void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const int64_t* packet,
                                hvd_syncbn_vector gamma, hvd_syncbn_vector beta, hvd_syncbn_vector running_mean,
                                hvd_syncbn_vector running_var, double old_weight, double new_weight, int32_t unbiased,
@@ -226,7 +231,7 @@ int32_t hvd_syncbn_population(int64_t channels, const int64_t* total, int32_t es
 void hvd_syncbn_prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;
-  if (bytes < int64_t{4} << 20) return;  // as NumPy does
+  if (bytes < int64_t{4} << 20) return;  // the same threshold as in NumPy
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   const uintptr_t first = (begin + kPage - 1) & ~(kPage - 1);
   (void)madvise(reinterpret_cast<void*>(first), begin + static_cast<uintptr_t>(bytes) - first, MADV_HUGEPAGE);

@@ -1,7 +1,7 @@
 // Per-channel work between the collective and the apply kernels: statistics, running statistics, coefficients,
 // parameter gradients.
 //
-// Traffic: a packet of 136 bytes per channel, a few vectors. One thread.
+// Traffic: a packet of 136 bytes per channel and a few vectors. One thread.
 #include "../common/finish.h"
 
 #include "../common/vectors.h"
@@ -12,7 +12,7 @@ namespace hvd_syncbn {
 namespace HVD_SYNCBN_PATH {
 namespace {
 
-// Of V::N channels: the exact sums that lie from `limbs` on.
+// Reads the exact sums of V::N channels that start at `limbs`.
 template <class V>
 HVD_SYNCBN_INLINE DoubleDouble<V> read_sums(const int64_t* limbs) {
   typename V::Bits columns[kLimbs];
@@ -20,8 +20,8 @@ HVD_SYNCBN_INLINE DoubleDouble<V> read_sums(const int64_t* limbs) {
   return read_limbs<V>(columns);
 }
 
-// Calls wide(i) for channels i .. i + F64::N of [begin, end) of which every sum is a number over n > 0 values, one(i)
-// for the others.
+// Calls wide(i) for channels i .. i + F64::N of [begin, end) if all their sums are finite and over n > 0 values, and
+// one(i) for the other channels.
 template <class Wide, class One>
 HVD_SYNCBN_INLINE void for_channels(const int64_t* packet, int64_t begin, int64_t end, const Wide& wide,
                                     const One& one) {
@@ -39,7 +39,7 @@ HVD_SYNCBN_INLINE void for_channels(const int64_t* packet, int64_t begin, int64_
   }
 }
 
-// Channels are taken in blocks, between loops that know the types of their arrays.
+// Channels are processed in blocks, between loops that are specialized for the types of the arrays.
 constexpr int kBlock = 64;
 
 template <class Work>
@@ -61,7 +61,7 @@ HVD_SYNCBN_INLINE void write_block(const hvd_syncbn_vector& vector, int64_t begi
   });
 }
 
-// Running statistics take those of the batch.
+// Updates running statistics with those of the batch.
 void update(const hvd_syncbn_vector& vector, int64_t begin, int64_t end, double keep, double take,
             const double* batch) {
   with_elements(vector, [&](auto* elements) {
@@ -71,7 +71,7 @@ void update(const hvd_syncbn_vector& vector, int64_t begin, int64_t end, double 
   });
 }
 
-// Of a frozen layer: mean and 1 / standard deviation from the running statistics.
+// Reads mean and 1 / standard deviation of a frozen layer from its running statistics.
 void stored_statistics(const hvd_syncbn_vector& running_mean, const hvd_syncbn_vector& running_var, double eps,
                        int64_t begin, int64_t end, double* mean, double* invstd) {
   double var[kBlock];
@@ -80,7 +80,7 @@ void stored_statistics(const hvd_syncbn_vector& running_mean, const hvd_syncbn_v
   for (int64_t i = 0; i < end - begin; ++i) invstd[i] = 1 / sqrt(var[i] + eps);
 }
 
-// The coefficients lie as arrays of c values, one after another.
+// Coefficients are stored as consecutive arrays of c values.
 template <class T>
 HVD_SYNCBN_INLINE void write_forward_coefficients(int64_t begin, int64_t end, int64_t c, const double* stats,
                                                   const double* gamma, const double* beta, T* out) {

@@ -1,4 +1,4 @@
-// Forward apply: y = relu?((x - pivot) * (scale + scale_lo) + shift + shift_lo + residual?), element by element, in the
+// Forward apply: y = relu?((x - pivot) * (scale + scale_lo) + shift + shift_lo + residual?) for each element, with the
 // operations of ../common/elementwise.h.
 //
 // Traffic: x (and the residual) are read once, y is written once; five coefficients per channel stay in cache.
@@ -9,7 +9,7 @@ namespace hvd_syncbn {
 namespace HVD_SYNCBN_PATH {
 namespace {
 
-// How far ahead of the elements memory is asked for.
+// Prefetch distance.
 constexpr int kAheadBytes = 1024;
 
 template <class T, bool kResidual, bool kRelu>
@@ -41,7 +41,7 @@ struct ForwardApply {
   }
   template <bool kStream, class V>
   HVD_SYNCBN_INLINE void apply(int64_t i, const Coefficients<V>& k, bool) const {
-    // Next to streamed stores the core's own prefetching falls behind; where two tensors are read it does not.
+    // With streaming stores, the hardware prefetcher falls behind if one tensor is read, but not if two are.
     if (kStream && !kResidual) __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAheadBytes);
     const V at = V::load(x + i);
     V v = kResidual ? normalized(at, k.pivot, k.scale, k.scale_lo, k.shift, k.shift_lo, V::load(residual + i))

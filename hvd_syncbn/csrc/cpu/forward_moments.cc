@@ -1,7 +1,7 @@
 // Forward moments: sum x and sum x^2 of every piece, in float64, added exactly to the packet.
 //
-// Traffic: x is read once; per piece of up to 1024 positions two values go to the tile's exact sums.
-// Geometry: see moments.h; one unit is a tile of channels x one piece.
+// Traffic: x is read once; for each piece of up to 1024 positions, two values are added to the tile's exact sums.
+// Geometry: see moments.h; one unit is one piece of a tile of channels.
 #include "moments.h"
 
 namespace hvd_syncbn {

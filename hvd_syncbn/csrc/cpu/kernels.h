@@ -1,4 +1,4 @@
-// The table of one instruction-set path's kernels; dispatch.cc picks a table at run time.
+// The kernels of each instruction-set path; dispatch.cc selects a path at run time.
 #ifndef HVD_SYNCBN_CPU_KERNELS_H_
 #define HVD_SYNCBN_CPU_KERNELS_H_
 
@@ -7,15 +7,15 @@
 
 namespace hvd_syncbn {
 
-// Channels that one unit of the moment kernels covers. Channels last, memory is read at speed only if whole rows are;
-// channels first, small tiles give threads more units.
+// Channels of one unit of the moment kernels. Channels last, full memory bandwidth needs reads of whole rows; channels
+// first, small tiles give threads more units.
 constexpr int kMaxTile = 2048;
-// Of arrays of that many float64: a power of two would put one channel's values into one set of the cache.
+// The pitch of float64 arrays of a tile: with a power of two, all values of a channel would map to one cache set.
 constexpr int kPitch = kMaxTile + 56;
 
 inline int tile_width(const hvd_syncbn_shape& shape) {
   if (shape.layout != HVD_SYNCBN_CHANNELS_LAST && shape.s != 1) return shape.s < 1024 ? 64 : 16;
-  // Few samples: narrower tiles, so that there is something for every thread.
+  // With few samples, narrower tiles give every thread a unit.
   const int64_t pieces = shape.n * ((shape.s + kPiece - 1) / kPiece);
   int64_t tiles = shape.c > kMaxTile ? (shape.c + kMaxTile - 1) / kMaxTile : 1;
   while (pieces * tiles < 16 && shape.c / tiles > 128) tiles *= 2;
@@ -43,7 +43,7 @@ inline int tile_width(const hvd_syncbn_shape& shape) {
                        const hvd_syncbn_vector& gamma, void* coefficients);                                           \
   }
 
-// Outside the instruction-set paths: a few times a data set, not a step (population.cc).
+// Not in the instruction-set paths, because they run a few times per data set, not per step (population.cc).
 void add_packet(int64_t c, const int64_t* packet, int64_t* total);
 int32_t add_batch(int64_t c, const int64_t* packet, int64_t* total);
 int32_t population(int64_t c, const int64_t* total, int32_t estimator, int32_t unbiased, double eps,

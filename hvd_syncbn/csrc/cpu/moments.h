@@ -1,21 +1,21 @@
 // Piece sums in the canonical order (docs/protocol.md, 1), for the two moment kernels.
 //
-// A kernel brings Terms: an element adds g to the first moment, g * d to the second.
-//   kNarrow, kSquare    g has at most 24 bits; d is g
+// A kernel defines Terms: an element adds g to the first moment and g * d to the second.
+//   kNarrow, kSquare    whether g has at most 24 bits; whether d is g
 //   kItem               bytes of an element
 //   terms.load(i, mean, &g, &d)
-//                       of the element (or vector of elements) at offset i
+//                       loads the element (or vector of elements) at offset i
 //   terms.load_first(i, count, mean, &g, &d)
-//                       of a vector of which `count` elements are there, and the others count as 0
+//                       loads a vector of `count` elements followed by zeros
 //   terms.prefetch<kLevel>(i)
-//                       asks for the cache line of the element at offset i: kFirstLevel, or kSecondLevel, past which
-//                       the processor's own look-ahead along addresses goes on
+//                       prefetches the cache line of the element at offset i into kFirstLevel or kSecondLevel, from
+//                       where the hardware prefetcher continues along addresses
 //   terms.masked(), counts(row)
-//                       whether there is a mask; false: this position is masked (channels last only; channels first
-//                       masks beforehand)
+//                       whether there is a mask; whether this position is not masked (channels last only; channels
+//                       first applies the mask beforehand)
 //
-// A unit is (tile of channels, sample, piece), the tile slowest: a thread walks the samples with the sums of one tile
-// in its second-level cache.
+// A unit is (tile of channels, sample, piece), with the tile varying slowest: a thread loops over the samples with the
+// sums of one tile in its second-level cache.
 #ifndef HVD_SYNCBN_CPU_MOMENTS_H_
 #define HVD_SYNCBN_CPU_MOMENTS_H_
 
@@ -28,12 +28,10 @@ namespace HVD_SYNCBN_PATH {
 
 // Arguments of __builtin_prefetch.
 constexpr int kFirstLevel = 3, kSecondLevel = 2;
-// Channels first: how far ahead of the sums memory is asked for. Without it a core with fast memory reads at half its
-// speed here.
+// Channels first: the prefetch distance. Without prefetching, a core with fast memory reaches half its bandwidth here.
 constexpr int kAheadBytes = 4096;
 
-// What the fold of a piece's lanes leaves when a vector of them is left; fold_rows does the rest, for V::N pieces at
-// once.
+// The lanes of a piece, folded to one vector; fold_rows folds V::N such vectors at once.
 struct LaneSums {
   F64 a, b;
 };
@@ -44,8 +42,8 @@ HVD_SYNCBN_INLINE void add_element(const Terms& terms, int64_t i, V mean, V* a, 
   terms.load(i, mean, &g, &d);
   *a = *a + g;
 #if !defined(__AVX2__)
-  // Without the instruction a fused multiply-add is a library call.
-  if (Terms::kNarrow && Terms::kSquare) {  // exact as it is
+  // Without FMA instructions, a fused multiply-add is a library call.
+  if (Terms::kNarrow && Terms::kSquare) {  // the product is exact
     *b = *b + g * d;
     return;
   }
@@ -53,7 +51,7 @@ HVD_SYNCBN_INLINE void add_element(const Terms& terms, int64_t i, V mean, V* a, 
   *b = fused(g, d, *b);
 }
 
-// lane[j] += lane[j + w] for w = 16, 8, ..., as long as there are more lanes than a vector has.
+// Computes lane[j] += lane[j + w] for w = 16, 8, ... until one vector of lanes is left.
 HVD_SYNCBN_INLINE F64 fold(double* lane) {
   for (int w = kLanes / 2; w >= F64::N; w /= 2) {
     for (int j = 0; j < w; j += F64::N) (F64::load(lane + j) + F64::load(lane + j + w)).keep(lane + j);
@@ -61,8 +59,8 @@ HVD_SYNCBN_INLINE F64 fold(double* lane) {
   return F64::load(lane);
 }
 
-// Channels first: a piece of less than 2 * kLanes elements, whose lanes have at most two each, stays in registers. In
-// the order of the fold: vectors of lanes v, v + kStride, v + 2 * kStride, ...
+// Channels first: sums a piece of fewer than 2 * kLanes elements, at most two per lane, in registers. In the order of
+// the fold: vectors of lanes v, v + kStride, v + 2 * kStride, ...
 template <int kStride, class Terms>
 HVD_SYNCBN_INLINE LaneSums short_row(const Terms& terms, int64_t offset, int length, F64 mean, int v) {
   constexpr int kVectors = kLanes / F64::N;
@@ -86,8 +84,8 @@ HVD_SYNCBN_INLINE LaneSums short_row(const Terms& terms, int64_t offset, int len
   }
 }
 
-// Channels first: the piece is `length` consecutive elements from offset.
-// Registers hold kPass lanes of both moments, so a chunk that stays in L1 is walked 32 / kPass times.
+// Channels first: sums the piece of `length` consecutive elements from offset.
+// Registers hold kPass lanes of both moments, so a chunk that fits in L1 is read 32 / kPass times.
 template <class Terms>
 HVD_SYNCBN_INLINE LaneSums row_piece(const Terms& terms, int64_t offset, int length, double mean) {
   if constexpr (F64::N > 1) {
@@ -152,11 +150,11 @@ HVD_SYNCBN_INLINE LaneSums row_piece(const Terms& terms, int64_t offset, int len
   return {fold(lane_a), fold(lane_b)};
 }
 
-// Channels last: positions [row, row + length) of channels [first, first + width). One lane at a time takes up to
-// kRows of its positions, so the sums of a lane travel between cache and registers once per kRows elements. The rows of
-// a lane lie far apart; so the kLanes * kRows rows that come next are asked for meanwhile, in the order of addresses,
-// which is the only one in which a core reads memory at speed. Whole rows, even where their sums (512 bytes a channel)
-// leave the second-level cache: narrower tiles read half as fast.
+// Channels last: positions [row, row + length) of channels [first, first + width). One lane at a time adds up to kRows
+// of its positions, so the sums of a lane move between cache and registers once per kRows elements. The rows of a lane
+// are far apart, so the next kLanes * kRows rows are prefetched meanwhile, in the order of addresses, which full memory
+// bandwidth requires. Tiles are whole rows, even if their sums (512 bytes per channel) do not fit in the second-level
+// cache: narrower tiles read half as fast.
 template <class Terms>
 constexpr int kRows = Terms::kSquare ? 8 : 4;
 
@@ -189,33 +187,33 @@ HVD_SYNCBN_INLINE int lane_columns(const Terms& terms, const int64_t* offsets, i
   return c;
 }
 
-// What a walk adds up in: two arrays of kLanes rows, `pitch` apart.
+// The scratch memory of a walk: two arrays of kLanes rows, `pitch` apart.
 struct Scratch {
   double *a, *b;
   int pitch;
 };
 
-// This thread's, for tiles of `width` channels; kept from call to call, as fresh pages would cost more than a small
-// layer's sums. Not on the stack: it takes up to 1 MiB. A pitch of a power of two would put one channel's rows into one
-// set of the cache.
+// Returns this thread's scratch for tiles of `width` channels. It is kept between calls, because page faults would cost
+// more than the sums of a small layer, and it is up to 1 MiB, too much for the stack. With a pitch of a power of two,
+// all rows of a channel would map to one cache set.
 inline Scratch scratch_of(int width) {
   constexpr int kLine = 64 / sizeof(double);
-  static thread_local std::vector<double> room;
+  static thread_local std::vector<double> memory;
   const int pitch = (width + kLine - 1) / kLine * kLine + kLine;
   const int size = kLanes * pitch;
-  if (room.size() < static_cast<size_t>(2 * size + kLine)) room.resize(2 * size + kLine);
-  const size_t past = reinterpret_cast<uintptr_t>(room.data()) / sizeof(double) % kLine;
-  double* const a = room.data() + (past ? kLine - past : 0);
+  if (memory.size() < static_cast<size_t>(2 * size + kLine)) memory.resize(2 * size + kLine);
+  const size_t past = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(double) % kLine;
+  double* const a = memory.data() + (past ? kLine - past : 0);
   return {a, a + size, pitch};
 }
 
 // A piece of at most kShort positions keeps its lanes in registers. They are visited in the order of the fold, for all
-// channels of the tile: lanes j, j + 8, j + 16 and j + 24 are added up while their rows are read along, for j = 0, 4,
-// 2, 6, 1, 5, 3, 7. What waits for its right-hand side in level l of that tree lies in row l of the scratch.
+// channels of the tile: lanes j, j + 8, j + 16 and j + 24 are added while their rows are read, for j = 0, 4, 2, 6, 1,
+// 5, 3, 7. The left operand of level l of that tree waits in row l of the scratch.
 constexpr int kShort = 4 * kLanes;
 constexpr int kStrands = 8;
 constexpr int kStrandOrder[kStrands] = {0, 4, 2, 6, 1, 5, 3, 7};
-// Pieces of one element are taken this many samples at a time, while the bins of a channel are in registers.
+// Pieces of one element are added for this many samples at a time, while the bins of a channel are in registers.
 constexpr int kSingles = 8;
 
 template <class V, int kVectors>
@@ -227,7 +225,7 @@ struct Sums {
   }
 };
 
-// What the fold leaves of `count` > 0 rows, `step` apart, which belong to four lanes in turn.
+// Folds `count` > 0 rows, `step` apart, which belong to four lanes in turn.
 template <class V, int kVectors, class Terms>
 HVD_SYNCBN_INLINE void strand(const Terms& terms, int64_t offset, int64_t step, int count, const V* mean,
                               Sums<V, kVectors>* sums) {
@@ -235,7 +233,7 @@ HVD_SYNCBN_INLINE void strand(const Terms& terms, int64_t offset, int64_t step, 
     for (int v = 0; v < kVectors; ++v) {
       V d;
       terms.load(offset + first * step + v * V::N, mean[v], &sum->a[v], &d);
-      sum->b[v] = sum->a[v] * d;  // as fma(g, d, +0.0), but for the sign of a zero, which no sum shows
+      sum->b[v] = sum->a[v] * d;  // equals fma(g, d, +0.0) except for the sign of zero, which does not affect the sum
     }
 #pragma GCC unroll 2
     for (int r = first + 4; r < count; r += 4) {
@@ -298,7 +296,7 @@ HVD_SYNCBN_INLINE int strand_columns(const Terms& terms, int64_t offset, int64_t
   return c;
 }
 
-// Strand k of the piece, in the widest vectors. Without branches for the counts that images of 7 x 7 and less have.
+// Adds strand k of the piece, in the widest vectors. The counts of images up to 7 x 7 are compile-time constants.
 template <class Terms>
 HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t stride, int length, int k, int width,
                                     const double* mean, const Scratch& scratch, TileSums* tile) {
@@ -328,7 +326,7 @@ HVD_SYNCBN_INLINE int short_columns(const Terms& terms, int64_t offset, int64_t 
   return strand_columns<S64, 1>(terms, offset + j * stride, kStrands * stride, count, k, c, width, mean, scratch, tile);
 }
 
-// Pieces of one element: kCount rows from the offset on.
+// Adds pieces of one element: kCount rows from the offset.
 template <class V, int kVectors, int kCount, class Terms>
 HVD_SYNCBN_INLINE int single_columns(const Terms& terms, int64_t offset, int64_t stride, int c, int width,
                                      const double* mean, TileSums* tile) {
@@ -352,7 +350,7 @@ HVD_SYNCBN_INLINE int single_columns(const Terms& terms, int64_t offset, int64_t
   return c;
 }
 
-// Pieces that lie in arrays, one per channel from c on.
+// Adds pieces that are stored in arrays, one per channel from c.
 template <class V>
 HVD_SYNCBN_INLINE int add_vectors(const double* a, const double* b, int c, int width, TileSums* tile) {
   for (; c + V::N <= width; c += V::N) {
@@ -369,9 +367,9 @@ HVD_SYNCBN_INLINE void add_pieces(const double* a, const double* b, int width, T
   if (F64::N > 1) add_vectors<S64>(a, b, c, width, tile);
 }
 
-// Channels first: pieces of a row that are read one after the other, at most.
+// Channels first: the maximum number of consecutive pieces of a row.
 constexpr int kRun = 16;
-static_assert(kRun <= kLanes, "each has a row of the scratch");
+static_assert(kRun <= kLanes, "each needs a row of the scratch");
 
 template <class Terms>
 HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length, int64_t channels, int64_t first,
@@ -386,7 +384,7 @@ HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length,
   double *const a = scratch.a, *const b = scratch.b;
   const int pitch = scratch.pitch;
   constexpr int kBlock = kLanes * kRows<Terms>;
-  const int lanes = length < kLanes ? length : kLanes;  // adding the +0.0 of a lane without positions changes nothing
+  const int lanes = length < kLanes ? length : kLanes;  // adding +0.0 of a lane without positions would not change sums
   for (int base = 0; base < length; base += kBlock) {
     const int next = base + kBlock < length ? base + kBlock : length;
     for (int j = 0; j < lanes; ++j) {
@@ -415,8 +413,8 @@ HVD_SYNCBN_INLINE void column_piece(const Terms& terms, int64_t row, int length,
   add_pieces(a, b, width, tile);
 }
 
-// Walks units [begin, end). `mean` is NULL where the terms do not use it; `row(n, c, piece)` hands over the piece's
-// terms and offset, for channels first.
+// Processes units [begin, end). `mean` is NULL if the terms do not use it. Channels first, `row(n, c, position, length,
+// mean)` returns the sums of one piece.
 template <class Terms, class RowPiece>
 HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, const RowPiece& row, const double* mean,
                             int64_t begin, int64_t end, int64_t* packet) {
@@ -462,14 +460,14 @@ HVD_SYNCBN_INLINE void walk(const hvd_syncbn_shape& shape, const Terms& terms, c
                      &sums);
         continue;
       }
-      // Several pieces of a row before the next row: memory is read at speed only along rows.
+      // Several pieces of a row before the next row, because full memory bandwidth needs reads along rows.
       const int64_t ours = pieces - piece < stop - begin ? pieces - piece : stop - begin;
       const int run = static_cast<int>(ours < kRun ? ours : kRun);
       begin += run;
       for (int i = 0; i < width; i += F64::N) {
         F64 rows_a[kRun][F64::N], rows_b[kRun][F64::N];
         for (int r = 0; r < F64::N; ++r) {
-          const int c = i + r < width ? i + r : width - 1;  // the last one again, for nobody
+          const int c = i + r < width ? i + r : width - 1;  // repeats the last channel; the result is not used
           for (int p = 0; p < run; ++p) {
             const LaneSums m =
                 row(n, first + c, (piece + p) * kPiece, length_of(piece + p), mean ? mean[first + c] : 0.0);

@@ -1,4 +1,4 @@
-// Statistics of a data set, from the packets of its batches (docs/protocol.md, 9).
+// Statistics of a data set from the packets of its batches (docs/protocol.md, 9).
 //
 // Traffic: a packet of 136 bytes per channel and batch. One thread.
 #include "../common/finish.h"

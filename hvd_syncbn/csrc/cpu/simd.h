@@ -1,18 +1,18 @@
-// The vectors of one instruction-set path. Every kernel source is compiled once per path, with HVD_SYNCBN_PATH naming
-// it (baseline, avx2, avx512); all that differs between paths is in this file.
+// The vectors of one instruction-set path. Every kernel source is compiled once per path, with HVD_SYNCBN_PATH as its
+// name (baseline, avx2, avx512); all differences between paths are in this file.
 //
-// F64 and F32 hold N values; S64 and S32 hold one and serve tails, and everything in the baseline path. All have
-//   load(p)     N elements of any type, widened (exact)
-//   store<kStream>(p)   rounded once, NaN made canonical; kStream: past the caches, to an aligned address
+// F64 and F32 hold N values. S64 and S32 hold one value, for tails and for the whole baseline path. All have
+//   load(p)     loads N elements of any type, widened (exact)
+//   store<kStream>(p)   rounds once and makes NaN canonical; kStream: a streaming store to an aligned address
 //   splat(v)    + - *    fused(a, b, c)    relu(v)    keep_where_positive(v, y)    number_or_zero(v): 0 for NaN
-// and those of float64, for the exact sums (tile_sums.h),
+// The float64 vectors also have, for the exact sums (tile_sums.h),
 //   a | b, a & b (of the bits)    magnitude(v)    larger(a, b), smaller(a, b): b where a is NaN
 //   any_above(a, b)    any_nonzero(v)
-// Vectors F64 also have, for what is made of the sums (../common/finish.h),
+// F64 also has, for the per-channel work (../common/finish.h),
 //   -a    a / b    square_root(v)
 //   Bits: a vector of as many int64_t (../common/portable.h)
-// and functions: load_part(p, count): F64 of the first `count` < N elements at p, then zeros
-//   fold_rows(rows): of N vectors, each folded to one value by lane[j] += lane[j + w], w = N / 2, ..., 1
+// Functions: load_part(p, count): F64 of the first `count` < N elements at p, then zeros
+//   fold_rows(rows): folds each of N vectors to one value by lane[j] += lane[j + w], w = N / 2, ..., 1
 #ifndef HVD_SYNCBN_CPU_SIMD_H_
 #define HVD_SYNCBN_CPU_SIMD_H_
 
@@ -46,7 +46,7 @@ struct Scalar {
   HVD_SYNCBN_INLINE void store(Element* p) const {
     narrow(v, p);
   }
-  // As it is: accumulators and other values that stay inside the core.
+  // Stores without rounding, for accumulators and other values inside the core.
   HVD_SYNCBN_INLINE void keep(T* p) const { *p = v; }
   friend HVD_SYNCBN_INLINE Scalar operator+(Scalar a, Scalar b) { return {a.v + b.v}; }
   friend HVD_SYNCBN_INLINE Scalar operator-(Scalar a, Scalar b) { return {a.v - b.v}; }
@@ -93,7 +93,7 @@ HVD_SYNCBN_INLINE void put(double* p, __m256d v) {
 }
 // The bits of the double 2^52; below them, those of an integer up to 2^52.
 constexpr int64_t kTwoTo52 = int64_t{0x433} << 52;
-// Orders streamed stores before everything that follows.
+// Orders streaming stores before all later stores.
 HVD_SYNCBN_INLINE void end_stream() { _mm_sfence(); }
 
 HVD_SYNCBN_INLINE __m256d fold_four(__m256d r0, __m256d r1, __m256d r2, __m256d r3) {
@@ -386,8 +386,8 @@ HVD_SYNCBN_INLINE F64 to_double(I64 a) {
 }
 
 HVD_SYNCBN_INLINE F64 load_part(const float* p, int count) {
-  const __m128i there = _mm_cmpgt_epi32(_mm_set1_epi32(count), _mm_setr_epi32(0, 1, 2, 3));
-  return {_mm256_cvtps_pd(_mm_maskload_ps(p, there))};
+  const __m128i loaded = _mm_cmpgt_epi32(_mm_set1_epi32(count), _mm_setr_epi32(0, 1, 2, 3));
+  return {_mm256_cvtps_pd(_mm_maskload_ps(p, loaded))};
 }
 HVD_SYNCBN_INLINE F64 fold_rows(const F64* rows) { return {fold_four(rows[0].v, rows[1].v, rows[2].v, rows[3].v)}; }
 
@@ -407,7 +407,7 @@ HVD_SYNCBN_INLINE F64 load_part(const T* p, int count) {
   return F64::load(part);
 }
 
-// The vector in which elements of T are normalised, and its one-value form.
+// The vector type for normalizing elements of T, and its scalar form.
 template <class T>
 struct VectorOf {
   using Wide = F32;

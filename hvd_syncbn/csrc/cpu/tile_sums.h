@@ -1,14 +1,14 @@
-// The exact sums of one tile of channels, while a thread walks its units.
+// The exact sums of one tile of channels while a thread processes its units.
 //
-// Splitting every piece value into limbs costs some 25 scalar instructions, too many where pieces are short. So a value
-// v is first added to two float64 bins per channel. The high bin stays between 2^(52 + e) and 2^(53 + e), so adding to
-// it rounds to a multiple of 2^e; what that leaves of v goes to the low bin, whose unit is 2^(e - kReach - 1). That is
-// exact as long as
-//   |v| <= 2^(e + kReach)                     then kFlush of them leave the high bin between its bounds
-//   v is a multiple of 2^(e - kReach - 1)     which the low bin shows: its addition lost nothing
-// which is checked for every value; one that fails goes to the limbs directly. After kFlush values both bins are split
-// into limbs. e is chosen per channel, from its first values and then from the last one that failed; the result is the
-// same integer whatever it was, so no rule about e is part of the protocol.
+// Splitting a piece value into limbs costs about 25 scalar instructions, too many for short pieces. So a value v is
+// first added to two float64 bins per channel. The high bin stays between 2^(52 + e) and 2^(53 + e), so adding to it
+// rounds to a multiple of 2^e; the remainder of v is added to the low bin, whose unit is 2^(e - kReach - 1). This is
+// exact if
+//   |v| <= 2^(e + kReach)                     so that kFlush values keep the high bin between its bounds, and
+//   v is a multiple of 2^(e - kReach - 1)     so that the addition to the low bin loses nothing.
+// Both are checked for every value; a value that fails is added to the limbs directly. After kFlush values, both bins
+// are split into limbs. e is chosen per channel, from its first values and then from the last value that failed. The
+// sum is the same integer for any e, so the choice is not part of the protocol.
 #ifndef HVD_SYNCBN_CPU_TILE_SUMS_H_
 #define HVD_SYNCBN_CPU_TILE_SUMS_H_
 
@@ -21,8 +21,8 @@ namespace HVD_SYNCBN_PATH {
 
 constexpr int kReach = 39;
 constexpr int kFlush = 1 << 12;
-// The low bin's unit stays above 2^kLsbExp, because what is smaller has to be dropped value by value; and kFlush of the
-// largest values stay in the range of an exact sum, because what is larger has to be counted value by value.
+// The low bin's unit is at least 2^kLsbExp, because smaller bits must be dropped in each value; and kFlush of the
+// largest values fit in an exact sum, because larger values must be counted one by one.
 constexpr int kMinLimit = kLsbExp + kReach + 1 + kReach;
 constexpr int kMaxLimit = kLimbs * kLimbBits + kLsbExp - 2 - 12;
 // An empty bin, in units of the limit 2^(e + kReach).
@@ -36,7 +36,8 @@ template <class V>
 struct Bins {
   V high, low;
 
-  // Adds v. Returns what was lost: not 0 (or NaN) where v is not a multiple of the low bin's unit, or not finite.
+  // Adds v and returns the lost part, which is not 0 (or is NaN) if v is not a multiple of the low bin's unit or not
+  // finite.
   HVD_SYNCBN_INLINE V add(V v) {
     const V sum_high = high + v;
     const V rest = v - (sum_high - high);
@@ -50,8 +51,8 @@ struct Bins {
 
 class TileSums {
  public:
-  // The sums of channels [first, first + width) of a packet of c, width at most kMaxTile. alone: no other thread adds
-  // to these channels before `finish`.
+  // Starts the sums of channels [first, first + width) of a packet of c channels; width is at most kMaxTile. alone: no
+  // other thread adds to these channels before `finish`.
   void begin(int width, int64_t* packet, int64_t c, int64_t first, bool alone) {
     width_ = width;
     added_ = 0;
@@ -70,7 +71,7 @@ class TileSums {
     }
   }
 
-  // To be called before up to `values` (at most kFlush) are added to each channel.
+  // Must be called before adding up to `values` (at most kFlush) values to each channel.
   HVD_SYNCBN_INLINE void expect(int values) {
     if (added_ + values > kFlush) flush();
     added_ += values;
@@ -81,7 +82,7 @@ class TileSums {
   // Adds kCount values of both moments to each of V::N channels from c: value(r, v) writes the r-th of them to v[2].
   template <class V, int kCount, class Value>
   HVD_SYNCBN_INLINE void add(int c, const Value& value) {
-    // Room above the first values, in powers of two. Many values tell more; their squares are checked by their sum.
+    // The margin above the first values, in powers of two. More values need less; squares are checked by their sum.
     constexpr int kMargin[2] = {kCount == 1 ? 8 : 3, kCount == 1 ? 8 : 6};
     V lost = V::splat(0.0), largest[2] = {lost, lost}, v[2];
     if (__builtin_expect(first_, 0)) {
@@ -113,7 +114,7 @@ class TileSums {
     keep(1, c, bins[1]);
   }
 
-  // The same where the values are g and g * d: factors(r, &g, &d) gives the r-th.
+  // The same for values g and g * d: factors(r, &g, &d) returns the r-th.
   template <class V, int kCount, class Factors>
   HVD_SYNCBN_INLINE void add_products(int c, const Factors& factors) {
     add<V, kCount>(c, [&](int r, V* value) {
@@ -123,9 +124,9 @@ class TileSums {
     });
   }
 
-  // The same for kVectors * V::N channels: factors(r, i, &g, &d) gives those of channels c + i. g has 24 bits, and
-  // seldom needs a low bin. kSquare: d is g; then the sum of the squares bounds them and g, and if nothing of g is lost
-  // in a unit of 2^e, no bit of its square lies below 2^(2 e).
+  // The same for kVectors * V::N channels: factors(r, i, &g, &d) returns those of channels c + i. g has 24 bits and
+  // rarely needs a low bin. kSquare: d is g; then the sum of the squares bounds both the squares and g, and if g is a
+  // multiple of 2^e, its square has no bit below 2^(2 e).
   template <class V, int kVectors, int kCount, bool kSquare, class Factors>
   HVD_SYNCBN_INLINE void add_many_products(int c, const Factors& factors) {
     V a[kVectors], lost[kVectors], largest_a[kVectors], largest_b[kVectors];
@@ -160,7 +161,7 @@ class TileSums {
       const V limit_a = V::load(limit_[0] + at), limit_b = V::load(limit_[1] + at);
       bool exact = !first_ && !any_nonzero(lost[i]);
       if (kSquare) {
-        // Low units: of b 2^(e_b - kReach - 1), to be at most 2^(2 e_a).
+        // The low unit of b, 2^(e_b - kReach - 1), must be at most 2^(2 e_a).
         const V square = limit_a * limit_a;
         exact = exact && !any_above(b[i].high - V::load(high_[1] + at), smaller(limit_b, square)) &&
                 !any_above(limit_b, square * V::splat(2.0));
@@ -176,7 +177,7 @@ class TileSums {
     }
   }
 
-  // From here on everything is in the packet.
+  // Adds all remaining sums to the packet.
   void finish() {
     if (unplaced_) return;  // every unit was masked
     flush();
@@ -195,7 +196,7 @@ class TileSums {
     }
   }
 
-  // Carries toward zero, so that the upper limbs of a small negative sum stay 0 and cost no atomic add.
+  // Carries toward zero, so that the upper limbs of a small negative sum stay 0 and need no atomic add.
   static void carry(int64_t* limbs) {
     for (int l = 0; l < kLimbs - 1; ++l) {
       const int64_t over = limbs[l] / (int64_t{1} << kLimbBits);
@@ -215,7 +216,7 @@ class TileSums {
     bins.low.keep(low_[m] + c);
   }
 
-  // Empty bins for values up to 2^margin times as large as `top`.
+  // Sets empty bins for values up to 2^margin times as large as `top`.
   template <class V>
   HVD_SYNCBN_INLINE void place(int m, int c, V top, int margin) {
     const V powers = V::splat(bit_cast<double>(uint64_t{0x7ff} << 52));
@@ -243,7 +244,7 @@ class TileSums {
       return;
     }
     deposit(v, limbs_[m] + c * kLimbs, nonfinite_ + c);
-    // The next values may be like this one.
+    // The next values may be of similar size.
     flush_one(m, c);
     place(m, c, S64{fabs(v)}, 3);
   }
@@ -269,7 +270,7 @@ class TileSums {
     }
   }
 
-  // Between two flushes a channel may also take kFlush values directly, each with a flush_one of its own.
+  // Between two flushes, a channel may also add kFlush values directly, each with a flush_one.
   static constexpr int64_t kFlushesBeforeCarry = kDepositsBeforeCarry / (4 * kFlush);
 
   static constexpr double power_of_two(int exponent) {
@@ -284,7 +285,7 @@ class TileSums {
   int added_ = 0;
   int64_t flushes_ = 0;
   bool alone_ = true;
-  int64_t *limbs_[2], *nonfinite_;  // where values go: straight to the packet, or first to this thread's own
+  int64_t *limbs_[2], *nonfinite_;  // where values are added: in the packet, or in this thread's own memory
   int64_t *target_[2], *target_nonfinite_;
   int64_t own_limbs_[2][kMaxTile * kLimbs];
   int64_t own_nonfinite_[kMaxTile];

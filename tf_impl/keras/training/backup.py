@@ -1,4 +1,4 @@
-"""``BackupAndRestore`` for several ranks, and a check for Keras's own, which knows nothing of other ranks."""
+"""``BackupAndRestore`` for several ranks, and a check for Keras's own callback, which supports one process only."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
-    """`keras.callbacks.BackupAndRestore` for several ranks: one rank writes and reads, all resume in one epoch and state.
+    """`keras.callbacks.BackupAndRestore` for several ranks: one rank writes and reads, and all ranks resume together.
 
-    Give it to all ranks. Only `root_rank` needs the folder. What the others get from it when training starts is the model's
-    weights and layer state, and the state of every optimizer that the model holds. Seeds (`Dropout`) and gradients that
-    `backward_passes_per_step` has not applied are not restored on the other ranks.
+    Use it on all ranks. Only `root_rank` needs the folder. When training starts, it broadcasts the model's weights and layer
+    state and the state of all optimizers of the model to the other ranks. Random seeds (`Dropout`) and gradients that
+    `backward_passes_per_step` has not applied yet are not restored on the other ranks.
 
-    A backup is written beside the last one and renamed, so a job that is killed while it writes leaves a whole one. With
-    `save_freq` in batches, training resumes at the beginning of the epoch of the backup, as in Keras: its batches so far are
-    trained on again.
+    A backup is written to temporary files, which are then renamed. A job that is killed while it writes therefore leaves a
+    complete backup. With `save_freq` in batches, training resumes at the beginning of the epoch of the backup, as in Keras: the
+    batches of this epoch are repeated.
 
     Args:
-        backup_dir: Folder for the backup, for nothing else.
+        backup_dir: Folder for the backup. It must not contain other files.
         save_freq: `"epoch"`, or a number of batches.
-        double_checkpoint: Whether to keep the backup before the last one, too, and use it where the last one cannot be read.
+        double_checkpoint: Whether to also keep the previous backup, and use it if the latest one cannot be read.
         delete_checkpoint: Whether to delete the backup when training ends.
         root_rank: The rank that writes and reads.
         process_set: The `hvd.ProcessSet` that trains. Defaults to all ranks.
@@ -68,11 +68,14 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         """Restore the backup, if there is one, on all ranks."""
         model = self.model
         self._current_epoch = self._last_batch_seen = self._batches_seen_since_last_saving = 0
-        model._initial_epoch = None  # Keras keeps what a backup has set, for every fit() to come
+        model._initial_epoch = None  # Keras would use the epoch of an earlier backup in every later `fit()`
         error, found = None, False
         try:
             if not model.built:
-                raise ValueError(f"BackupAndRestore needs a model that is built before `fit()`. Received: {model.name!r}")
+                raise ValueError(
+                    "BackupAndRestore needs a model that is built before `fit()`: call `model.build(input_shape)`. "
+                    f"Received: {model.name!r}, not built"
+                )
             require_built(model)
             if self._writes():
                 found = tf.io.gfile.exists(self._weights_path)
@@ -93,15 +96,15 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             variables = [*model.weights, *(v for optimizer in optimizers for v in optimizer.variables)]
             broadcast_state(variables, [model], self.root_rank, self.process_set)
             model._initial_epoch = next((epoch for _, found, epoch in everyone if found), None)
-            if model.train_function is None:  # the step that was traced had other constants
+            if model.train_function is None:  # the traced step had different constants
                 model.make_train_function()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Take note of the epoch, which a backup in its middle names."""
+        """Store the epoch for backups within it."""
         self._current_epoch = epoch
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Delete the backup when all ranks are here."""
+        """Delete the backup when all ranks have finished."""
         ranks.find(self.process_set).gather(None, "backup")
         self.model._initial_epoch = None
         if self._writes():
@@ -140,14 +143,14 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 def check_plain(callbacks: Iterable[Any], process_set: ProcessSet | None = None) -> None:
     """Raise on every rank if Keras's own BackupAndRestore is among the callbacks and cannot resume several ranks.
 
-    It can where every rank has one, with a folder of its own.
+    It can if every rank has one, each with a separate folder.
     """
     plain = [c for c in callbacks if isinstance(c, keras.callbacks.BackupAndRestore) and not isinstance(c, BackupAndRestore)]
     by_rank = ranks.find(process_set).gather([str(callback.backup_dir) for callback in plain], "plain_backup")
     folders = [folder for folders in by_rank for folder in folders]
     if len(by_rank) > 1 and folders and (not all(by_rank) or len(set(folders)) < len(folders)):
         raise ValueError(
-            "keras.callbacks.BackupAndRestore cannot resume several ranks: on one rank it resumes that rank alone, in another "
-            "epoch than the others, and with one folder ranks spoil each other's files. Use "
+            "keras.callbacks.BackupAndRestore cannot resume several ranks: used on one rank, it resumes only that rank, in a "
+            "different epoch than the others; with one folder, ranks overwrite each other's files. Use "
             f"`hvd_syncbn.keras.callbacks.BackupAndRestore` on all ranks. Received: folders by rank: {by_rank}"
         )

@@ -1,6 +1,6 @@
-"""Callbacks for `model.fit` under Horovod, by Horovod's names and with its arguments.
+"""Callbacks for `model.fit` under Horovod, with Horovod's names and arguments.
 
-`hvd_syncbn.keras.callbacks` is their namespace.
+They are public in `hvd_syncbn.keras.callbacks`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,21 @@ if TYPE_CHECKING:
 
 
 class BroadcastVariablesCallback(keras.callbacks.Callback):
-    """Gives all ranks the state of one rank's model and optimizers, whenever training starts.
+    """Broadcast the state of the model and its optimizers from one rank when training starts.
 
-    That is the weights, what layers keep besides (constants of `Normalization`, vocabularies, bins: see
-    `broadcast_variables`), and the variables of every optimizer that the model holds, in `model.optimizer` and in other
-    attributes. Metrics and random seeds stay each rank's own: equal seeds would drop the same units everywhere. It also turns
-    off XLA for the model, which `compile()` turns on by itself where there is a GPU and which cannot compile
-    Horovod's collectives.
+    The state is the weights, the other state of layers (constants of `Normalization`, vocabularies, bins: see
+    `broadcast_variables`), and the variables of all optimizers of the model, in `model.optimizer` and in other attributes.
+    Metrics and random seeds are not broadcast: with equal seeds, dropout would drop the same units on all ranks. The callback
+    also disables XLA for the model. `compile()` enables XLA by default on a GPU, but it cannot compile Horovod's collectives.
 
     Args:
-        root_rank: The rank whose variables are taken.
+        root_rank: The rank to broadcast from.
         process_set: The `hvd.ProcessSet` to broadcast in. Defaults to all ranks.
-        local_variables: A variable, or several, that stay each rank's own.
+        local_variables: One or several variables that are not broadcast.
 
     Raises:
-        ValueError: When training starts, on every rank, if the ranks' models or optimizers differ; if layers have state that
-            differs and cannot be broadcast; if `keras.callbacks.BackupAndRestore` is used where it cannot resume all ranks.
+        ValueError: When training starts, on every rank, if the models or optimizers of the ranks differ; if layers have state
+            that differs and cannot be broadcast; if `keras.callbacks.BackupAndRestore` is used and cannot resume all ranks.
 
     Example:
 
@@ -61,20 +60,20 @@ class BroadcastVariablesCallback(keras.callbacks.Callback):
                 self.register_local_var(variable)
 
     def register_local_var(self, var: Any) -> None:
-        """Leave a variable to each rank. Only for one that is no broadcast of another rank's is needed."""
+        """Exclude a variable from the broadcast."""
         if not hasattr(var, "assign"):
-            raise ValueError(f"a local variable has to be a Keras or TensorFlow variable. Received: {var!r}")
+            raise ValueError(f"a local variable must be a Keras or TensorFlow variable. Received: {var!r}")
         self._local_variables.append(var)
 
     def set_model(self, model: keras.Model) -> None:
-        """Turn off XLA, and see to it that gradients are averaged: `fit()` calls this before it makes the training function."""
+        """Disable XLA, and discard a training step that does not average. `fit()` calls this before it creates the step."""
         super().set_model(model)
         model.jit_compile = False
-        if any(map(is_new, optimizers_of(model))):  # and the step, if it was traced before, does not know that
+        if any(map(is_new, optimizers_of(model))):  # a step that was traced before does not average
             model.train_function = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Broadcast, or leave it to the first step if the model waits for data to be built."""
+        """Broadcast now, or in the first step if the model is built from the first batch."""
         backup.check_plain(_callbacks_of_fit() or [], self.process_set)
         model, layers = self.model, self.model.layers
         if model.built or (layers and all(layer.built for layer in layers)):
@@ -89,7 +88,7 @@ class BroadcastVariablesCallback(keras.callbacks.Callback):
             self._broadcast()
             return model.train_function(iterator)
 
-        # Not after that step: its gradients would be those of different models.
+        # Broadcast before the step: afterwards its gradients would come from different models.
         model.train_function = build_first
 
     def _broadcast(self) -> None:
@@ -99,18 +98,18 @@ class BroadcastVariablesCallback(keras.callbacks.Callback):
         variables = [*model.weights, *(v for optimizer in optimizers_of(model) for v in optimizer.variables)]
         local = {id(backing(variable)) for variable in self._local_variables}
         broadcast_state(variables, [model], self.root_rank, self.process_set, local)
-        if model.train_function is None:  # the step that was traced had other constants
+        if model.train_function is None:  # the traced step had different constants
             model.make_train_function()
         ranks.check_before_training(model, self.process_set)
 
 
 class BroadcastGlobalVariablesCallback(BroadcastVariablesCallback):
-    """`BroadcastVariablesCallback` by Horovod's name and with its arguments.
+    """`BroadcastVariablesCallback` with Horovod's name and arguments.
 
     Args:
-        root_rank: The rank whose variables are taken.
-        device: What Horovod takes and this has no use for: variables go through the host's memory.
-        local_variables: A variable, or several, that stay each rank's own.
+        root_rank: The rank to broadcast from.
+        device: Accepted for compatibility with Horovod; has no effect. Variables pass through host memory.
+        local_variables: One or several variables that are not broadcast.
     """
 
     def __init__(self, root_rank: int, device: str = "", local_variables: Any = None) -> None:
@@ -119,28 +118,29 @@ class BroadcastGlobalVariablesCallback(BroadcastVariablesCallback):
 
 
 class MetricAverageCallback(keras.callbacks.Callback):
-    """Averages the logs of an epoch over all ranks, and has ranks agree on what other callbacks decide by them.
+    """Average the logs of each epoch over all ranks, and keep the ranks consistent at the end of each epoch.
 
-    Comes before the callbacks that decide: `EarlyStopping`, `ModelCheckpoint`, `ReduceLROnPlateau`. At the end of every epoch:
+    Place it before callbacks that use the logs for decisions: `EarlyStopping`, `ModelCheckpoint`, `ReduceLROnPlateau`. At the
+    end of every epoch:
 
-    - If `stop_training` is set on some ranks only, all ranks stop, with a warning. With a `TerminateOnNaN` they agree on that
+    - If `stop_training` is set on some ranks only, all ranks stop, with a warning. With a `TerminateOnNaN`, this is checked
       after every batch.
-    - All ranks must hold the same weights, optimizer state, learning rates and layer state (`check_ranks_agree`). What differs
-      by rounding, and buffers of layers that are not known, are a warning. What `BroadcastVariablesCallback` or the optimizer
-      leave to each rank is left out.
+    - The weights, optimizer state, learning rates and layer state of all ranks are compared (`check_ranks_agree`). A difference
+      is an error; differences that may be rounding, and differences in buffers of unknown layers, are a warning. Variables that
+      are local for `BroadcastVariablesCallback` or the optimizer are not compared.
 
     Args:
         process_set: The `hvd.ProcessSet` to average over. Defaults to all ranks.
-        device: What Horovod takes and this has no use for: logs are numbers in the host's memory.
-        weighted: Whether a rank counts by the samples that it has seen in the epoch (for what starts with `"val_"`: in its
-            validation), instead of all ranks alike. Then means over samples are those of one process with all the data, also
-            where ranks have different numbers of them. Defaults to `False`, as in Horovod.
+        device: Accepted for compatibility with Horovod; has no effect. Logs are numbers in host memory.
+        weighted: Whether to weight ranks by the number of their samples in the epoch (for names that start with `"val_"`: in
+            the validation). Averages over samples then equal those of one process with all data, even if ranks have different
+            numbers of samples. Defaults to `False`, as in Horovod.
 
     Raises:
-        ValueError: When training starts, on every rank, if a callback that decides comes before it. At the end of an epoch, on
-            every rank, if not all of them have logged the same names; or if `weighted` and the model does not count its
-            samples, because it has a `train_step()` of its own.
-        RuntimeError: On every rank, if ranks are in different epochs, or have drifted apart.
+        ValueError: When training starts, on every rank, if a callback that uses the logs precedes it. At the end of an epoch,
+            on every rank, if ranks have logged different names; or with `weighted`, if the model has a custom `train_step()`
+            and does not count its samples.
+        RuntimeError: On every rank, if ranks are in different epochs or have different weights or other state.
 
     Example:
 
@@ -158,7 +158,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
         self._callbacks: list[Any] = [self]  # of the `fit()` that runs
 
     def set_model(self, model: keras.Model) -> None:
-        """Take note of the other callbacks, and add one that comes after all of them."""
+        """Store the list of callbacks, and append one that runs after all of them."""
         super().set_model(model)
         callbacks = _callbacks_of_fit()
         if callbacks is not None:
@@ -167,38 +167,38 @@ class MetricAverageCallback(keras.callbacks.Callback):
                 self._callbacks.append(_Agreement(self))
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Look at what trains, and at the order of the callbacks."""
+        """Run the training checks, and check the order of the callbacks."""
         ranks.check_before_training(self.model, self.process_set)
         too_early = [type(other).__name__ for other in self._callbacks[: self._callbacks.index(self)] if _decides(other)]
         everyone = self.meet("the start of fit()", too_early)
         if any(everyone) and len(everyone) > 1:
             raise ValueError(
-                "callbacks that decide by the logs have to come after MetricAverageCallback: before it they see the metrics of "
-                f"their rank alone. Received: before it, by rank: {everyone}. Put MetricAverageCallback before them."
+                "callbacks that use the logs for decisions must come after MetricAverageCallback: before it, they see the "
+                f"metrics of one rank only. Received: before it, by rank: {everyone}. Put MetricAverageCallback before them."
             )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Forget the samples of the epoch before."""
+        """Reset the sample counts."""
         self._samples = [None, None]
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Look at the samples of training before validation starts to count its own."""
+        """Store the number of training samples before validation resets the count."""
         self._samples[0] = self._count()
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Look at the samples of validation."""
+        """Store the number of validation samples."""
         self._samples[1] = self._count()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Put the averages in place of this rank's values, for the callbacks that follow."""
-        # None means no logs, but the other ranks may have some: take part all the same.
+        """Replace the logs by their averages, for the callbacks that follow."""
+        # Other ranks may have logs even if this one has none, so take part in the collective.
         logs = {} if logs is None else logs
         if self._samples[0] is None:
             self._samples[0] = self._count()
         everyone = self.meet(f"the end of epoch {epoch}", (logs, self._samples))
         if any(other.keys() != logs.keys() for other, _ in everyone):
             raise ValueError(
-                "All ranks must log the same metrics (is there validation data on all of them?). "
+                "All ranks must log the same metrics. Check that all of them have validation data. "
                 f"Received: by rank: {[sorted(other) for other, _ in everyone]}"
             )
         for key in logs:
@@ -207,15 +207,15 @@ class MetricAverageCallback(keras.callbacks.Callback):
                 weights = [samples[key.startswith("val_")] for _, samples in everyone]
                 if None in weights or not sum(weights):
                     raise ValueError(
-                        "`weighted=True` needs to know the samples that each rank has seen, and the model does not count them: "
-                        "it has a `train_step()` or a `test_step()` of its own. Average without. "
+                        "`weighted=True` needs the number of samples of each rank, but the model's custom `train_step()` or "
+                        "`test_step()` does not count them. Use `weighted=False`. "
                         f"Received: logs[{key!r}] with samples by rank {weights}"
                     )
             mean = np.average(np.asarray([other[key] for other, _ in everyone], "float64"), axis=0, weights=weights)
             logs[key] = mean if np.ndim(mean) else float(mean)
 
     def meet(self, place: str, value: Any = None) -> list[Any]:
-        """Return the values of all ranks, which have to be at the same place in `fit()`.
+        """Return the values of all ranks, which must be at the same place in `fit()`.
 
         Raises:
             RuntimeError: On every rank, if they are not.
@@ -223,21 +223,21 @@ class MetricAverageCallback(keras.callbacks.Callback):
         everyone = ranks.find(self.process_set).gather((place, value), "MetricAverageCallback")
         if len({there for there, _ in everyone}) > 1:
             raise RuntimeError(
-                f"the ranks are at different places of `fit()`. Received: by rank: {[there for there, _ in everyone]}. Call it "
-                "with the same `initial_epoch`, `epochs`, number of steps and callbacks on every rank."
+                f"the ranks are at different places of `fit()`. Received: by rank: {[there for there, _ in everyone]}. Call "
+                "`fit()` with the same `initial_epoch`, `epochs`, number of steps and callbacks on every rank."
             )
         return [one for _, one in everyone]
 
     def _count(self) -> float | None:
-        # Keras weighs the loss of a batch by the number of its samples. A metric named "loss" of a user's own may not.
+        # Keras weights the loss of a batch by its number of samples. A user-defined metric named "loss" may not.
         tracker = getattr(self.model, "_loss_tracker", None) if self.weighted else None
         return None if tracker is None else float(keras.ops.convert_to_numpy(tracker.count))
 
 
 def _callbacks_of_fit() -> list[Any] | None:
-    """Return the callbacks of the `fit()` that calls a callback; None outside of one.
+    """Return the callbacks of the `fit()` that is running a callback; None outside `fit()`.
 
-    Keras does not pass them to a callback, but the list that calls it is on the stack.
+    Keras does not pass the list to its callbacks, but the list's method that calls them is on the stack.
     """
     frame: Any = sys._getframe(1)
     while frame is not None and not isinstance(frame.f_locals.get("self"), keras.callbacks.CallbackList):
@@ -246,14 +246,14 @@ def _callbacks_of_fit() -> list[Any] | None:
 
 
 def _decides(callback: keras.callbacks.Callback) -> bool:
-    """Whether a callback decides by the logs at the end of an epoch."""
+    """Return whether a callback uses the logs for decisions at the end of an epoch."""
     if isinstance(callback, keras.callbacks.ModelCheckpoint):
         return bool(callback.save_best_only)
     return hasattr(callback, "monitor")
 
 
 class _Agreement(keras.callbacks.Callback):
-    """What a `MetricAverageCallback` adds after all other callbacks: there ranks agree on what the others have done."""
+    """Make ranks agree after all other callbacks have run. `MetricAverageCallback` appends it to the list of callbacks."""
 
     def __init__(self, average: MetricAverageCallback) -> None:
         super().__init__()
@@ -263,27 +263,27 @@ class _Agreement(keras.callbacks.Callback):
         self._warned = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Find out whether any rank may stop in the middle of an epoch."""
+        """Determine whether any rank may stop within an epoch."""
         may_stop = any(isinstance(other, keras.callbacks.TerminateOnNaN) for other in self.average._callbacks)
         self._every_batch = any(self.average.meet("the start of fit()", may_stop))
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Refuse ranks in different epochs, and one that goes on where others have ended."""
+        """Raise if ranks are in different epochs, or if only some of them have ended training."""
         self._epoch = epoch
         self.average.meet(f"the start of epoch {epoch}")
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Stop where one rank does."""
+        """Stop if any rank does."""
         if self._every_batch:
             self._agree_to_stop(f"batch {batch} of epoch {self._epoch}")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Stop where one rank does, and compare the ranks."""
+        """Stop if any rank does, and compare the ranks."""
         self._agree_to_stop(f"the end of epoch {epoch}")
         self._compare()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Compare the ranks once more: other callbacks may have restored weights."""
+        """Compare the ranks again, because other callbacks may have restored weights."""
         self.average.meet("the end of fit()")
         self._compare()
 
@@ -311,35 +311,35 @@ class _Agreement(keras.callbacks.Callback):
 
 
 class LearningRateScheduleCallback(keras.callbacks.Callback):
-    """Sets the learning rate to `initial_lr * multiplier` from the epoch `start_epoch` on, up to `end_epoch`.
+    """Set the learning rate to `initial_lr * multiplier`, starting with epoch `start_epoch` and ending before `end_epoch`.
 
-    `multiplier` is a function of the epoch, or a number `m` for the exponential decay `m ** (epoch - start_epoch)`; a rate
-    that stays at a tenth is `lambda epoch: 0.1`. With `staircase`, the rate is set when an epoch begins, and `epoch` is an
-    integer; without, before every batch, and `epoch = full_epochs + batch / steps_per_epoch`. At the end of every epoch the
-    rate is logged as `"lr"`. (Where `steps_per_execution` puts batches together, it is set once for them.)
+    `multiplier` is a function of the epoch, or a number `m` for the exponential decay `m ** (epoch - start_epoch)`. For a
+    constant factor use a function: `lambda epoch: 0.1`. With `staircase`, the rate is set at the beginning of each epoch, and
+    `epoch` is an integer. Otherwise it is set before every batch, with `epoch = full_epochs + batch / steps_per_epoch`. With
+    `steps_per_execution`, it is set once per execution. At the end of every epoch, the rate is logged as `"lr"`.
 
-    Momentum correction: SGD and RMSprop keep in their velocities learning rates of the past. Where the rate changes, the
-    velocities are scaled by `new_rate / old_rate`, which is what a larger momentum for one step would do
-    ([Goyal et al., 2017](https://arxiv.org/abs/1706.02677), remark 3). Horovod sets the momentum itself, which in Keras 3 is
-    a constant of the compiled step; the results differ by a rounding, and with `nesterov=True`, where Horovod corrects
-    twice and this once.
+    Momentum correction: the velocities of SGD and RMSprop contain past learning rates. When the rate changes, the velocities
+    are scaled by `new_rate / old_rate`. This is equivalent to a larger momentum for one step
+    ([Goyal et al., 2017](https://arxiv.org/abs/1706.02677), remark 3). Horovod changes the momentum instead, which in Keras 3
+    is a constant of the compiled step. The results differ by rounding. With `nesterov=True`, Horovod corrects twice, and this
+    callback once.
 
     Args:
-        initial_lr: The learning rate that is multiplied, usually that for all ranks together.
-        multiplier: A number, or a function of the epoch that returns one.
-        start_epoch: The first epoch that is adjusted.
-        end_epoch: The epoch before which adjusting ends. Defaults to `None`, never.
-        staircase: Whether to adjust per epoch and not per batch.
-        momentum_correction: Whether to correct the momentum of an optimizer that has one.
-        steps_per_epoch: The number of batches per epoch. Defaults to what `fit()` knows.
-        optimizer: The optimizer to set. Defaults to `model.optimizer`; required where a model with a `train_step()` of its own
-            holds several.
+        initial_lr: The learning rate to multiply, usually the rate for all ranks together.
+        multiplier: A number, or a function of the epoch that returns a number.
+        start_epoch: The first epoch in which the rate is set.
+        end_epoch: The first epoch in which the rate is no longer set. `None`: the rate is set until training ends.
+        staircase: Whether to set the rate once per epoch instead of once per batch.
+        momentum_correction: Whether to correct the momentum of optimizers that have one.
+        steps_per_epoch: The number of batches per epoch. Defaults to the number in `fit()`.
+        optimizer: The optimizer to set. Defaults to `model.optimizer`. Required if the model has several optimizers and a
+            custom `train_step()`.
 
     Raises:
-        ValueError: When training starts, if the model has several optimizers and none was chosen.
-        TypeError: When training starts, if the optimizer's learning rate is not a number that can be set: a
-            `LearningRateSchedule` or a function, or the optimizer is a `MultiOptimizer`, which has several.
-        ValueError: If `initial_lr` is `None`; when training starts, if the number of steps is needed and not known.
+        TypeError: When training starts, if the optimizer's learning rate is not a number that can be set (it is a
+            `LearningRateSchedule` or a function), or the optimizer is a `MultiOptimizer`, which has several.
+        ValueError: If `initial_lr` is `None`; when training starts, if the number of steps is needed and not known, or if the
+            model has several optimizers and `optimizer` is needed.
 
     Example:
 
@@ -380,12 +380,12 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         )
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Look at the optimizers and at the number of steps."""
+        """Check the optimizers and the number of steps."""
         held = optimizers_of(self.model)
         if self.optimizer is None and len(held) > 1 and type(self.model).train_step is not keras.Model.train_step:
             raise ValueError(
-                f"model {self.model.name!r} holds several optimizers, and its own `train_step()` may apply any of them. Say "
-                f"which to set: {type(self).__name__}(..., optimizer=optimizer), one callback for each. "
+                f"model {self.model.name!r} has several optimizers, and its custom `train_step()` may apply any of them. Use "
+                f"one callback for each optimizer: {type(self).__name__}(..., optimizer=optimizer). "
                 f"Received: optimizer=None, with {[one.name for one in held]}"
             )
         self._optimizer()
@@ -393,16 +393,16 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
             self.steps_per_epoch = self.params.get("steps")
             if not self.steps_per_epoch:
                 raise ValueError(
-                    "the number of steps per epoch is not known: the data does not tell its length. Pass `steps_per_epoch` to "
+                    "the number of steps per epoch is not known, because the data has no length. Pass `steps_per_epoch` to "
                     f"`fit()` or to {type(self).__name__}(). Received: steps_per_epoch={self.steps_per_epoch}"
                 )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Take note of the epoch."""
+        """Store the epoch."""
         self.current_epoch = epoch
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Set the learning rate, before the first batch or before every batch."""
+        """Set the learning rate before the first batch of an epoch or before every batch."""
         epoch = self.current_epoch
         if epoch is None or epoch < self.start_epoch or (self.end_epoch is not None and epoch >= self.end_epoch):
             return
@@ -417,16 +417,16 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
             logs["lr"] = self._learning_rate()
 
     def _optimizer(self) -> keras.optimizers.Optimizer:
-        """The optimizer that holds the learning rate."""
+        """Return the optimizer that has the learning rate."""
         optimizer = self.model.optimizer if self.optimizer is None else self.optimizer
         while hasattr(optimizer, "inner_optimizer"):
             optimizer = optimizer.inner_optimizer
         rate = "several" if hasattr(optimizer, "optimizers") else getattr(optimizer, "_learning_rate", None)
         if not isinstance(rate, keras.Variable):
             raise TypeError(
-                f"{type(self).__name__} sets the learning rate and needs an optimizer that was made with one number for it "
-                f"(or leave the schedule to the optimizer and the callback out). Received: {type(optimizer).__name__} with "
-                f"learning_rate={rate}"
+                f"{type(self).__name__} needs an optimizer whose learning rate is a single number. Create the optimizer with a "
+                "number, or keep its schedule and remove the callback. "
+                f"Received: {type(optimizer).__name__} with learning_rate={rate}"
             )
         return optimizer
 
@@ -438,13 +438,13 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         old = self._learning_rate()
         optimizer.learning_rate = self.initial_lr * self.multiplier(epoch)
         new = self._learning_rate()
-        if self.momentum_correction and old and new != old:  # no velocity comes from a rate of zero
+        if self.momentum_correction and old and new != old:  # a rate of 0 cannot be divided by
             for velocity in _velocities(optimizer):
                 velocity.assign(velocity * (new / old))
 
 
 def _velocities(optimizer: keras.optimizers.Optimizer) -> Sequence[keras.Variable]:
-    """The variables of an optimizer that are sums of gradients times learning rates."""
+    """Return the variables of an optimizer that are sums of gradients times learning rates."""
     if isinstance(optimizer, keras.optimizers.SGD):
         return getattr(optimizer, "momentums", ())
     if isinstance(optimizer, keras.optimizers.RMSprop):
@@ -453,19 +453,19 @@ def _velocities(optimizer: keras.optimizers.Optimizer) -> Sequence[keras.Variabl
 
 
 class LearningRateWarmupCallback(LearningRateScheduleCallback):
-    """Raises the learning rate in even steps from `initial_lr / hvd.size()` to `initial_lr`.
+    """Increase the learning rate linearly from `initial_lr / hvd.size()` to `initial_lr`.
 
-    With `epoch = full_epochs + (batch + 1) / steps_per_epoch` it is
-    `initial_lr / size * (epoch * (size - 1) / warmup_epochs + 1)`, so the last batch of the last warmup epoch has `initial_lr`.
-    See [Goyal et al., 2017](https://arxiv.org/abs/1706.02677) and `LearningRateScheduleCallback` for the rest.
+    With `epoch = full_epochs + (batch + 1) / steps_per_epoch`, the rate is
+    `initial_lr / size * (epoch * (size - 1) / warmup_epochs + 1)`, so the last batch of the last warmup epoch uses
+    `initial_lr`. See [Goyal et al., 2017](https://arxiv.org/abs/1706.02677) and `LearningRateScheduleCallback`.
 
     Args:
-        initial_lr: The learning rate for all ranks together, which warming up ends with.
-        warmup_epochs: The number of epochs that warming up takes.
-        momentum_correction: Whether to correct the momentum of an optimizer that has one.
-        steps_per_epoch: The number of batches per epoch. Defaults to what `fit()` knows.
+        initial_lr: The learning rate for all ranks together, which is reached at the end of the warmup.
+        warmup_epochs: The number of warmup epochs.
+        momentum_correction: Whether to correct the momentum of optimizers that have one.
+        steps_per_epoch: The number of batches per epoch. Defaults to the number in `fit()`.
         optimizer: See `LearningRateScheduleCallback`.
-        verbose: 1 to have rank 0 print a line when warming up is done.
+        verbose: 1 to print a line on rank 0 when the warmup is finished.
 
     Example:
 
@@ -486,7 +486,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         optimizer: keras.optimizers.Optimizer | None = None,
     ) -> None:
         def multiplier(epoch: float) -> float:
-            # An elastic job has another size tomorrow.
+            # Read the size in every step: it may change in an elastic job.
             size = ranks.require().size()
             epoch += 1.0 / self.steps_per_epoch
             return 1.0 / size * (epoch * (size - 1) / warmup_epochs + 1)
@@ -503,30 +503,31 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         self.verbose = verbose
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Log the learning rate, and say when warming up is done."""
+        """Log the learning rate, and print a line when the warmup is finished."""
         super().on_epoch_end(epoch, logs)
         if self.verbose > 0 and epoch == self.end_epoch - 1 and ranks.require().rank() == 0:
             print(f"\nEpoch {epoch + 1}: finished gradual learning rate warmup to {self._learning_rate():g}.")
 
 
 class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
-    """`keras.callbacks.ModelCheckpoint` that keeps the best model and writes it on one rank.
+    """`keras.callbacks.ModelCheckpoint` that saves the best model, on one rank.
 
-    Give it to all ranks or to that one: two that write one file would spoil it. After `MetricAverageCallback` the best is
-    that of all ranks.
+    Use it on all ranks or on the writing rank only. Only one rank writes, because several would corrupt the file. After
+    `MetricAverageCallback`, the best model is chosen by the averages over all ranks.
 
     Args:
-        monitor: The name in the logs to go by.
+        monitor: The name in the logs to monitor.
         verbose: Verbosity mode, 0 or 1.
-        save_weights_only: Whether to save the weights alone.
+        save_weights_only: Whether to save only the weights.
         mode: One of `"auto"`, `"min"`, `"max"`.
         save_freq: `"epoch"`, or a number of batches.
-        filepath: Where to save, which may hold names of the logs: `"best.keras"`, or `"best.weights.h5"` for the weights.
-            Horovod has no such argument and leaves the attribute `filepath` to be set before training; so may you.
+        filepath: Where to save: `"best.keras"`, or `"best.weights.h5"` for weights only. It may contain names of the logs, as
+            in Keras. As in Horovod, the attribute `filepath` may be set before training instead.
         root_rank: The rank that writes.
 
     Raises:
-        ValueError: When training starts, if there is no `filepath`; if it has not the ending that Keras wants.
+        ValueError: If `filepath` does not have the file extension that Keras requires; when training starts, if there is no
+            `filepath`.
 
     Example:
 
@@ -546,7 +547,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         filepath: Any = None,
         root_rank: int = 0,
     ) -> None:
-        # Keras looks at the ending here.
+        # Keras checks the file extension here.
         ending = "later.weights.h5" if save_weights_only else "later.keras"
         super().__init__(ending if filepath is None else filepath, monitor, verbose, True, save_weights_only, mode, save_freq)
         if filepath is None:
@@ -554,19 +555,19 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.root_rank = root_rank
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Refuse to find out at the end of an epoch that there is nowhere to save."""
+        """Check `filepath` before training, and run the training checks."""
         super().on_train_begin(logs)
         if self.filepath is None:
-            raise ValueError("BestModelCheckpoint needs to know where to save: pass `filepath`. Received: filepath=None")
+            raise ValueError("BestModelCheckpoint needs a path to save to: pass `filepath`. Received: filepath=None")
         self.filepath = str(self.filepath)
         ranks.check_before_training(self.model)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Save, on one rank, where `save_freq` is a number."""
+        """Save on one rank, if `save_freq` is a number."""
         if ranks.require().rank() == self.root_rank:
             super().on_train_batch_end(batch, logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Save, on one rank."""
+        """Save on one rank, if `save_freq` is `"epoch"`."""
         if ranks.require().rank() == self.root_rank:
             super().on_epoch_end(epoch, logs)

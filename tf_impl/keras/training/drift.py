@@ -1,4 +1,4 @@
-"""`check_ranks_agree`: whether all ranks still hold the same model and optimizer."""
+"""`check_ranks_agree`: check that all ranks have the same model and optimizer state."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 def check_ranks_agree(
     model: keras.Model, optimizer: Any = None, *, local: Iterable[Any] = (), process_set: ProcessSet | None = None
 ) -> None:
-    """Raise an error on every rank if the ranks do not hold the same weights, optimizer state, learning rates and layer state.
+    """Raise an error on every rank if weights, optimizer state, learning rates or layer state differ between ranks.
 
-    All ranks have to call it together, for example at the end of every epoch; under `fit()`, `MetricAverageCallback` does. They
-    compare digests: one small allgather, and about 30 ms for 25 million parameters and their momentum. Equality is that of
-    bytes. The state of a layer is also the vocabulary or the constants that it was adapted to. What is each rank's own by
-    design is left out: metrics, random seeds, the states of RNNs, the statistics of norms that are not synchronized, the
-    variables that an optimizer leaves to each rank, and `local`. A norm that is synchronized in a process set, and an optimizer
-    that averages in one, are compared inside that set.
+    All ranks must call it together, for example at the end of every epoch. In `fit()`, `MetricAverageCallback` calls it. Ranks
+    compare digests of the bytes: this takes one small allgather, and about 30 ms for 25 million parameters and their momentum.
+    Layer state includes vocabularies and constants from `adapt`. Values that differ between ranks by design are not compared:
+    metrics, random seeds, states of RNNs, statistics of unsynchronized norms, local variables of an optimizer, and `local`.
+    Norms that are synchronized in a process set, and optimizers that average in one, are compared within that process set.
 
     Args:
         model: The model.
-        optimizer: The optimizer, or several. Defaults to those of the model.
+        optimizer: One or several optimizers. Defaults to those of the model.
         local: Layers and variables that differ between ranks by design.
-        process_set: The `hvd.ProcessSet` of the ranks that compare. Defaults to all ranks.
+        process_set: The `hvd.ProcessSet` of the ranks to compare. Defaults to all ranks.
 
     Raises:
-        TypeError: If `model` is no model, `optimizer` no optimizer, or `local` holds anything else.
-        RuntimeError: If the ranks differ: the message names the first value that does, the ranks, and likely causes. Or if
-            Horovod is missing or not initialized.
+        TypeError: If `model` is not a model, `optimizer` not an optimizer, or `local` contains anything but layers and
+            variables.
+        RuntimeError: If the ranks differ: the message names the first difference, the ranks, and likely causes. Or if Horovod
+            is missing or not initialized.
 
     Example:
 
@@ -59,9 +59,9 @@ def check_ranks_agree(
 
 
 def find_difference(model: Any, optimizer: Any, local: Iterable[Any], process_set: ProcessSet | None) -> Difference | None:
-    """Return what `check_ranks_agree` raises an error for."""
+    """Return the difference for which `check_ranks_agree` raises an error, or None."""
     if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"expected a model or layer of Keras 3. Received: {type(model).__module__}.{type(model).__name__}")
+        raise TypeError(f"expected a Keras 3 model or layer. Received: {type(model).__module__}.{type(model).__name__}")
     if optimizer is None:
         optimizers = optimizers_of(model)
     else:
@@ -82,7 +82,7 @@ def find_difference(model: Any, optimizer: Any, local: Iterable[Any], process_se
 
 
 def _own(model: keras.layers.Layer, optimizers: Iterable[Any], local: Iterable[Any]) -> set[int]:
-    """Return the ids of the TensorFlow variables, and of the layers, that are each rank's own."""
+    """Return the ids of the TensorFlow variables and layers that are local to each rank."""
     found: list[Any] = []
     for one in local:
         if isinstance(one, keras.layers.Layer):
@@ -103,13 +103,13 @@ def _own(model: keras.layers.Layer, optimizers: Iterable[Any], local: Iterable[A
 
 
 def _entries(model: Any, optimizers: Sequence[Any], own: set[int]) -> Iterator[Entry]:
-    """List what ranks have to hold alike: what causes differences before what they lead to."""
+    """Yield the values that must be the same on all ranks, causes of differences before their consequences."""
     for optimizer in optimizers:
         for variable in optimizer.variables:
             if _is_rate(variable):
                 yield Entry(drift.LEARNING_RATE, variable.path, _value(variable), _scope(optimizer))
     layers = list(model._flatten_layers())
-    # What was made to be learned, also where it is frozen.
+    # Weights that were created as trainable, including frozen ones.
     learned = {id(variable.value) for layer in layers for variable in layer._trainable_variables}
     known = set(own)
     for path, layer in layer_state.all_layers([model]):
@@ -120,7 +120,7 @@ def _entries(model: Any, optimizers: Sequence[Any], own: set[int]) -> Iterator[E
             for name, value in _adapted(layer):
                 yield Entry(drift.LAYER_STATE, f"{path}.{name}", value)
         for name, value in _flat(layer_state.capture([(path, layer)])[0][1]):
-            # A class that is not Keras's may count what its rank has seen.
+            # A custom class may count the data of its rank.
             custom = name.startswith(("raw_variables", "store", "assets"))
             yield Entry(drift.OTHER if custom else drift.LAYER_STATE, f"{path}.{name}", value)
     statistics = []
@@ -138,7 +138,7 @@ def _entries(model: Any, optimizers: Sequence[Any], own: set[int]) -> Iterator[E
     prefixes = tuple(f"{v.path.replace('/', '_')}_" for v in model.weights if id(v.value) in own)
     for optimizer in optimizers:
         for variable in optimizer.variables:
-            # The name of a slot begins with the path of the variable that it belongs to.
+            # The name of a slot variable begins with the path of its variable.
             if not _is_rate(variable) and not variable.name.startswith(prefixes):
                 yield Entry(drift.OPTIMIZER_STATE, variable.path, _value(variable), _scope(optimizer))
     for variable, among in statistics:
@@ -149,7 +149,7 @@ def _entries(model: Any, optimizers: Sequence[Any], own: set[int]) -> Iterator[E
 
 
 def _adapted(layer: Any) -> Iterator[tuple[str, Any]]:
-    """List the variables of a preprocessing layer and the constants that it has made of them."""
+    """Yield the variables of a preprocessing layer and the constants derived from them."""
     for variable in layer.weights:
         yield variable.name, _value(variable)
     for name in ("mean", "variance"):
@@ -169,7 +169,7 @@ def _is_rate(variable: Any) -> bool:
 
 
 def _averagers(optimizer: Any) -> list[Any]:
-    """Return how a distributed optimizer averages, or those inside of a LossScaleOptimizer or MultiOptimizer."""
+    """Return the averagers of an optimizer and of those inside it (LossScaleOptimizer, MultiOptimizer)."""
     own = getattr(optimizer, "_averager", None)
     inner = getattr(optimizer, "inner_optimizer", None)
     direct = getattr(optimizer, "optimizers", ()) if inner is None else [inner]
@@ -182,7 +182,7 @@ def _scope(optimizer: Any) -> tuple[int, ...] | None:
 
 
 def _value(variable: Any) -> Any:
-    """Return a variable's value as an array of NumPy's dtypes, without a copy where there is no need."""
+    """Return a variable's value as an array of a NumPy dtype, without a copy if possible."""
     array = np.asarray(tf.convert_to_tensor(backing(variable)))
     return array.astype(np.float32) if array.dtype.kind == "V" else array  # bfloat16, float8: exact
 

@@ -1,7 +1,7 @@
-"""Elastic jobs: `model.fit` that goes on when workers die, leave or join.
+"""Elastic jobs: `model.fit` continues when workers fail, leave or join.
 
-A traced step asks Horovod for the number of ranks when it runs (`HOROVOD_ELASTIC`), so nothing is traced anew.
-`hvd_syncbn.keras.elastic` is the face of this file.
+A traced step reads the number of ranks when it runs (`HOROVOD_ELASTIC`), so it need not be traced again.
+`hvd_syncbn.keras.elastic` is the public module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hvd_syncbn.tf_impl.keras.training.optimizer import forget_gradients, optimi
 
 @contextlib.contextmanager
 def _internal_errors() -> Iterator[None]:
-    """Turns what TensorFlow raises where a collective failed, and names it, into what Horovod restores after."""
+    """Convert TensorFlow's errors for failed collectives to `HorovodInternalError`, after which Horovod restores the state."""
     try:
         yield
     except (tf.errors.UnknownError, tf.errors.AbortedError) as error:
@@ -35,11 +35,11 @@ def _internal_errors() -> Iterator[None]:
 
 
 def run(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate the function that trains: it starts over, with the last commit, whenever the ranks have changed.
+    """Decorate a training function, which is restarted from the last commit when the set of ranks changes.
 
     Args:
-        func: Function whose first argument is a `State`. It must not talk to other ranks before it trains from that state,
-            since a worker that joins starts it in the middle.
+        func: Function whose first argument is a `State`. It must not call collectives before it trains from that state, because
+            a new worker starts it while the other workers are training.
 
     Example:
 
@@ -66,21 +66,21 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class KerasState(ObjectState):
-    """A Keras 3 model and its optimizers, as last committed, in memory.
+    """The last committed state of a Keras 3 model and its optimizers, in memory.
 
-    The model's weights, its random seeds, what layers keep besides (constants of `Normalization`, vocabularies: see
-    `broadcast_variables`) and the variables of every optimizer that the model holds are saved and restored. When ranks come
-    together they get those of rank 0; seeds stay each rank's own, as equal seeds would drop the same units everywhere. Metrics
-    start anew with `fit()`. Gradients that `backward_passes_per_step` has not applied yet are given up, on all ranks alike.
+    It contains the model's weights, random seeds and other layer state (constants of `Normalization`, vocabularies: see
+    `broadcast_variables`) and the variables of all optimizers of the model. When the set of ranks changes, all ranks receive
+    the state of rank 0, except random seeds: with equal seeds, dropout would drop the same units on all ranks. Metrics are
+    reset by `fit()`. Gradients that `backward_passes_per_step` has not applied yet are discarded on all ranks.
 
     Args:
         model: Keras model, built and, unless `optimizer` is given, compiled.
-        optimizer: Optimizer, if it is not the model's.
-        kwargs: More values to keep, which become attributes: `batch=0, epoch=0`. More models, layers and optimizers, built, are
-            kept likewise: `discriminator=d, d_optimizer=optimizer`.
+        optimizer: Optimizer, if it is not `model.optimizer`.
+        kwargs: Other values to save, which become attributes: `batch=0, epoch=0`. They may be further built models, layers and
+            optimizers: `discriminator=d, d_optimizer=optimizer`.
 
     Raises:
-        TypeError: `model` or `optimizer` is a list; or a keyword is a list of models, layers or optimizers.
+        TypeError: `model` or `optimizer` is a list, or a keyword argument is a list of models, layers or optimizers.
         ValueError: The model or an optimizer is not built, or there is no optimizer.
 
     Example:
@@ -94,10 +94,10 @@ class KerasState(ObjectState):
     def __init__(self, model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None, **kwargs: Any) -> None:
         _refuse_lists({"model": model, "optimizer": optimizer} | kwargs)
         if not isinstance(model, keras.layers.Layer):
-            raise TypeError(f"`model` has to be one model of Keras 3. Received: {model!r}")
+            raise TypeError(f"`model` must be a single Keras 3 model. Received: {model!r}")
         if not model.built:
             raise ValueError(
-                f"the model has to be built first: `model.build(input_shape)`. Received: {model.name!r}, not built"
+                f"the model must be built first: call `model.build(input_shape)`. Received: {model.name!r}, not built"
             )
         optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
         if optimizer is None:
@@ -110,7 +110,7 @@ class KerasState(ObjectState):
         kept = {name: value for name, value in kwargs.items() if isinstance(value, _KERAS)}
         for name, value in kept.items():
             if not value.built and not isinstance(value, layer_state.NEVER_BUILT):
-                raise ValueError(f"{name!r} has to be built first: call its `build()`. Received: {value!r}, not built")
+                raise ValueError(f"{name!r} must be built first: call its `build()`. Received: {value!r}, not built")
             setattr(self, name, value)
         self._roots = [model, *(value for value in kept.values() if isinstance(value, keras.layers.Layer))]
         self._optimizers = [optimizer, *(value for value in kept.values() if isinstance(value, keras.optimizers.Optimizer))]
@@ -122,12 +122,12 @@ class KerasState(ObjectState):
         super().__init__(bcast_object=hvd.broadcast_object, get_rank=hvd.rank, **others)
 
     def save(self) -> None:
-        """Keep what is now."""
+        """Save the current values."""
         self._save_variables()
         super().save()
 
     def restore(self) -> None:
-        """Go back to what was kept."""
+        """Restore the saved values."""
         for variable, value in self._values:
             variable.assign(value)
         layer_state.restore(self._layers, self._layer_states)
@@ -137,9 +137,9 @@ class KerasState(ObjectState):
         super().restore()
 
     def sync(self) -> None:
-        """Take what rank 0 has, and keep it."""
+        """Broadcast the values of rank 0, and save them."""
         seeds = {id(v) for root in self._roots for v in root.variables} - {id(v) for root in self._roots for v in root.weights}
-        with _internal_errors():  # somebody may die right now
+        with _internal_errors():  # a rank may fail during the broadcast
             variables = [variable for variable in self._variables() if id(variable) not in seeds]
             broadcast_state(variables, self._roots, 0, None)
         self._forget_gradients()
@@ -174,8 +174,8 @@ def _refuse_lists(arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
         if not isinstance(value, _KERAS) and any(isinstance(item, _KERAS) for item in keras.tree.flatten(value)):
             raise TypeError(
-                "a state takes models, layers and optimizers one by one, each by a name: `KerasState(model, d_optimizer=first, "
-                f"g_optimizer=second)`; those in attributes of the model need not be passed. Received: {name}={value!r}"
+                "pass each model, layer and optimizer as a separate keyword argument: `KerasState(model, d_optimizer=first, "
+                f"g_optimizer=second)`. Those in attributes of the model need not be passed. Received: {name}={value!r}"
             )
 
 
@@ -183,14 +183,14 @@ TensorFlowKerasState = KerasState
 
 
 class CommitStateCallback(keras.callbacks.Callback):
-    """Commits a state every `batches_per_commit` batches, and at the end of an epoch.
+    """Commit a state every `batches_per_commit` batches, and at the end of every epoch.
 
-    Comes after the callbacks that update the state: what they have not seen yet is not committed.
+    Place it after the callbacks that update the state, so that their updates are committed.
 
     Args:
         state: The `State`.
-        batches_per_commit: Batches from one commit to the next. A commit copies the model to the host's memory, and asks if
-            workers have come or gone.
+        batches_per_commit: The number of batches between commits. A commit copies the model to host memory and checks whether
+            workers have joined or left.
     """
 
     def __init__(self, state: Any, batches_per_commit: int = 1) -> None:
@@ -202,11 +202,11 @@ class CommitStateCallback(keras.callbacks.Callback):
         self.batches_remaining = batches_per_commit
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Count from here, as all ranks do after a reset."""
+        """Reset the count, so that it is the same on all ranks after a reset."""
         self.batches_remaining = self.batches_per_commit
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Commit, if it is time; after the last batch when the epoch ends, and not halfway there."""
+        """Commit if a commit is due. After the last batch of an epoch, `on_epoch_end` commits."""
         self.batches_remaining -= 1
         if self.batches_remaining == 0 and batch + 1 != self.params.get("steps"):
             self.batches_remaining = self.batches_per_commit
@@ -219,16 +219,16 @@ class CommitStateCallback(keras.callbacks.Callback):
 
 
 class UpdateBatchStateCallback(keras.callbacks.Callback):
-    """Keeps in `state.batch` how many batches of the epoch are done, and ends the first epoch after a reset by as many sooner.
+    """Store the number of finished batches of the epoch in `state.batch`, and shorten the first epoch after a reset by it.
 
-    That epoch takes its batches from the start of the data. For the very batches that were left, `fit()` needs data that
-    begins with them: `batches.repeat().skip(state.epoch * steps + state.batch)` and `steps_per_epoch=steps`.
+    The shortened epoch reads its batches from the start of the data. To train on exactly the remaining batches, pass data that
+    starts with them: `batches.repeat().skip(state.epoch * steps + state.batch)` and `steps_per_epoch=steps`.
 
     Args:
-        state: The `State`, which has an attribute `batch`.
+        state: The `State`, with an attribute `batch`.
     """
 
-    # Truthy, and not what anybody else would ask `fit()` to stop with.
+    # Truthy, and distinct from values that other callbacks set.
     _SHORTENED = "the rest of this epoch was done before the reset"
 
     def __init__(self, state: Any) -> None:
@@ -238,34 +238,36 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         self._done_before = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Take note of the number of steps."""
+        """Store the number of steps."""
         self.steps_per_epoch = self.params.get("steps")
         self._done_before = self.state.batch
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Tell the progress bar."""
+        """Set the number of steps of the progress bar."""
         if self.steps_per_epoch:
             self.params["steps"] = self.steps_per_epoch - self._done_before
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Count the batch, and end the epoch if it is the last one."""
+        """Count the batch, and end a shortened epoch after its last batch."""
         self.state.batch = self._done_before + batch + 1
         if self._done_before and self.steps_per_epoch and self.state.batch >= self.steps_per_epoch:
             self.model.stop_training = self.model.stop_training or self._SHORTENED
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Start from 0, with a whole epoch."""
+        """Reset the count, so that the next epoch is complete."""
         self.state.batch = self._done_before = 0
         if self.model.stop_training == self._SHORTENED:
             self.model.stop_training = False
 
 
 class UpdateEpochStateCallback(keras.callbacks.Callback):
-    """Keeps in `state.epoch` how many epochs are done.
+    """Store the number of finished epochs in `state.epoch`.
+
+    Call `fit()` with `initial_epoch=state.epoch, epochs=90` (which learning rate schedules need) or with
+    `epochs=90 - state.epoch`.
 
     Args:
-        state: The `State`, which has an attribute `epoch`. `fit()` may be told so in both ways:
-            `initial_epoch=state.epoch, epochs=90` (which schedules of learning rates need), or `epochs=90 - state.epoch`.
+        state: The `State`, with an attribute `epoch`.
     """
 
     def __init__(self, state: Any) -> None:
@@ -274,11 +276,11 @@ class UpdateEpochStateCallback(keras.callbacks.Callback):
         self.initial_epoch: int | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Forget where the last `fit()` began."""
+        """Reset the offset of the previous `fit()`."""
         self.initial_epoch = None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Find out how `fit()` counts."""
+        """Determine the offset between the epochs of `fit()` and of the state."""
         if self.initial_epoch is None:
             self.initial_epoch = self.state.epoch - epoch
 

@@ -1,6 +1,7 @@
-"""Horovod's functions for values and variables of Keras 3, and its gradient tape.
+"""Horovod's functions for Keras 3 values and variables, and its gradient tape.
 
-Horovod's own ask variables for `.ref()` and `.op`, which only `tf.Variable` has, and know neither bfloat16 nor uint32.
+Horovod's own functions use `.ref()` and `.op` of variables, which only `tf.Variable` has, and support neither bfloat16 nor
+uint32.
 """
 
 from __future__ import annotations
@@ -29,30 +30,32 @@ if TYPE_CHECKING:
 def broadcast_variables(
     variables: Any, root_rank: int = 0, process_set: ProcessSet | None = None, inplace: bool = False
 ) -> None:
-    """Give all ranks the state of one rank's models, layers, optimizers and variables.
+    """Broadcast the state of models, layers, optimizers and variables from one rank to all ranks.
 
-    Of a model or layer that is all that Keras would save: its weights, the constants of `Normalization`, the vocabularies of
-    `StringLookup`, `IntegerLookup` and `TextVectorization`, the bins of `Discretization`, and what a custom layer writes in
-    `save_own_variables()` and `save_assets()`. Compiled models trace their next step anew if they have such state. Seeds and
-    metrics stay each rank's own: equal seeds would drop the same units everywhere. A `model` does not bring its optimizer.
+    For a model or layer, this is everything that Keras would save: its weights, the constants of `Normalization`, the
+    vocabularies of `StringLookup`, `IntegerLookup` and `TextVectorization`, the bins of `Discretization`, and what a custom
+    layer writes in `save_own_variables()` and `save_assets()`. Compiled models with such state trace their next step again.
+    Random seeds and metrics are not broadcast: with equal seeds, dropout would drop the same units on all ranks. A model does
+    not include its optimizer.
 
-    Pass `model`, not `model.variables`, where it has layers that were adapted: variables do not bring a vocabulary. A
-    `tf.function` or `dataset.map` of your own keeps the constants that it was traced with, so broadcast before it is traced.
+    Pass `model`, not `model.variables`, if it has adapted layers: variables do not contain a vocabulary. A user-defined
+    `tf.function` or `dataset.map` keeps the constants that it was traced with, so broadcast before it is traced.
 
     Args:
-        variables: Models, layers, optimizers, and variables of Keras or TensorFlow (as `model.variables`), one or several,
+        variables: One or several models, layers, optimizers, and Keras or TensorFlow variables (such as `model.variables`),
             built, and the same on all ranks.
-        root_rank: The rank whose values are taken.
+        root_rank: The rank to broadcast from.
         process_set: The `hvd.ProcessSet` to broadcast in. Defaults to all ranks.
-        inplace: What Horovod takes to save memory; this goes through the host's memory, one variable after the other.
+        inplace: Accepted for compatibility with Horovod; has no effect. Variables pass through host memory, one at a time.
 
     Raises:
-        ValueError: On every rank, if the ranks' variables or layers differ in number, shape or dtype; if a layer with a method
-            `adapt` has state that is not broadcast and differs; if variables of a `Normalization` differ and come without it.
+        ValueError: On every rank, if the variables or layers of the ranks differ in number, shape or dtype; if a layer with an
+            `adapt` method has different state on the ranks that cannot be broadcast; if variables of a `Normalization` differ
+            and are passed without the layer.
         RuntimeError: In a `tf.function`, or if Horovod is missing or not initialized.
 
     Warns:
-        UserWarning: On every rank: tensors, arrays or tables that are attributes of a layer differ between ranks.
+        UserWarning: On every rank: tensors, arrays or tables in attributes of a layer differ between ranks.
 
     Example:
 
@@ -62,7 +65,7 @@ def broadcast_variables(
     ```
     """
     if not tf.executing_eagerly():
-        raise RuntimeError("broadcast_variables() has to be called outside of a tf.function. Received: a call in a graph")
+        raise RuntimeError("broadcast_variables() must be called outside a tf.function. Received: a call in a graph")
     single = isinstance(variables, keras.layers.Layer | keras.optimizers.Optimizer | keras.Variable | tf.Variable)
     items = [variables] if single else list(variables)
     roots = [item for item in items if isinstance(item, keras.layers.Layer)]
@@ -84,9 +87,9 @@ def broadcast_state(
     process_set: ProcessSet | None,
     local: Collection[int] = (),
 ) -> None:
-    """Give all ranks one rank's variables, and the other state of models or layers; see `broadcast_variables`.
+    """Broadcast variables and the other state of models or layers from one rank; see `broadcast_variables`.
 
-    Layers with a variable whose backing `tf.Variable` has its id in `local` are left to each rank.
+    `local` contains ids of `tf.Variable`s. These variables, and the state of layers that have one of them, are not broadcast.
     """
     variables = list({id(v): v for v in variables if id(backing(v)) not in local}.values())
     layers = [
@@ -104,27 +107,27 @@ def broadcast_state(
     _check_layouts([layout for layout, _, _ in gathered])
     if any([kind for _, kind in kinds] != [kind for _, kind in gathered[0][1]] for _, kinds, _ in gathered):
         raise ValueError(
-            "The model must have the same layers that keep a vocabulary, constants or assets on all ranks. "
+            "All ranks must have the same layers with a vocabulary, constants or assets. "
             f"Received: by rank: {[kinds for _, kinds, _ in gathered]}"
         )
-    # Names may differ: Keras counts the objects of a process.
+    # Names are not compared: Keras numbers objects per process.
     by_rank = [[values for _, values in adapted] for _, _, adapted in gathered]
     if any(values != by_rank[0] for values in by_rank):
         raise ValueError(
-            "The variables of Normalization layers differ between ranks, and the layers compute with constants made of them, "
-            "which broadcasting variables does not change. Pass the models or layers instead of their variables: "
+            "The variables of Normalization layers differ between ranks. The layers compute with constants derived from these "
+            "variables, which are not broadcast with them. Pass the models or layers instead of their variables: "
             f"`broadcast_variables(model)`. Received: variables of {[layer for layer, _ in adapted]}"
         )
     if len(gathered) > 1:
         with tf.device("CPU:0"):
             for variable in variables:
-                # As signed integers, since Horovod's TensorFlow part knows neither bfloat16 nor uint32.
+                # As signed integers, because Horovod supports neither bfloat16 nor uint32 in TensorFlow.
                 value = np.asarray(tf.convert_to_tensor(variable).numpy())
                 bits = group.hvd.broadcast(value.view(f"i{value.itemsize}"), root_rank, process_set=group.process_set)
                 variable.assign(np.asarray(bits.numpy()).view(value.dtype))
         if layers:
             _broadcast_layers(layers, stateful, root_rank, group)
-    if stateful:  # also on one rank: its layers may have been adapted since
+    if stateful:  # on one rank, too: its layers may have been adapted after the trace
         for root in roots:
             forget_traces(root)
 
@@ -134,13 +137,13 @@ def _check_layouts(layouts: list[list[tuple[Any, ...]]]) -> None:
         if any(one is None or one[:2] != (by_rank[0] or ())[:2] for one in by_rank):
             raise ValueError(
                 "The model and its optimizer must have the same variables on all ranks: build models, layers and optimizers on "
-                f"every rank first. Received: {[len(layout) for layout in layouts]} variables by rank, the first that differs "
-                f"has (shape, dtype, path) {list(by_rank)}"
+                f"every rank first. Received: {[len(layout) for layout in layouts]} variables by rank. The first difference by "
+                f"rank, as (shape, dtype, path): {list(by_rank)}"
             )
 
 
 def _broadcast_layers(layers: Any, stateful: Any, root_rank: int, group: Group) -> None:
-    """Give all ranks what one rank's layers keep outside of their variables; raise on every rank if one cannot take it."""
+    """Broadcast the state of layers outside their variables; raise on every rank if it cannot be set on one of them."""
     error = None
     if stateful:
         here = group.rank == root_rank
@@ -166,20 +169,21 @@ def _broadcast_layers(layers: Any, stateful: Any, root_rank: int, group: Group) 
     refused = [name for name, adapts in differing.items() if adapts]
     if refused:
         raise ValueError(
-            "Layers that can be adapted keep state that cannot be broadcast, and it differs between ranks. Adapt them to the "
-            "same data on all ranks, keep the state in weights (`add_weight()`) with a method `finalize_state()`, or write "
-            f"`save_assets()` and `load_assets()`. Received: {refused}"
+            "Layers with an `adapt` method have state that cannot be broadcast and differs between ranks. Adapt them to the "
+            "same data on all ranks, store the state in weights (`add_weight()`) with a method `finalize_state()`, or "
+            f"implement `save_assets()` and `load_assets()`. Received: {refused}"
         )
     if differing:
         warnings.warn(
-            "layers hold tensors, arrays or tables that differ between ranks and are not broadcast. If that is not meant, keep "
-            f"them as weights (`add_weight()`) or write `save_assets()` and `load_assets()`. Received: {list(differing)}",
+            "layers have tensors, arrays or tables that differ between ranks and are not broadcast. If this is not intended, "
+            "store them in weights (`add_weight()`) or implement `save_assets()` and `load_assets()`. "
+            f"Received: {list(differing)}",
             stacklevel=4,
         )
 
 
 def _normalizations(variables: Iterable[Any]) -> list[tuple[str, list[bytes]]]:
-    """The values of variables that are those of `Normalization` layers, by the layers' paths."""
+    """Return the values of the variables that belong to `Normalization` layers, by layer path."""
     found: dict[str, dict[str, Any]] = {}
     for variable in variables:
         layer, _, name = str(getattr(variable, "path", "")).rpartition("/")
@@ -198,10 +202,11 @@ def allreduce(
     compression: Any = None,
     **options: Any,
 ) -> tf.Tensor:
-    """Return the average over all ranks (or what `op` says) of a value: a number, a list, an array, a tensor or a variable.
+    """Return the average of a value over all ranks, or another reduction `op`.
 
-    Arguments are those of `horovod.tensorflow.keras.allreduce`; `options` are the others of `horovod.tensorflow.allreduce`,
-    such as `process_set`.
+    The value is a number, a list, an array, a tensor or a variable. The other arguments are those of
+    `horovod.tensorflow.keras.allreduce`; `options` are further arguments of `horovod.tensorflow.allreduce`, such as
+    `process_set`.
     """
     hvd = ranks.require_to_communicate()
     return hvd.allreduce(
@@ -217,23 +222,29 @@ def allreduce(
 
 
 def allgather(value: Any, name: str | None = None, **options: Any) -> tf.Tensor:
-    """Return the values of all ranks, joined along the first axis. `options` are those of `horovod.tensorflow.allgather`."""
+    """Return the concatenated values of all ranks, along the first axis.
+
+    `options` are the other arguments of `horovod.tensorflow.allgather`.
+    """
     return ranks.require_to_communicate().allgather(tf.convert_to_tensor(value), name=name, **options)
 
 
 def broadcast(value: Any, root_rank: int, name: str | None = None, **options: Any) -> tf.Tensor:
-    """Return the value of one rank. `options` are those of `horovod.tensorflow.broadcast`."""
+    """Return the value of the root rank. `options` are the other arguments of `horovod.tensorflow.broadcast`."""
     return ranks.require_to_communicate().broadcast(tf.convert_to_tensor(value), root_rank, name=name, **options)
 
 
 def reducescatter(value: Any, name: str | None = None, op: Any = None, **options: Any) -> tf.Tensor:
-    """Return this rank's part of the average over all ranks. `options` are those of `horovod.tensorflow.reducescatter`."""
+    """Return this rank's part of the average over all ranks, or of another reduction `op`.
+
+    `options` are the other arguments of `horovod.tensorflow.reducescatter`.
+    """
     hvd = ranks.require_to_communicate()
     return hvd.reducescatter(tf.convert_to_tensor(value), name=name, op=hvd.Average if op is None else op, **options)
 
 
 class _DistributedGradientTape:
-    """A `tf.GradientTape` whose `gradient()` is that of all ranks; the rest is the tape's own."""
+    """A `tf.GradientTape` whose `gradient()` averages over all ranks. Other attributes are those of the wrapped tape."""
 
     def __init__(self, tape: tf.GradientTape, op: Any, **options: Any) -> None:
         self._tape = tape
@@ -251,22 +262,22 @@ class _DistributedGradientTape:
         return getattr(self._tape, name)
 
     def watch(self, tensor: Any) -> None:
-        """Watch a tensor or a variable, of Keras, too."""
+        """Watch a tensor, or a TensorFlow or Keras variable."""
         self._tape.watch(keras.tree.map_structure(backing, tensor))
 
     def register_local_source(self, source: Any) -> None:
-        """Leave the gradient of a variable to each rank."""
+        """Exclude the gradient of a variable from averaging."""
         self._averager.register_local([source])
 
     def gradient(self, target: Any, sources: Any, output_gradients: Any = None, **options: Any) -> Any:
         """Return the gradients as `tf.GradientTape.gradient` does, averaged over the ranks.
 
         Args:
-            target: Tensor, or a structure of them, to be differentiated.
-            sources: Variable of Keras or TensorFlow, tensor, or a structure of them.
+            target: Tensor, or structure of tensors, to differentiate.
+            sources: Keras or TensorFlow variable, tensor, or a structure of these.
             output_gradients: Gradients of the elements of `target`.
-            options: The other arguments of `tf.GradientTape.gradient`. Horovod's `use_generic_names` is taken and of no use:
-                names never depend on what else a rank has made.
+            options: The other arguments of `tf.GradientTape.gradient`. Horovod's `use_generic_names` is accepted and has no
+                effect: names do not depend on other objects of the process.
         """
         options.pop("use_generic_names", None)
         variables = keras.tree.flatten(sources)
@@ -280,7 +291,7 @@ class _DistributedGradientTape:
     def get_local_and_global_gradients(
         self, target: Any, sources: Sequence[Any], output_gradients: Any = None, **options: Any
     ) -> tuple[list[Any], list[Any]]:
-        """Return pairs of source and gradient: those left to each rank, and those of all ranks."""
+        """Return two lists of (source, gradient) pairs: the local gradients, and the averaged ones."""
         pairs = list(zip(sources, self.gradient(target, list(sources), output_gradients, **options), strict=True))
         local = self._averager.places(sources)
         chosen = [[pair for i, pair in enumerate(pairs) if (i in local) == which] for which in (True, False)]
@@ -292,7 +303,7 @@ def _flatten_gradients(gradients: Any) -> list[Any]:
 
 
 def _unused_name() -> str:
-    """The same on every rank, and used once in a graph: TensorFlow may run two exchanges of one graph at a time."""
+    """Return a name that is the same on every rank and unique in a graph, whose exchanges TensorFlow may run concurrently."""
     name = "hvd_syncbn.DistributedGradientTape"
     if tf.executing_eagerly():
         return name
@@ -315,25 +326,26 @@ def DistributedGradientTape(
     process_set: ProcessSet | None = None,
     scale_local_gradients: bool = True,
 ) -> Any:
-    """Make a `tf.GradientTape` return gradients that are averaged over all ranks, for variables of Keras 3, too.
+    """Make a `tf.GradientTape` return gradients that are averaged over all ranks, also for Keras 3 variables.
 
     Args:
-        gradtape: The tape, before or after it has recorded.
-        device_dense: What Horovod takes and this has no use for: gradients are exchanged where they are.
-        device_sparse: Likewise.
-        compression: One of `hvd.Compression`, for dense gradients. Defaults to none.
-        sparse_as_dense: Whether to add up `tf.IndexedSlices` into dense gradients.
+        gradtape: The tape, before or after recording.
+        device_dense: Accepted for compatibility with Horovod; has no effect.
+        device_sparse: Accepted for compatibility with Horovod; has no effect.
+        compression: A member of `hvd.Compression`, for dense gradients. Defaults to none.
+        sparse_as_dense: Whether to convert `tf.IndexedSlices` to dense gradients.
         op: `hvd.Average`, the default, or `hvd.Sum`.
-        gradient_predivide_factor: Dense gradients are divided by it before they are added up, and multiplied with it after.
-        num_groups: What Horovod takes and this has no use for: all gradients of a dtype are one group.
-        groups: Likewise.
+        gradient_predivide_factor: Dense gradients are divided by it before the sum, and multiplied by it after.
+        num_groups: Accepted for compatibility with Horovod; has no effect. All gradients of one dtype are one group.
+        groups: Accepted for compatibility with Horovod; has no effect.
         process_set: The `hvd.ProcessSet` to average over. Defaults to all ranks.
-        scale_local_gradients: Whether gradients of `register_local_source()` are divided by the number of ranks.
+        scale_local_gradients: Whether gradients of sources registered with `register_local_source()` are divided by the number
+            of ranks.
 
     Raises:
         TypeError: If `gradtape` is not a `tf.GradientTape`.
-        ValueError: If `op` is another one, or `gradient_predivide_factor` is given with `hvd.Sum`.
-        RuntimeError: If Horovod is missing or not initialized, or XLA is to compile the step.
+        ValueError: If `op` is neither of these, or `gradient_predivide_factor` is given with `hvd.Sum`.
+        RuntimeError: If Horovod is missing or not initialized, or XLA compiles the step.
 
     Example:
 
@@ -347,13 +359,13 @@ def DistributedGradientTape(
     """
     hvd = ranks.require()
     if not isinstance(gradtape, tf.GradientTape):
-        raise TypeError(f"`gradtape` has to be a `tf.GradientTape`. Received: {gradtape!r}")
+        raise TypeError(f"`gradtape` must be a `tf.GradientTape`. Received: {gradtape!r}")
     op = hvd.Average if op is None else op
     if op not in (hvd.Average, hvd.Sum):
-        raise ValueError(f"`op` has to be `hvd.Average` or `hvd.Sum`. Received: op={op}")
+        raise ValueError(f"`op` must be `hvd.Average` or `hvd.Sum`. Received: op={op}")
     if op == hvd.Sum and gradient_predivide_factor != 1.0:
         raise ValueError(
-            "`gradient_predivide_factor` splits an average, not a sum. "
+            "`gradient_predivide_factor` is only supported with `hvd.Average`. "
             f"Received: gradient_predivide_factor={gradient_predivide_factor}, op=hvd.Sum"
         )
     return _DistributedGradientTape(
@@ -368,16 +380,16 @@ def DistributedGradientTape(
 
 
 def PartialDistributedGradientTape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None, **kwargs: Any) -> Any:
-    """Make a tape distributed but for the gradients of some layers, which each rank keeps.
+    """Make a tape average gradients over all ranks, except those of local layers.
 
     Args:
         gradtape: The tape.
-        args: As of `DistributedGradientTape`.
-        local_layers: A layer, or several, built, whose variables are each rank's own.
-        kwargs: As of `DistributedGradientTape`.
+        args: See `DistributedGradientTape`.
+        local_layers: One or several layers, built, whose variables are local to each rank.
+        kwargs: See `DistributedGradientTape`.
 
     Raises:
-        ValueError: If `local_layers` holds anything but layers, or one that is not built.
+        ValueError: If `local_layers` contains anything but built layers.
     """
     variables = local_variables(local_layers)
     tape = DistributedGradientTape(gradtape, *args, **kwargs)

@@ -1,16 +1,16 @@
 """Keras 3 under Horovod: an optimizer that averages gradients.
 
-* A distributed optimizer is the user's own object, of a class derived from its own: `isinstance`, state and all else stay.
-* Its copies are distributed, too, each with its own accumulators: `from_config`, `copy.deepcopy`, pickle, `clone_model`, those
-  of a whole model, and inside a LossScaleOptimizer. Only a file knows nothing of Horovod: it holds the wrapped class and loads
-  anywhere. `load_model` wraps what is loaded (built, with its state) again.
-* `Optimizer.apply` is the only hook: gradients are averaged before anything else sees them, hence clipping, weight
-  decay, EMA and the decision of a LossScaleOptimizer come out alike on every rank.
-* Collectives have names of their own, never those of Keras, which count the objects of a process and so may differ
-  between ranks. Optimizers are counted when they first exchange something: in that the ranks agree already.
+* A distributed optimizer is the user's object. Its class is changed to a subclass, so `isinstance` and its state are kept.
+* Copies are distributed, too, each with its own accumulators: by `from_config`, `copy.deepcopy`, pickle and `clone_model`, of
+  a whole model, and inside a LossScaleOptimizer. A file, however, contains the wrapped class and loads without Horovod.
+  `load_model` wraps the loaded optimizer (built, with its state) again.
+* `Optimizer.apply` is the only hook. Gradients are averaged before they are used, so clipping, weight decay, EMA and the
+  decision of a LossScaleOptimizer to skip a step are the same on every rank.
+* Names of collectives do not contain Keras's object names: these are numbered per process and may differ between ranks.
+  Optimizers are numbered when they first exchange gradients, which ranks do in the same order.
 
-Custom training loops need none of this: `apply_gradients` of a distributed optimizer averages there, too, or take a plain one
-with our `DistributedGradientTape`. (Horovod's own wants the `tf.Variable` behind each variable of Keras, `v.value`.)
+In a custom training loop, `apply_gradients` of a distributed optimizer averages as well. Alternatively, use a plain optimizer
+with `DistributedGradientTape` of this package. (Horovod's tape needs the `tf.Variable` of each Keras variable, `v.value`.)
 
 ```python
 with DistributedGradientTape(tf.GradientTape()) as tape:
@@ -51,16 +51,16 @@ _named: Counter[tuple[int, str]] = Counter()
 
 
 class _Averager:
-    """How one optimizer averages: its settings, and what it keeps between steps.
+    """The averaging of one optimizer: its settings, and its state between steps.
 
-    Horovod is asked for when there is something to average, so that a copy can be made anywhere. A process set may be the list
-    of its ranks.
+    Horovod is only used when there is something to average, so that copies can be created without it. A process set may be the
+    list of its ranks.
     """
 
     op: Any = None
-    """What gradients become; None for their average."""
+    """Horovod's reduction of gradients; None for the average."""
     applied = False
-    """Whether an optimizer was applied since it is distributed, in a step that ran or was traced."""
+    """Whether the optimizer was applied since it became distributed, in a step that ran or was traced."""
 
     def __init__(
         self,
@@ -79,22 +79,22 @@ class _Averager:
         self.sparse_as_dense = sparse_as_dense
         self.predivide = gradient_predivide_factor
         self.scale_local_gradients = scale_local_gradients
-        self.local_variables: dict[int, Any] = {}  # by id, so that one that is here stays what it is
+        self.local_variables: dict[int, Any] = {}  # by id; the reference keeps the id valid
         self.accumulators: list[tf.Variable] = []
 
     def get_config(self) -> dict[str, Any]:
-        """The settings, as a config can hold them."""
+        """Return the settings in a form that a config can contain."""
         if self.local_variables:
             raise ValueError(
-                "an optimizer that leaves variables to each rank cannot be copied: a copy would not know which of its model's "
-                "these are. Copy the plain optimizer, and make it a PartialDistributedOptimizer. "
+                "an optimizer with local variables cannot be copied, because the copy cannot know which variables of its model "
+                "are local. Copy the plain optimizer, and pass the copy to PartialDistributedOptimizer. "
                 f"Received: local variables {[v.name for v in self.local_variables.values()]}"
             )
         compression: Any = self.given_compression
         if compression is not None and not isinstance(compression, str):
             compressions = {value: key for key, value in vars(ranks.require().Compression).items() if isinstance(value, type)}
             if compression not in compressions:
-                raise ValueError(f"a config can only hold a compression of `hvd.Compression`. Received: {compression!r}")
+                raise ValueError(f"a config can only contain a member of `hvd.Compression`. Received: {compression!r}")
             compression = compressions[compression]
         return {
             "name": self.name,
@@ -107,16 +107,16 @@ class _Averager:
         }
 
     def register_local(self, variables: Iterable[Any]) -> None:
-        """Leave the gradients of variables to each rank."""
+        """Exclude the gradients of variables from averaging."""
         self.local_variables |= {id(variable): variable for variable in map(backing, variables)}
 
     def places(self, variables: Sequence[Any]) -> set[int]:
-        """Where in a list of variables those are that are left to each rank."""
+        """Return the indices of the local variables in a list of variables."""
         return {i for i, variable in enumerate(variables) if id(backing(variable)) in self.local_variables}
 
     @functools.cached_property
     def process_set(self) -> ProcessSet:
-        """The process set as Horovod knows it."""
+        """The process set that is registered with Horovod."""
         hvd, given = ranks.require(), self.given_process_set
         if given is None:
             return hvd.global_process_set
@@ -124,24 +124,24 @@ class _Averager:
 
     @functools.cached_property
     def compression(self) -> Any:
-        """One of `hvd.Compression`."""
+        """The member of `hvd.Compression`."""
         given = self.given_compression or "none"
         return getattr(ranks.require().Compression, given) if isinstance(given, str) else given
 
     @functools.cached_property
     def prefix(self) -> str:
-        """What the names of the collectives begin with: of this optimizer alone, the same on all ranks."""
+        """The prefix of the collectives' names: unique to this optimizer, and the same on all ranks."""
         key = (horovod.process_set_id(self.process_set), self.name)
         number, _named[key] = _named[key], _named[key] + 1
         return f"{self.name}.{number}" if number else self.name
 
     def is_alone(self) -> bool:
-        """Tell whether there is nobody to talk to. An elastic job may grow after a step was traced: never alone."""
+        """Return whether this is the only rank. False in an elastic job, which may grow after a step was traced."""
         alone = horovod.size(ranks.require(), self.process_set) == 1
         return alone and not int(os.environ.get("HOROVOD_ELASTIC", "0"))
 
     def _options(self, what: str) -> dict[str, Any]:
-        """Return what every collective is called with."""
+        """Return the common arguments of all collectives."""
         from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
         if GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
@@ -159,16 +159,17 @@ class _Averager:
         return hvd.allreduce(tf.cast(condition, tf.float32), op=hvd.Min, **self._options("finite")) > 0
 
     def average(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
-        """Return the average over the ranks of each gradient; where there is none, there is none on any rank.
+        """Return the average of each gradient over the ranks. A gradient that is None must be None on all ranks.
 
-        Gradients of local variables are this rank's own, divided by the number of ranks: as if the others had sent zeros.
-        Those that overwrite their variable are the maximum over the ranks, or this rank's own if the variable is local.
+        The gradients of local variables are not averaged, but divided by the number of ranks, as if the other ranks had sent
+        zeros. For gradients that overwrite their variable, return the maximum over the ranks, or the unchanged gradient if the
+        variable is local.
         """
         averaged = list(gradients)
         if self.is_alone():
             return averaged
         local = self.places(variables)
-        groups: dict[tuple[Any, ...], list[int]] = {}  # Horovod wants one dtype in a group
+        groups: dict[tuple[Any, ...], list[int]] = {}  # Horovod requires one dtype per group
         maxima = []
         for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
             if gradient is None or (i in local and overwrites(variable)):
@@ -185,7 +186,7 @@ class _Averager:
             groups.setdefault((gradient.dtype, index_dtype), []).append(i)
         self._maximize(averaged, maxima)
         for n, ((dtype, index_dtype), positions) in enumerate(groups.items()):
-            # Horovod's TensorFlow part does not know bfloat16.
+            # Horovod does not support bfloat16 in TensorFlow.
             group = [tf.cast(averaged[i], tf.float32 if dtype == tf.bfloat16 else dtype) for i in positions]
             reduced = self._average_sparse(group, n) if index_dtype else self._average_dense(group, n)
             for i, gradient in zip(positions, reduced, strict=True):
@@ -193,7 +194,7 @@ class _Averager:
         return averaged
 
     def _maximize(self, gradients: list[Any], positions: list[int]) -> None:
-        """Replace the gradients at some positions by their maximum over the ranks."""
+        """Replace the gradients at the positions by their maximum over the ranks."""
         for dtype in dict.fromkeys(gradients[i].dtype for i in positions):
             chosen = [i for i in positions if gradients[i].dtype == dtype]
             group = [tf.cast(gradients[i], tf.float32 if dtype == tf.bfloat16 else dtype) for i in chosen]
@@ -210,7 +211,7 @@ class _Averager:
         return averaged
 
     def _average_sparse(self, group: list[tf.IndexedSlices], n: int) -> list[tf.IndexedSlices]:
-        # Not left to grouped_allreduce: that gives slices the dense shapes of other gradients, and no names.
+        # `grouped_allreduce` would give slices the dense shapes of other gradients, and no names.
         hvd = ranks.require()
         values = hvd.grouped_allgather([g.values for g in group], **self._options(f"values.{n}"))
         indices = hvd.grouped_allgather([g.indices for g in group], **self._options(f"indices.{n}"))
@@ -225,9 +226,10 @@ class _Averager:
 
 @keras.saving.register_keras_serializable("hvd_syncbn", "DistributedOptimizer")
 class _Distributed(keras.optimizers.Optimizer):
-    """What a distributed optimizer does differently; comes before the wrapped class.
+    """Mixin of a distributed optimizer; precedes the wrapped class in the bases.
 
-    Registered for pickles, which call all by this name: another process may not have made the subclass yet.
+    It is registered for pickles, which use this name for all distributed optimizers: the unpickling process may not have
+    created the subclass yet.
     """
 
     _wrapped: type[keras.optimizers.Optimizer]
@@ -240,17 +242,17 @@ class _Distributed(keras.optimizers.Optimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "loss_scale_factor":
-            # A LossScaleOptimizer resets this of the optimizer that it is put around, and tells it nothing else of itself.
+            # A LossScaleOptimizer only sets this attribute of the optimizer that it wraps. There is no other hook.
             _agree(sys._getframe(1).f_locals.get("self"), self)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's config and, other than for a file, how it averages."""
+        """Return the wrapped optimizer's config and, except for a file, the settings of averaging."""
         config: dict[str, Any] = super().get_config()
         return config if _writing_a_file() else config | {"distributed": self._averager.get_config()} | _name_of(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **kwargs: Any) -> _Distributed:
-        """Return a distributed optimizer, with accumulators of its own."""
+        """Create a distributed optimizer with separate accumulators."""
         config = dict(config)
         if "wrapped" in config:
             named: _Distributed = _named_class(config.pop("wrapped")).from_config(config, **kwargs)
@@ -265,23 +267,23 @@ class _Distributed(keras.optimizers.Optimizer):
         return _unpickle, super().__reduce__()[1]
 
     def register_local_var(self, var: Any) -> None:
-        """Leave the gradient of a variable, of Keras or TensorFlow, to each rank. See `PartialDistributedOptimizer`."""
+        """Exclude the gradient of a Keras or TensorFlow variable from averaging. See `PartialDistributedOptimizer`."""
         if not hasattr(var, "assign"):
-            raise ValueError(f"a local variable has to be a Keras or TensorFlow variable. Received: {var!r}")
+            raise ValueError(f"a local variable must be a Keras or TensorFlow variable. Received: {var!r}")
         self._averager.register_local([var])
 
     def check_finite(self, grads: Sequence[Gradient]) -> tf.Tensor:
-        """Return, in a LossScaleOptimizer, whether the gradients are finite: on every rank, if some are each rank's own."""
+        """Return whether the gradients of a LossScaleOptimizer are finite; on every rank, if there are local variables."""
         finite = super().check_finite(grads)
         return self._averager.all_ranks(finite) if self._averager.local_variables else finite
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Average the gradients, then do as the wrapped optimizer does."""
+        """Average the gradients, then apply them with the wrapped optimizer."""
         caller = sys._getframe(1).f_locals.get("self")
         if isinstance(caller, keras.optimizers.LossScaleOptimizer) and not isinstance(caller, _Distributed | _Agreeing):
             raise RuntimeError(
-                "an optimizer inside a LossScaleOptimizer was made distributed: ranks would not agree which steps to skip. Use "
-                f"`DistributedOptimizer(loss_scale_optimizer)`. Received: {caller!r}"
+                "an optimizer inside a LossScaleOptimizer was made distributed: ranks would not agree on which steps to skip. "
+                f"Use `DistributedOptimizer(loss_scale_optimizer)`. Received: {caller!r}"
             )
         averager = self._averager
         averager.applied = True
@@ -292,17 +294,16 @@ class _Distributed(keras.optimizers.Optimizer):
             super().apply(averager.average(grads, self._variables_of(trainable_variables)), trainable_variables)
 
     def _variables_of(self, trainable_variables: Sequence[Any] | None) -> Sequence[Any]:
-        """The variables that the gradients belong to."""
+        """Return the variables of the gradients."""
         if self._averager.local_variables and getattr(getattr(self, "inner_optimizer", self), "global_clipnorm", None):
             raise ValueError(
-                "`global_clipnorm` needs the gradients of all variables to be the same on every rank: where some are each "
-                "rank's own, ranks would scale the others differently. Take `clipnorm` or `clipvalue`. "
-                f"Received: {self!r} with local variables"
+                "`global_clipnorm` needs the same gradients on every rank: with local variables, ranks would scale the "
+                f"averaged gradients differently. Use `clipnorm` or `clipvalue`. Received: {self!r} with local variables"
             )
         return self._trainable_variables if trainable_variables is None else trainable_variables
 
     def _accumulate(self, grads: list[Gradient], trainable_variables: Sequence[Any] | None) -> None:
-        if trainable_variables is not None and not self.built:  # creates variables, impossible in a branch
+        if trainable_variables is not None and not self.built:  # `build` cannot create variables inside tf.cond
             self.build(list(trainable_variables))
         averager = self._averager
         variables = self._variables_of(trainable_variables)
@@ -314,7 +315,7 @@ class _Distributed(keras.optimizers.Optimizer):
                 averager.accumulators.extend(tf.Variable(z, trainable=False) for z in [*zeros, tf.constant(0)])
         *means, count = averager.accumulators
         for mean, (i, gradient) in zip(means, present.items(), strict=True):
-            if i in overwriting:  # as Keras accumulates them
+            if i in overwriting:  # like Keras's gradient accumulation
                 mean.assign(tf.maximum(mean, gradient))
             else:
                 mean.assign_add(gradient / averager.passes)
@@ -332,10 +333,10 @@ class _Distributed(keras.optimizers.Optimizer):
 
 
 class _Agreeing(keras.optimizers.LossScaleOptimizer):
-    """A LossScaleOptimizer around a distributed optimizer; comes before the wrapped class.
+    """Mixin of a LossScaleOptimizer that wraps a distributed optimizer; precedes the wrapped class in the bases.
 
-    Under mixed_float16 `compile()` puts one around ours, and that looks at gradients not averaged yet: a rank that skips the
-    step alone would leave the others waiting.
+    Under mixed_float16, `compile()` wraps the distributed optimizer in a LossScaleOptimizer, which checks gradients before they
+    are averaged. If one rank alone skipped a step, the other ranks would wait forever.
     """
 
     _wrapped: type[keras.optimizers.Optimizer]
@@ -358,7 +359,7 @@ def _agree(outer: Any, inner: _Distributed) -> None:
 
 @functools.cache
 def _subclass(mixin: Any, wrapped: Any) -> type:
-    """The class of a mixin before a wrapped class, which Keras knows by a name of ours, and in a file as the wrapped one."""
+    """Create a subclass of a mixin and a wrapped class. It is registered with Keras; files contain the wrapped class."""
 
     def seen(self: Any) -> type:
         if mixin is _Agreeing or _writing_a_file():
@@ -373,11 +374,11 @@ def _subclass(mixin: Any, wrapped: Any) -> type:
 
 
 def _named_class(name: str) -> Any:
-    """The subclass for a wrapped class by the name that Keras has for it."""
+    """Return the distributed subclass for the registered name of a wrapped class."""
     wrapped: Any = keras.saving.get_registered_object(name) or getattr(keras.optimizers, name, None)
     if wrapped is None:
         raise ValueError(
-            "the class of a distributed optimizer is not known here: import it, decorated with "
+            "the class of a distributed optimizer is not registered in this process: import it, decorated with "
             f"`@keras.saving.register_keras_serializable()`. Received: {name!r}"
         )
     return _subclass(_Distributed, wrapped)
@@ -388,19 +389,19 @@ def _name_of(optimizer: _Distributed) -> dict[str, Any]:
 
 
 def _unpickle(file: io.BytesIO) -> Any:
-    """Keras's; a function of this module, so that who unpickles an optimizer has it."""
+    """Unpickle an optimizer as Keras does. As a function of this module, it makes pickle import the module."""
     return keras.optimizers.Optimizer._unpickle_model(file)
 
 
 def _writing_a_file() -> bool:
-    """Whether Keras is about to put a config into a `.keras` or a legacy `.h5` file; it does not tell in any public way."""
+    """Return whether Keras is writing a config to a `.keras` or legacy `.h5` file. Keras has no public API for this."""
     get = global_state.get_global_attribute
     written = get("shared_objects/id_to_config_map") is not None or bool(get("use_legacy_config"))
     return written and not _pickling()
 
 
 def _pickling() -> bool:
-    """Whether that is for `copy.deepcopy` or pickle, of an optimizer or of the model around it."""
+    """Return whether `copy.deepcopy` or pickle is running, on an optimizer or on a model that holds it."""
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code is not KerasSaveable.__reduce__.__code__:
         frame = frame.f_back
@@ -411,7 +412,7 @@ def _check_model_in_training(process_set: ProcessSet) -> None:
     """Run the training checks on the model whose training step called the optimizer."""
     if horovod.size(ranks.require(), process_set) == 1:
         return
-    frame: Any = sys._getframe(2)  # Keras passes an optimizer its variables only, not the model
+    frame: Any = sys._getframe(2)  # Keras passes only the variables to an optimizer, not the model
     while frame is not None and not isinstance(frame.f_locals.get("self"), keras.Model):
         frame = frame.f_back
     if frame is not None:
@@ -426,19 +427,19 @@ def _distribute(optimizer: Any, averager: _Averager) -> Any:
 
 
 def backing(source: Any) -> Any:
-    """The `tf.Variable` behind a Keras variable; anything else as it is."""
+    """Return the `tf.Variable` of a Keras variable; return anything else unchanged."""
     return source.value if isinstance(source, keras.Variable) else source
 
 
 def overwrites(variable: Any) -> bool:
-    """Whether a variable takes its "gradient" as its value: float8 training computes scales and largest inputs so."""
+    """Return whether a variable's "gradient" is its new value, as for the scales and amax histories of float8 training."""
     return bool(getattr(variable, "overwrite_with_gradient", False))
 
 
 def optimizers_of(model: keras.layers.Layer) -> list[keras.optimizers.Optimizer]:
-    """Return the optimizers that a model and the models in it hold: `model.optimizer` and all in other attributes.
+    """Return the optimizers of a model and of the models in it: `model.optimizer` and those in other attributes.
 
-    An optimizer that is inside another one (LossScaleOptimizer, MultiOptimizer) counts with that one.
+    An optimizer inside another one (LossScaleOptimizer, MultiOptimizer) is not listed separately.
     """
     found = {id(one): one for _, layer in _walk(model, "", set()) for one in _own_optimizers(layer).values()}
     inner = {id(one) for outer in found.values() for one in members(outer)}
@@ -446,7 +447,7 @@ def optimizers_of(model: keras.layers.Layer) -> list[keras.optimizers.Optimizer]
 
 
 def require_built(model: Any) -> None:
-    """Build `model.optimizer`, and raise if the model holds another optimizer that is not built: its state cannot be kept."""
+    """Build `model.optimizer`, and raise if another optimizer of the model is not built: its state cannot be saved."""
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and not optimizer.built:
         optimizer.build(model.trainable_variables)
@@ -454,15 +455,15 @@ def require_built(model: Any) -> None:
     unbuilt = [name for name, one in _own_optimizers(model).items() if not one.built and id(one) in outer]
     if unbuilt:
         raise ValueError(
-            "the model holds optimizers that are not built, so that their state cannot be kept. Build each with the variables "
-            f"that it trains: `model.{unbuilt[0]}.build(variables)`. Received: model {model.name!r} with {unbuilt}, not built"
+            "the model has optimizers that are not built, so their state cannot be saved. Build each with the variables that "
+            f"it trains: `model.{unbuilt[0]}.build(variables)`. Received: model {model.name!r} with {unbuilt}, not built"
         )
 
 
 def _own_optimizers(layer: keras.layers.Layer) -> dict[str, Any]:
-    """The optimizers in a layer's attributes, also in lists and dictionaries, by name: "d_optimizer", "optimizers.0"."""
+    """Return the optimizers in a layer's attributes, lists and dictionaries, by name: "d_optimizer", "optimizers.0"."""
     held: dict[int, tuple[str, Any]] = {}
-    # Public names first: Keras and TensorFlow hold some objects under private names, too.
+    # Public names first: Keras and TensorFlow also store some objects under private names.
     for name, value in sorted(vars(layer).items(), key=lambda item: item[0].startswith("_")):
         for place, optimizer in _held(name, value):
             held.setdefault(id(optimizer), (place, optimizer))
@@ -478,18 +479,18 @@ def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def members(optimizer: Any) -> list[Any]:
-    """The optimizers inside of an optimizer."""
+    """Return the optimizers inside an optimizer, at any depth."""
     return [one for member in _direct_members(optimizer) for one in (member, *members(member))]
 
 
 def _direct_members(optimizer: Any) -> list[Any]:
-    """The optimizer in a LossScaleOptimizer, those in a MultiOptimizer."""
+    """Return the optimizer in a LossScaleOptimizer or those in a MultiOptimizer."""
     inner = getattr(optimizer, "inner_optimizer", None)
     return list(getattr(optimizer, "optimizers", ())) if inner is None else [inner]
 
 
 def is_distributed(optimizer: object) -> bool:
-    """Whether an optimizer averages over the ranks: itself, or those inside of it (of a MultiOptimizer, all)."""
+    """Return whether an optimizer averages over the ranks, or all optimizers directly inside it do."""
     if isinstance(optimizer, _Distributed):
         return True
     direct = _direct_members(optimizer)
@@ -497,13 +498,13 @@ def is_distributed(optimizer: object) -> bool:
 
 
 def is_new(optimizer: Any) -> bool:
-    """Whether an optimizer has not been applied since it is distributed: steps that were traced before do not average."""
+    """Return whether an optimizer was not applied since it became distributed. Steps traced before that do not average."""
     every = [optimizer, *members(optimizer)]
     return any(isinstance(one, _Distributed) and not one._averager.applied for one in every)
 
 
 def forget_gradients(optimizer: Any) -> None:
-    """Give up the gradients of `backward_passes_per_step` that were not applied yet."""
+    """Discard accumulated gradients (`backward_passes_per_step`) that were not applied yet."""
     for one in (optimizer, *members(optimizer)):
         for accumulator in one._averager.accumulators if isinstance(one, _Distributed) else ():
             accumulator.assign(tf.zeros_like(accumulator))
@@ -528,39 +529,41 @@ def DistributedOptimizer(
 ) -> keras.optimizers.Optimizer:
     """Make a Keras 3 optimizer average its gradients over all ranks.
 
-    The optimizer itself is changed and returned, so that one loaded with a model keeps its state. Wrap before the model is
-    trained, or train on with `BroadcastVariablesCallback`, which has the step traced anew. Its copies are distributed, too: by
-    `from_config`, `copy.deepcopy`, pickle and `clone_model`, of it or of its model. A saved model holds the plain optimizer and
-    loads where there is no Horovod; to continue, use `load_model`, or wrap `model.optimizer` again.
+    The optimizer is changed in place and returned, so an optimizer that was loaded with a model keeps its state. Wrap it before
+    the model is trained, or continue training with `BroadcastVariablesCallback`, which makes Keras trace the step again. Copies
+    of the optimizer or of its model are distributed, too: by `from_config`, `copy.deepcopy`, pickle and `clone_model`. A saved
+    model contains the plain optimizer and loads without Horovod. To continue training, use `load_model`, or wrap
+    `model.optimizer` again.
 
-    Under float16, `DistributedOptimizer(LossScaleOptimizer(...))` is faster than the other way round, which is what
-    `compile()` makes of it by itself: outside, a LossScaleOptimizer costs one more (small) collective per step.
+    Under float16, `DistributedOptimizer(LossScaleOptimizer(...))` is faster than the reverse nesting, which `compile()`
+    creates by default: an outer LossScaleOptimizer costs one more (small) collective per step.
 
     Args:
         optimizer: Any `keras.optimizers.Optimizer`, built or not.
-        name: The prefix of the names of the collectives, the same on all ranks. Where several optimizers have it (copies, or by
-            default all), they are counted in the order in which they first exchange gradients.
+        name: The prefix of the collectives' names, the same on all ranks. If several optimizers share it (copies, or all by
+            default), they are numbered in the order in which they first exchange gradients.
         process_set: The `hvd.ProcessSet` to average over. Defaults to all ranks.
         backward_passes_per_step: The number of batches whose gradients are averaged locally before one exchange and
             one update. Everything that counts steps (schedules, EMA) counts updates, as with a larger batch; the
             optimizer must always be applied to the same variables. Sparse gradients become dense.
-        compression: One of `hvd.Compression`, for dense gradients. Defaults to none.
-        sparse_as_dense: Whether to add up `tf.IndexedSlices` into dense gradients instead of gathering the slices of
-            all ranks; faster where most rows are touched.
-        op: `hvd.Average`, which is what this does; for scripts that say so.
-        average_aggregated_gradients: `True`, likewise: the gradients of `backward_passes_per_step` batches are averaged.
-        gradient_predivide_factor: Dense gradients are divided by it before they are added up, and multiplied with it after.
-        scale_local_gradients: Whether gradients of variables that `register_local_var()` of the optimizer leaves to each rank
-            are divided by the number of ranks.
-        device_dense: What Horovod takes and this has no use for: gradients are exchanged where they are.
-        device_sparse: Likewise.
-        num_groups: What Horovod takes and this has no use for: all gradients of a dtype are one group.
-        groups: Likewise.
+        compression: A member of `hvd.Compression`, for dense gradients. Defaults to none.
+        sparse_as_dense: Whether to convert `tf.IndexedSlices` to dense gradients instead of gathering the slices of all ranks;
+            faster if most rows have gradients.
+        op: Only `hvd.Average`; accepted for compatibility with Horovod.
+        average_aggregated_gradients: Must be `True` with `backward_passes_per_step` greater than 1; accepted for compatibility
+            with Horovod.
+        gradient_predivide_factor: Dense gradients are divided by it before the sum, and multiplied by it after.
+        scale_local_gradients: Whether the gradients of variables registered with the optimizer's `register_local_var()` are
+            divided by the number of ranks.
+        device_dense: Accepted for compatibility with Horovod; has no effect.
+        device_sparse: Accepted for compatibility with Horovod; has no effect.
+        num_groups: Accepted for compatibility with Horovod; has no effect. All gradients of one dtype are one group.
+        groups: Accepted for compatibility with Horovod; has no effect.
 
     Raises:
         TypeError: If `optimizer` is not a Keras 3 optimizer.
-        ValueError: If it or an optimizer in it is distributed already, or `backward_passes_per_step` is less than 1.
-        RuntimeError: If Horovod is missing or not initialized, or Keras does not run on TensorFlow.
+        ValueError: If it or an optimizer in it is already distributed, or `backward_passes_per_step` is less than 1.
+        RuntimeError: If Horovod is missing or not initialized, or Keras's backend is not TensorFlow.
 
     Example:
 
@@ -576,7 +579,7 @@ def DistributedOptimizer(
             f"(of type {type(optimizer)})"
         )
     if any(map(is_distributed, (optimizer, *members(optimizer)))):
-        raise ValueError(f"`optimizer` is a DistributedOptimizer already. Received: {optimizer!r}")
+        raise ValueError(f"`optimizer` is already a DistributedOptimizer. Received: {optimizer!r}")
     if not isinstance(backward_passes_per_step, int) or backward_passes_per_step < 1:
         raise ValueError(
             f"`backward_passes_per_step` must be an integer >= 1. Received: backward_passes_per_step={backward_passes_per_step}"
@@ -591,18 +594,18 @@ def DistributedOptimizer(
         gradient_predivide_factor,
         scale_local_gradients,
     )
-    averager.is_alone()  # raises if Horovod is not ready or this rank has no business in the process set
+    averager.is_alone()  # raises if Horovod is not initialized or this rank is not in the process set
     return _distribute(optimizer, averager)
 
 
 def _check_averaging(op: Any, average_aggregated_gradients: bool, passes: int) -> None:
-    """Refuse the sums that Horovod's optimizer can do: with them a script would train with other learning rates."""
+    """Reject Horovod's options for sums, which would change the effective learning rate."""
     if op is not None and op != ranks.require().Average:
-        raise ValueError(f"gradients are averaged: multiply the learning rate instead. Received: op={op}")
+        raise ValueError(f"gradients can only be averaged: multiply the learning rate instead. Received: op={op}")
     if passes > 1 and not average_aggregated_gradients:
         raise ValueError(
-            "the gradients of several batches are averaged: multiply the learning rate by `backward_passes_per_step` instead. "
-            f"Received: average_aggregated_gradients=False, backward_passes_per_step={passes}"
+            "the gradients of several batches can only be averaged: multiply the learning rate by `backward_passes_per_step` "
+            f"instead. Received: average_aggregated_gradients=False, backward_passes_per_step={passes}"
         )
 
 
@@ -613,21 +616,22 @@ def PartialDistributedOptimizer(
     local_layers: keras.layers.Layer | Iterable[keras.layers.Layer] | None = None,
     **options: Any,
 ) -> keras.optimizers.Optimizer:
-    """Make an optimizer distributed but for the gradients of some layers, which each rank applies alone.
+    """Make an optimizer average its gradients over all ranks, except those of local layers, which each rank applies alone.
 
-    Those gradients are divided by the number of ranks (`scale_local_gradients=False`: they are not), so that they weigh as
-    they would in the average. `BroadcastVariablesCallback(local_variables=...)` leaves the variables to each rank, too. The
-    optimizer cannot be copied (a copy would not know the layers), and a file holds the plain one, as always.
+    Local gradients are divided by the number of ranks, as if the other ranks had zero gradients, unless
+    `scale_local_gradients=False`. Use `BroadcastVariablesCallback(local_variables=...)` to exclude the local variables from the
+    broadcast, too. The optimizer cannot be copied, because the copy cannot know the local layers. A file contains the plain
+    optimizer, as with `DistributedOptimizer`.
 
     Args:
         optimizer: See `DistributedOptimizer`.
-        name: Likewise.
-        local_layers: A layer, or several, built, whose variables are each rank's own.
+        name: See `DistributedOptimizer`.
+        local_layers: One or several layers, built, whose variables are local to each rank.
         options: The other arguments of `DistributedOptimizer`.
 
     Raises:
-        ValueError: If `local_layers` holds anything but layers, or one that has no variables yet; as `DistributedOptimizer`
-            does. When it is applied: if it has a `global_clipnorm`, by which ranks would go apart.
+        ValueError: If `local_layers` contains anything but built layers; or as in `DistributedOptimizer`. When the optimizer is
+            applied: if it has a `global_clipnorm`, with which ranks would diverge.
 
     Example:
 
@@ -642,9 +646,9 @@ def PartialDistributedOptimizer(
 
 
 def local_variables(layers: Any) -> list[Any]:
-    """The variables of a `local_layers` argument."""
+    """Return the trainable variables of a `local_layers` argument."""
     layers = [layers] if isinstance(layers, keras.layers.Layer) else list(layers or ())
     for layer in layers:
         if not isinstance(layer, keras.layers.Layer) or not layer.built:
-            raise ValueError(f"`local_layers` have to be Keras layers, and built. Received: {layer!r}")
+            raise ValueError(f"`local_layers` must be built Keras layers. Received: {layer!r}")
     return [variable for layer in layers for variable in layer.trainable_variables]

@@ -1,8 +1,8 @@
-"""``load_model``: Keras's, and then what Horovod's does: the model comes back ready to train on several ranks.
+"""``load_model``: load a Keras model ready to train on several ranks.
 
-A custom class makes its layers anew, as plain ones, when Keras loads or clones it. What was synchronized or frozen is written
-beside the weights (`BatchNormalization.save_own_variables`) and read here, by layers that take the plain ones' places for the
-time of one more `load_weights`.
+When Keras loads or clones a custom class, the class creates its layers again, as plain ones. Therefore the settings of
+synchronized and frozen layers are stored next to the weights (`BatchNormalization.save_own_variables`). They are read here in a
+second `load_weights`, during which the plain layers have the class `_Reader`.
 """
 
 from __future__ import annotations
@@ -37,36 +37,36 @@ def load_model(
     compression: Any = None,
     sparse_as_dense: bool = False,
 ) -> keras.Model:
-    """Load a model as `keras.models.load_model` does, synchronized where it was when it was saved, its optimizer distributed.
+    """Load a model as `keras.models.load_model` does, restore its synchronized layers and make its optimizers distributed.
 
-    Synchronized layers of a custom class, which `keras.models.load_model` gives back as plain ones, are synchronized again,
-    with the process sets (by their ranks) and collective names that they had, and frozen ones are frozen again. Every optimizer
-    that the model holds, as `model.optimizer` or in another attribute, is wrapped by `DistributedOptimizer`, whatever it was
-    when the model was saved, and keeps its state.
+    Synchronized layers of a custom class, which `keras.models.load_model` returns as plain layers, are synchronized again with
+    their process sets (by their ranks) and collective names, and frozen layers are frozen again. All optimizers of the model,
+    in `model.optimizer` or other attributes, are wrapped by `DistributedOptimizer` and keep their state, whether or not they
+    were distributed when the model was saved.
 
     Args:
-        filepath: A `.keras` file, the folder of `save(..., zipped=False)`, or a legacy `.h5` file. The last has no record of
-            what was synchronized inside custom classes: a warning names the layers that may have been.
-        custom_objects: Names to classes and functions, as in Keras.
-        compile: Whether to compile the model, if it was, and wrap its optimizers.
+        filepath: A `.keras` file, the folder of `save(..., zipped=False)`, or a legacy `.h5` file. A legacy file does not
+            record which layers inside custom classes were synchronized: a warning names the layers that may have been.
+        custom_objects: Mapping of names to classes and functions, as in Keras.
+        compile: Whether to compile the model, if it was compiled when saved, and wrap its optimizers.
         safe_mode: As in Keras.
-        custom_optimizers: Classes of optimizers of your own, as in Horovod.
-        name: See `DistributedOptimizer`, as for the arguments that follow.
+        custom_optimizers: User-defined optimizer classes, as in Horovod.
+        name: See `DistributedOptimizer`, also for the following arguments.
         process_set: The `hvd.ProcessSet` that the optimizer averages over.
-        backward_passes_per_step: Batches for one update.
-        compression: One of `hvd.Compression`.
+        backward_passes_per_step: The number of batches per update.
+        compression: A member of `hvd.Compression`.
         sparse_as_dense: Whether sparse gradients become dense.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: `filepath` is no path.
-        ValueError: As `keras.models.load_model` does.
-        RuntimeError: The model is compiled, and Horovod is missing or not initialized, or Keras does not run on TensorFlow.
+        TypeError: `filepath` is not a path.
+        ValueError: As in `keras.models.load_model`.
+        RuntimeError: The model is compiled, and Horovod is missing or not initialized, or Keras's backend is not TensorFlow.
 
     Warns:
-        UserWarning: Layers may have been synchronized that the file does not tell of.
+        UserWarning: The model has plain layers that may have been synchronized, but the file does not record it.
 
     Example:
 
@@ -77,7 +77,7 @@ def load_model(
     ```
     """
     if not isinstance(filepath, str | os.PathLike):
-        raise TypeError(f"`filepath` has to be a path. Received: {filepath!r}")
+        raise TypeError(f"`filepath` must be a path. Received: {filepath!r}")
     objects = {cls.__name__: cls for cls in custom_optimizers or []} | (custom_objects or {})
     model = keras.models.load_model(filepath, custom_objects=objects, compile=compile, safe_mode=safe_mode)
     plain = [(path, norm) for path, norm in batch_norms(model) if type(norm) is keras.layers.BatchNormalization]
@@ -98,7 +98,7 @@ def load_model(
 
 
 class _Reader(keras.layers.BatchNormalization):
-    """A plain layer that also loads the record beside its weights."""
+    """A plain layer that also loads the record next to its weights."""
 
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(store)
@@ -115,7 +115,7 @@ def _restore(model: keras.Model, filepath: str | os.PathLike[str], norms: list[A
         change_class(norm, _Reader)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said when the model was loaded
+            warnings.simplefilter("ignore")  # `load_model` has issued these warnings
             model.load_weights(weights)
     finally:
         for norm in norms:
@@ -135,7 +135,7 @@ def _restore(model: keras.Model, filepath: str | os.PathLike[str], norms: list[A
 
 
 def _warn_of_no_record(filepath: str | os.PathLike[str], plain: list[tuple[str, Any]]) -> None:
-    """Name the layers that the file's config does not: those that a custom class has made."""
+    """Warn about plain layers that the file's config does not contain, because a custom class created them."""
     import h5py  # type: ignore[import-untyped]
 
     with h5py.File(filepath, "r") as file:
@@ -144,9 +144,9 @@ def _warn_of_no_record(filepath: str | os.PathLike[str], plain: list[tuple[str, 
     paths = [path for path, norm in plain if norm.name not in told]
     if paths:
         warnings.warn(
-            f"a legacy .h5 file does not tell whether the layers that custom classes make were synchronized. "
-            f"{paths} are plain now: convert the model again (`convert_sync_batchnorm`) if they were, and save it as .keras. "
-            f"Received: filepath={str(filepath)!r}",
+            f"a legacy .h5 file does not record whether layers inside custom classes were synchronized. "
+            f"{paths} are plain now: if they were synchronized, call `convert_sync_batchnorm` again, and save the model as "
+            f".keras. Received: filepath={str(filepath)!r}",
             stacklevel=3,
         )
 

@@ -1,4 +1,4 @@
-// What both adapters add to their errors in an elastic job of Horovod.
+// Advice that both adapters add to errors in an elastic job.
 #ifndef HVD_SYNCBN_ELASTIC_H_
 #define HVD_SYNCBN_ELASTIC_H_
 
@@ -7,15 +7,15 @@
 
 namespace hvd_syncbn {
 
-// Ends the message about a global batch of one value per channel. It is no HorovodInternalError: hvd.elastic.run would
-// restore and meet the same batch at once, again and again. Only the launcher can wait for another worker.
+// Returns the end of the message about a global batch of one value per channel. The error is not a
+// HorovodInternalError, because hvd.elastic.run would restore and fail on the same batch in an endless loop. Only the
+// launcher can wait for another worker.
 inline const char* one_value_advice() {
   const char* const elastic = std::getenv("HOROVOD_ELASTIC");
   if (elastic == nullptr || std::strcmp(elastic, "1") != 0) return "";
-  return " If this elastic job has lost ranks: start it with `horovodrun --min-np 2`, or more, which makes those that "
-         "are "
-         "left wait for another worker, and `--blacklist-cooldown-range 10 100`, which starts one where one has "
-         "failed.";
+  return " If this elastic job has lost ranks, start it with `horovodrun --min-np 2` or more, so that the remaining "
+         "ranks wait for another worker, and with `--blacklist-cooldown-range 10 100`, so that a worker is restarted "
+         "on a host where one failed.";
 }
 
 }  // namespace hvd_syncbn

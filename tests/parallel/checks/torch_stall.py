@@ -9,7 +9,7 @@ import horovod.torch as hvd
 import torch
 
 from hvd_syncbn.torch import SyncBatchNorm
-from tests.parallel import stalls
+from tests.parallel.shared import stalls
 
 
 def layer(name: str) -> Callable[[], Any]:

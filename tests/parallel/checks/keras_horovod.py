@@ -1,8 +1,5 @@
 """What the Keras-Horovod glue promises, checked by all ranks of one job together.
 
-`horovodrun -np 2 -H localhost:2 python tests/parallel/checks_keras_horovod.py` runs them all, with any number of
-ranks from 2. A check raises AssertionError on the rank that sees the fault.
-
 Most models are float64. There, all that distinguishes ranks with a part of the batch from one process with all of it is
 the order of a sum: 1e-16 of a gradient. Adam may amplify that by 1 / epsilon = 1e7 where a gradient is nearly zero,
 hence a tolerance of 1e-9, at which every real mistake (a forgotten factor, a skipped step) is seen. The one
@@ -609,13 +606,3 @@ def check_xla() -> None:
     model.compile(optimizer=model.optimizer, loss=MSE, jit_compile=True)
     fit(model, x[:, hvd.rank()], y[:, hvd.rank()], BATCH, callbacks=[BroadcastVariablesCallback()])
     assert all_equal(digest(model))
-
-
-if __name__ == "__main__":
-    hvd.init(process_sets="dynamic")
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    names = sys.argv[1:] or [name for name in list(globals()) if name.startswith("check_")]
-    for name in names:
-        if hvd.rank() == 0:
-            print(name, flush=True)
-        globals()[name]()

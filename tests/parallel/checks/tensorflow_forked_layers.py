@@ -15,7 +15,7 @@ import tensorflow as tf
 
 import hvd_syncbn.keras as api
 from hvd_syncbn.tensorflow import sync_batch_norm
-from tests.parallel.forks import assert_refused, in_fork
+from tests.parallel.shared.forks import assert_refused, in_fork
 
 X = np.random.default_rng(hvd.rank()).standard_normal((4, 3)).astype("float32")
 VECTOR = np.ones(3, "float32")

@@ -12,7 +12,7 @@ from keras import layers
 
 from hvd_syncbn.keras import DistributedOptimizer, convert_sync_batchnorm
 from tests.arrays import same_bits
-from tests.parallel.uneven import BATCHES, part, seed
+from tests.parallel.shared.uneven import BATCHES, part, seed
 
 RANK, SIZE = hvd.rank(), hvd.size()
 SINGLE = [hvd.add_process_set([rank]) for rank in range(SIZE)]

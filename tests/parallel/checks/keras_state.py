@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 import hvd_syncbn.keras as hvd
-from tests.parallel.checks_keras_horovod import all_equal, shared_folder
+from tests.parallel.checks.keras_horovod import all_equal, shared_folder
 
 X = np.random.default_rng(1).normal(size=(8, 3)).astype("float32")
 Y = X.sum(1, keepdims=True)

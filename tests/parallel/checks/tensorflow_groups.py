@@ -8,8 +8,8 @@ import numpy as np
 import hvd_syncbn.keras
 from hvd_syncbn import vectors
 from hvd_syncbn.tensorflow import groups
-from tests.parallel.group_checks import check_groups_are_agreed as _agreed
-from tests.parallel.group_checks import check_groups_of_a_job as _made
+from tests.parallel.shared.groups import check_groups_are_agreed as _agreed
+from tests.parallel.shared.groups import check_groups_of_a_job as _made
 from tests.tensorflow_tools import assert_same_bits, in_graph, step, train
 
 assert hvd_syncbn.keras.groups is groups

@@ -11,7 +11,7 @@ import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 
 from hvd_syncbn.keras import SyncBatchNormalization
-from tests.parallel import stalls
+from tests.parallel.shared import stalls
 
 
 def layer(name: str) -> Callable[[], Any]:

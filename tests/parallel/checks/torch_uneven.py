@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm
-from tests.parallel.uneven import BATCHES, part, seed
+from tests.parallel.shared.uneven import BATCHES, part, seed
 from tests.torch_tools import assert_same, randn
 
 RANK, SIZE = hvd.rank(), hvd.size()

@@ -1,6 +1,6 @@
 """One worker of an elastic job that has one value per channel on each rank: see test_elastic_one_value.py.
 
-python -m tests.parallel.elastic_one_value FOLDER
+python -m tests.parallel.checks.elastic_one_value FOLDER
 """
 
 from __future__ import annotations

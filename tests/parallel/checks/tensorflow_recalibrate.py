@@ -1,4 +1,4 @@
-"""`recalibrate` in Keras on 1, 2 and 3 ranks; see test_recalibrate.py. The same checks as in checks_torch_recalibrate.py."""
+"""`recalibrate` in Keras on 1, 2 and 3 ranks; see test_recalibrate.py. The same checks as in checks/torch_recalibrate.py."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def check_errors() -> None:
         wrong.append(("the file is damaged", Broken, {"batches": breaks([x]) if here else [x] * 4, "estimator": estimator}))
         wrong.append(("out of memory", Broken, {"batches": [x] * 2, "forward": bad_forward, "estimator": estimator}))
         wrong.append(("incompatible", ValueError, {"batches": [x[..., :3]] if here else [x, x], "estimator": estimator}))
-    wrong.append(("expected an estimator", ValueError, {"batches": [x], "estimator": "mean" if here else "pooled"}))
+    wrong.append(("expected estimator to be", ValueError, {"batches": [x], "estimator": "mean" if here else "pooled"}))
     wrong.append(("expected batches to be", TypeError, {"batches": x if here else [x]}))
     for text, kind, options in wrong:
         model = stack()

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import hvd_syncbn.keras as hvd
-from tests.parallel.checks_keras_horovod import (
+from tests.parallel.checks.keras_horovod import (
     BATCH,
     FEATURES,
     MSE,
@@ -148,7 +148,7 @@ def check_nan_on_one_rank() -> None:
 
 def check_ranks_in_different_epochs() -> None:
     error = error_of(RuntimeError, compiled(), epochs=5, initial_epoch=3 * hvd.rank())
-    assert "Received: by rank: ['the start of epoch 0', 'the start of epoch 3']. Call it with the same `initial_epoch`" in error
+    assert "Received: by rank: ['the start of epoch 0', 'the start of epoch 3']. Call `fit()` with the same " in error
     error = error_of(RuntimeError, compiled(), epochs=1 + hvd.rank())
     assert "Received: by rank: ['the end of fit()', 'the start of epoch 1']" in error
     error = error_of(RuntimeError, compiled(), epochs=1, initial_epoch=hvd.rank())
@@ -294,7 +294,7 @@ def check_each_kind() -> None:
     assert len([w for w in caught if "may be rounding" in str(w.message)]) == 1
     with pytest.raises(TypeError, match=r"layers and variables in `local`. Received: str"):
         hvd.check_ranks_agree(model, local=["dense"])
-    with pytest.raises(TypeError, match=r"a model or layer of Keras 3. Received: builtins\.str"):
+    with pytest.raises(TypeError, match=r"a Keras 3 model or layer. Received: builtins\.str"):
         hvd.check_ranks_agree("model")
     with pytest.raises(TypeError, match=r"a list of them. Received: str"):
         hvd.check_ranks_agree(model, ["sgd"])

@@ -1,6 +1,6 @@
 """One rank of a job that runs a template of examples/templates several times, as a user would from the command line.
 
-    python -m tests.parallel.templates FRAMEWORK FOLDER PART
+    python -m tests.parallel.checks.templates FRAMEWORK FOLDER PART
 
 Every rank gets a folder of its own, so that only the files of one rank can be in it.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "templates"
+SCRIPTS = Path(__file__).parents[3] / "examples" / "templates"
 FRAMEWORK, FOLDER = sys.argv[1], Path(sys.argv[2])
 STEPS = 45  # of an epoch on two ranks
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from hvd_syncbn import vectors
 from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, groups
-from tests.parallel.group_checks import check_groups_are_agreed as _agreed
-from tests.parallel.group_checks import check_groups_of_a_job as _made
+from tests.parallel.shared.groups import check_groups_are_agreed as _agreed
+from tests.parallel.shared.groups import check_groups_of_a_job as _made
 from tests.torch_tools import assert_same, randn, randomize, step
 
 RANK = hvd.rank()

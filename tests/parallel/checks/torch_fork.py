@@ -6,7 +6,7 @@ import ctypes
 import torch
 
 from hvd_syncbn import horovod
-from tests.parallel.forks import complaints, in_a_fork
+from tests.parallel.shared.forks import complaints, in_a_fork
 
 hvd = horovod.load("torch")
 

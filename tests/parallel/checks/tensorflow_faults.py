@@ -1,4 +1,4 @@
-"""Faults that a job in Keras lives through, as in checks_torch_faults.py: the results are those of a job without them.
+"""Faults that a job in Keras lives through, as in checks/torch_faults.py: the results are those of a job without them.
 
 Two ranks; see test_faults.py. The timeline, which this job is to write, has no space: /dev/full.
 """

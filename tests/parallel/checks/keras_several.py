@@ -20,8 +20,8 @@ import tensorflow as tf
 import hvd_syncbn.keras as hvd
 from hvd_syncbn.tf_impl.keras.training.optimizer import is_distributed, optimizers_of
 from tests.keras_gan import Gan, Sides, built_gan
-from tests.parallel.checks_keras_horovod import all_equal, shared_folder
-from tests.parallel.checks_keras_state import X, Y, sgd, shard
+from tests.parallel.checks.keras_horovod import all_equal, shared_folder
+from tests.parallel.checks.keras_state import X, Y, sgd, shard
 
 
 def gan_state(gan: Gan) -> list[bytes]:
@@ -94,7 +94,7 @@ def check_learning_rates_of_several_optimizers() -> None:
     """A callback sets the optimizer that it is given, and does not guess."""
     gan = built_gan(0, hvd.DistributedOptimizer)
     warmup = hvd.callbacks.LearningRateWarmupCallback
-    with pytest.raises(ValueError, match=r"Say which to set: LearningRateWarmupCallback\(..., optimizer=optimizer\)"):
+    with pytest.raises(ValueError, match=r"for each optimizer: LearningRateWarmupCallback\(..., optimizer=optimizer\)"):
         gan.fit(X, batch_size=4, verbose=0, callbacks=[warmup(0.5, 1)])
     unused = float(gan.optimizer.learning_rate.numpy())
     chosen = [warmup(0.5, 1, optimizer=gan.d_optimizer)]
@@ -136,11 +136,11 @@ def check_multi_optimizer_of_distributed_ones() -> None:
         warnings.simplefilter("error")
         model = fit(sgd(0.1), sgd(0.1))
     assert all_equal([v.tobytes() for v in model.get_weights()])
-    with pytest.warns(UserWarning, match=r"some do not average.*\['plain'\]"):
+    with pytest.warns(UserWarning, match=r"some of its optimizers do not average.*\['plain'\]"):
         fit(sgd(0.1), plain())
     with pytest.warns(UserWarning, match="optimizer that does not average"):
         fit(plain(), plain())
-    with pytest.raises(RuntimeError, match="inside a LossScaleOptimizer"):
+    with pytest.raises(RuntimeError, match="LossScaleOptimizer wraps a MultiOptimizer"):
         fit(sgd(0.1), sgd(0.1), scale=True)
     with pytest.raises(ValueError, match="already"):
         hvd.DistributedOptimizer(model.optimizer)

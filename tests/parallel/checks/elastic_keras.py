@@ -1,6 +1,6 @@
 """One worker of an elastic job that trains a Keras model: a worker is killed in the middle of an epoch, and comes back.
 
-    python -m tests.parallel.elastic_keras FOLDER
+    python -m tests.parallel.checks.elastic_keras FOLDER
 
 All but the head and the norm is frozen, so the norm's statistics depend on the sequence of global batches alone. Without
 horovodrun this is the one process to compare with.

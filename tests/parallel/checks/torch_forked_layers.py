@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, groups, recalibrate, sync_batch_norm
-from tests.parallel.forks import assert_refused, in_fork
+from tests.parallel.shared.forks import assert_refused, in_fork
 from tests.torch_tools import randn
 
 X = randn(1, 4, 3, 5)

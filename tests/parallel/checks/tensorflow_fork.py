@@ -5,7 +5,7 @@ import os
 import tensorflow as tf
 
 from hvd_syncbn import horovod
-from tests.parallel.forks import complaints, in_a_fork
+from tests.parallel.shared.forks import complaints, in_a_fork
 
 hvd = horovod.load("tensorflow")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# As checks_*_stall.py run them: what rank 0 does, and what the others do.
+# As checks/*_stall.py run them: what rank 0 does, and what the others do.
 CASES = {
     "check_a_layer_that_others_lack": (["trunk", "trunk", "extra", "head"], ["trunk", "trunk", "head"]),
     "check_another_order": (["trunk", "left", "right"], ["trunk", "right", "left"]),

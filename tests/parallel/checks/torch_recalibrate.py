@@ -83,7 +83,7 @@ def check_errors() -> None:
         wrong.append(
             ("no batch|an input of 5 channels", ValueError, {"batches": [x[:, :3]] if here else [x, x], "estimator": estimator})
         )
-    wrong.append(("expected an estimator", ValueError, {"batches": [x], "estimator": "mean" if here else "pooled"}))
+    wrong.append(("expected estimator to be", ValueError, {"batches": [x], "estimator": "mean" if here else "pooled"}))
     wrong.append(("expected batches to be", TypeError, {"batches": x if here else [x]}))
     for text, kind, options in wrong:
         model = Stack()

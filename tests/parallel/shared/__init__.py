@@ -1,0 +1,1 @@
+"""What several check modules share with each other or with the tests."""
