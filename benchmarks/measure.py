@@ -35,7 +35,7 @@ class Framework(Protocol):
     synchronized: tuple[str, ...]
     """Contestants on several ranks."""
     engines: tuple[str, ...]
-    """What can sum packets, the tuned one first."""
+    """The engines that can sum packets, the tuned one first."""
 
     def barrier(self) -> None:
         """Return when all ranks have called it."""
@@ -50,7 +50,7 @@ class Framework(Protocol):
         """Return the same for `depth` layers, one after the other."""
 
     def allreduce(self, words: int, engine: str = "horovod") -> Step:
-        """Return an allreduce of int64 words by one of `engines`, without a layer, once for each direction."""
+        """Return an allreduce of int64 words without a layer, once for each direction, by one of `engines`."""
 
     def network(self, name: str, images: int, size: int) -> Step:
         """Return forward and backward of a ResNet-50 with a contestant's batch norm layers."""

@@ -17,7 +17,10 @@ from hvd_syncbn.groups import Groups, deal
 FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
 
 # What else a job can use, by the name of the framework.
-_OTHER_ENGINES = {"torch": " Or use torchrun, and call `torch.distributed.init_process_group()`."}
+_OTHER_ENGINES = {
+    "torch": " Or use torchrun, and call `torch.distributed.init_process_group()`.",
+    "tensorflow": " Or train under a tf.distribute strategy.",
+}
 
 
 @cache

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from hvd_syncbn import horovod
-from hvd_syncbn.tf_impl.horovod import Group
+from hvd_syncbn import horovod as core
+from hvd_syncbn.tf_impl import distributed, horovod
+
+Group = horovod.Group | distributed.Group
 
 # The latest group under each key. An op holds a string, and its gradient has only that.
-_groups: dict[str, Group] = {}
+_groups: dict[str, horovod.Group] = {}
 
 
 def find(process_set: Any) -> Group:
-    """Return the group behind a ``process_set`` argument (None is all ranks), asking Horovod whether it still exists.
+    """Return the group behind a ``process_set`` argument, asking its engine whether it still exists.
+
+    None is the replicas of the current tf.distribute strategy if there are several, else all ranks of Horovod.
 
     Raises:
-        RuntimeError: Horovod is missing or not initialised, or this process was forked after it was.
-        ValueError: the process set is not registered with Horovod, or this rank is not in it.
+        RuntimeError: there is no engine, or this process was forked after it was initialized.
+        ValueError: the engine does not know the group, or this rank is not in it.
     """
     if isinstance(process_set, Group):
         return process_set
-    group = Group(process_set)
+    if distributed.is_group(process_set):
+        return distributed.Group(process_set)
+    group = horovod.Group(process_set)
     _groups[group.key] = group
     return group
 
 
 def known(key: str) -> Group:
     """Return the group of a key."""
+    if key.startswith(distributed.PREFIX):
+        return distributed.Group(None)
     group = _groups.get(key)
-    return find(horovod.process_set_of("tensorflow", key)) if group is None else group
+    return find(core.process_set_of("tensorflow", key)) if group is None else group

@@ -1,6 +1,6 @@
 """One rank of a job of ``job.py``: ``python -m hvd_syncbn.cli.rank TASK FRAMEWORK SECONDS``. Rank 0 prints the reports.
 
-Tasks get ``horovod.<framework>``, or under torchrun the same functions of torch.distributed.
+Tasks take ``horovod.<framework>``, or under torchrun the same functions from torch.distributed.
 """
 
 from __future__ import annotations

@@ -99,42 +99,45 @@ def torch_stack(samples: list[int], layout: str, device: str = "cpu") -> Stack:
     return outputs[-1].detach().cpu().numpy(), x.grad.cpu().numpy(), running
 
 
-def tensorflow_stack(samples: list[int], layout: str, graph: bool = False, device: str = "/CPU:0") -> Stack:
-    """Return the same from TensorFlow, run eagerly or as a ``tf.function``."""
+def tensorflow_step(x: Any, dy: Any, layout: str) -> Any:
+    """Return ``(y, dx, running statistics)`` of the stack as tensors, for tensors in a layout."""
     import tensorflow as tf
 
     from hvd_syncbn.tensorflow import sync_batch_norm
 
+    running: list[Any] = []
+    outputs: list[Any] = []
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        for i in range(vectors.LAYERS):
+            source = vectors.RESIDUAL_OF[i]
+            y, *statistics = sync_batch_norm(
+                outputs[-1] if outputs else x,
+                *vectors.parameters(i),
+                np.zeros(vectors.CHANNELS, np.float32),
+                np.ones(vectors.CHANNELS, np.float32),
+                training=True,
+                momentum=1 - vectors.MOMENTUM,
+                epsilon=vectors.EPS,
+                axis=-1 if layout == "channels_last" else 1,
+                residual=None if source is None else outputs[source],
+                activation="relu" if vectors.RELU[i] else None,
+                unbiased_variance=True,
+                name=f"stack.{i}",
+            )
+            outputs.append(y)
+            running.append(tuple(statistics))
+    return outputs[-1], tape.gradient(outputs[-1], x, output_gradients=dy), running
+
+
+def tensorflow_stack(samples: list[int], layout: str, graph: bool = False, device: str = "/CPU:0") -> Stack:
+    """The same in TensorFlow, eagerly or as a ``tf.function``."""
+    import tensorflow as tf
+
     last = layout == "channels_last"
-
-    def run(x: Any, dy: Any) -> Any:
-        running: list[Any] = []
-        outputs: list[Any] = []
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            for i in range(vectors.LAYERS):
-                source = vectors.RESIDUAL_OF[i]
-                y, *statistics = sync_batch_norm(
-                    outputs[-1] if outputs else x,
-                    *vectors.parameters(i),
-                    np.zeros(vectors.CHANNELS, np.float32),
-                    np.ones(vectors.CHANNELS, np.float32),
-                    training=True,
-                    momentum=1 - vectors.MOMENTUM,
-                    epsilon=vectors.EPS,
-                    axis=-1 if last else 1,
-                    residual=None if source is None else outputs[source],
-                    activation="relu" if vectors.RELU[i] else None,
-                    unbiased_variance=True,
-                    name=f"stack.{i}",
-                )
-                outputs.append(y)
-                running.append(tuple(statistics))
-        return outputs[-1], tape.gradient(outputs[-1], x, output_gradients=dy), running
-
     x, dy = (np.moveaxis(v[samples], 1, -1) if last else v[samples] for v in vectors.inputs())
-    function = tf.function(run, autograph=False) if graph else run
+    function = tf.function(tensorflow_step, autograph=False) if graph else tensorflow_step
     with tf.device(device):
-        y, dx, running = function(tf.constant(x), tf.constant(dy))
+        y, dx, running = function(tf.constant(x), tf.constant(dy), layout)
     y, dx = (np.moveaxis(t.numpy(), -1, 1) if last else t.numpy() for t in (y, dx))
     return y, dx, [(mean.numpy(), variance.numpy()) for mean, variance in running]

@@ -2,8 +2,7 @@
 
 Each framework runs the stack of ``vectors.py`` in separate processes (Horovod supports one framework per process): on one rank
 with the global batch and every instruction-set path, or with ``-np`` under ``horovodrun`` or ``torchrun`` with the batch split
-between ranks.
-All results must equal those of the Python reference on the global batch.
+between ranks. All results must equal those of the Python reference on the global batch.
 """
 
 from __future__ import annotations
@@ -59,10 +58,10 @@ def examine(hosts: list[job.Host] | None, limit: float, launcher: str = "horovod
     Args:
         hosts: the result of ``job.place``; None for one process of each framework.
         limit: time limit of each job in seconds.
-        launcher: as of ``job.run``.
+        launcher: ``"horovodrun"``, or ``"torchrun"`` for PyTorch's ranks on this host.
 
     Returns:
-        The result as ``--json`` prints it, with the keys ``ranks`` (0 without horovodrun), ``hosts``, ``machines``,
+        The result as ``--json`` prints it, with the keys ``ranks`` (0 without a launcher), ``hosts``, ``machines``,
         ``reference`` (a sha256), ``results``, ``failures``, ``left_out`` and ``equal``.
     """
     frameworks = ("torch",) if launcher == "torchrun" else tuple(FRAMEWORKS)

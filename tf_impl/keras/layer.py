@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from hvd_syncbn import horovod, native
+from hvd_syncbn import native
 from hvd_syncbn.horovod import ranks_of
 from hvd_syncbn.tf_impl.keras import ranks
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
 
-    from hvd_syncbn.tf_impl.horovod import Group
+    from hvd_syncbn.tf_impl.ranks import Group
 
 _OLDEST = (3, 10)  # the oldest tested version without known problems: docs/versions.md
 
@@ -268,11 +268,8 @@ class SyncBatchNormalization(BatchNormalization):
         return f"<SyncBatchNormalization name={self.name}, built={self.built}>"
 
     def _group(self) -> Group:
-        """Return the group of ranks that share the batch: a saved model only has the ranks' numbers."""
-        process_set = self.process_set
-        if isinstance(process_set, tuple):
-            process_set = horovod.registered_process_set(ranks.require(), process_set, f"layer {self.collective_name!r}")
-        return ranks.find(process_set)
+        """Return the group of ranks that share the batch."""
+        return ranks.find(self.process_set, f"layer {self.collective_name!r}")
 
 
 # Keras derives file entries of list members and default layer names from `__name__`. Pickle uses `__qualname__`.
@@ -284,7 +281,7 @@ RECORD = "hvd_syncbn"
 
 _REFUSED = {
     "renorm": "does not support batch renormalization",
-    "synchronized": "synchronizes with Horovod, not with a tf.distribute strategy",
+    "synchronized": "synchronizes by itself, under Horovod and under a tf.distribute strategy: leave `synchronized` out",
     "virtual_batch_size": "normalizes over the batch of all ranks, not over parts of it",
 }
 

@@ -83,7 +83,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         except Exception as failure:
             error = failure
         mine = (error and f"{type(error).__name__}: {error}", found, model._initial_epoch)
-        everyone = ranks.find(self.process_set).gather(mine, "backup")
+        everyone = ranks.find_horovod(self.process_set).gather(mine, "backup")
         errors = {rank: message for rank, (message, _, _) in enumerate(everyone) if message}
         if isinstance(error, ValueError):
             raise error
@@ -105,7 +105,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Delete the backup when all ranks have finished."""
-        ranks.find(self.process_set).gather(None, "backup")
+        ranks.find_horovod(self.process_set).gather(None, "backup")
         self.model._initial_epoch = None
         if self._writes():
             super().on_train_end(logs)
@@ -146,7 +146,7 @@ def check_plain(callbacks: Iterable[Any], process_set: ProcessSet | None = None)
     It can if every rank has one, each with a separate folder.
     """
     plain = [c for c in callbacks if isinstance(c, keras.callbacks.BackupAndRestore) and not isinstance(c, BackupAndRestore)]
-    by_rank = ranks.find(process_set).gather([str(callback.backup_dir) for callback in plain], "plain_backup")
+    by_rank = ranks.find_horovod(process_set).gather([str(callback.backup_dir) for callback in plain], "plain_backup")
     folders = [folder for folders in by_rank for folder in folders]
     if len(by_rank) > 1 and folders and (not all(by_rank) or len(set(folders)) < len(folders)):
         raise ValueError(

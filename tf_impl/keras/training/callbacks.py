@@ -220,7 +220,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
         Raises:
             RuntimeError: On every rank, if they are not.
         """
-        everyone = ranks.find(self.process_set).gather((place, value), "MetricAverageCallback")
+        everyone = ranks.find_horovod(self.process_set).gather((place, value), "MetricAverageCallback")
         if len({there for there, _ in everyone}) > 1:
             raise RuntimeError(
                 f"the ranks are at different places of `fit()`. Received: by rank: {[there for there, _ in everyone]}. Call "

@@ -70,7 +70,7 @@ def find_difference(model: Any, optimizer: Any, local: Iterable[Any], process_se
         if not isinstance(one, keras.optimizers.Optimizer):
             raise TypeError(f"expected a keras.optimizers.Optimizer or a list of them. Received: {type(one).__name__}")
     own = _own(model, optimizers, local)
-    group = ranks.find(process_set)
+    group = ranks.find_horovod(process_set)
     if group.size == 1:
         return None
     return drift.find_difference(

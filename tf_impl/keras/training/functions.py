@@ -102,7 +102,7 @@ def broadcast_state(
     adapted = _normalizations([v for v in variables if id(v) not in owned])
     layout = [(tuple(v.shape), keras.backend.standardize_dtype(v.dtype), getattr(v, "path", v.name)) for v in variables]
     kinds = [(path, type(layer).__name__) for path, layer in stateful]
-    group = ranks.find(process_set)
+    group = ranks.find_horovod(process_set)
     gathered = group.gather((layout, kinds, adapted), "layout")
     _check_layouts([layout for layout, _, _ in gathered])
     if any([kind for _, kind in kinds] != [kind for _, kind in gathered[0][1]] for _, kinds, _ in gathered):
@@ -127,7 +127,7 @@ def broadcast_state(
                 variable.assign(np.asarray(bits.numpy()).view(value.dtype))
         if layers:
             _broadcast_layers(layers, stateful, root_rank, group)
-    if stateful:  # on one rank, too: its layers may have been adapted after the trace
+    if stateful:  # also on one rank: its layers may have been adapted after the trace
         for root in roots:
             forget_traces(root)
 

@@ -98,6 +98,8 @@ def _uses_the_batch(norm: Any) -> bool:
 
 
 def _optimizer(model: Any) -> Any:
-    """Return the optimizer that Keras's own training step applies; None if there is none."""
+    """Return the optimizer that Keras's own training step applies; None under a strategy, where Keras averages."""
     trains = isinstance(model, keras.Model) and model.compiled and model.train_function is not None
+    if trains and model.distribute_strategy.num_replicas_in_sync > 1:
+        return None
     return model.optimizer if trains and type(model).train_step is keras.Model.train_step else None

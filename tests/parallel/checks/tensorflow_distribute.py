@@ -1,0 +1,176 @@
+"""Training under tf.distribute, as a program: ``python -m tests.parallel.checks.tensorflow_distribute REPLICAS FOLDER``.
+
+With TF_CONFIG this is one worker of MultiWorkerMirroredStrategy, else it has REPLICAS logical CPUs for MirroredStrategy.
+Writes what it found to ``FOLDER/<worker>.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hvd_syncbn import vectors
+from hvd_syncbn.cli.stacks import LAYOUTS, tensorflow_step
+from hvd_syncbn.keras import SyncBatchNormalization, convert_sync_batchnorm, recalibrate
+from hvd_syncbn.tf_impl import distributed
+
+X = np.random.default_rng(5).standard_normal((12, 6, 3)).astype(np.float32) * np.float32(3) + np.float32(1)
+
+
+def parts(strategy: tf.distribute.Strategy, kind: str, layout: str, graph: bool) -> dict[str, Any]:
+    """The samples, outputs, input gradients and running statistics of this worker's replicas."""
+    shares = vectors.split(strategy.num_replicas_in_sync, kind)
+    x, dy = (np.moveaxis(v, 1, -1) if layout == "channels_last" else v for v in vectors.inputs())
+    numbers: list[int] = []
+
+    def share(context: tf.distribute.distribute_lib.ValueContext) -> Any:
+        numbers.append(context.replica_id_in_sync_group)
+        return tf.constant(x[shares[numbers[-1]]]), tf.constant(dy[shares[numbers[-1]]])
+
+    values = strategy.experimental_distribute_values_from_function(share)
+
+    def run() -> Any:
+        return strategy.run(lambda values: tensorflow_step(*values, layout), (values,))
+
+    results = tf.function(run, autograph=False)() if graph else run()
+    local = [strategy.experimental_local_results(tensor) for tensor in tf.nest.flatten(results)]
+    found: dict[str, Any] = {"samples": [shares[number] for number in numbers], "y": [], "dx": [], "running": []}
+    for replica in zip(*local, strict=True):
+        y, dx, *running = (tensor.numpy() for tensor in replica)
+        if layout == "channels_last":
+            y, dx = (np.moveaxis(values, -1, 1) for values in (y, dx))
+        found["y"].append(y.tolist())
+        found["dx"].append(dx.tolist())
+        found["running"].append([values.tolist() for values in running])
+    return found
+
+
+def model() -> keras.Model:
+    return keras.Sequential(
+        [keras.Input((6, 3)), keras.layers.BatchNormalization(momentum=0.9), keras.layers.BatchNormalization(axis=1)]
+    )
+
+
+def one_step(strategy: tf.distribute.Strategy) -> list[Any]:
+    """The moving statistics of every replica after one batch, without Horovod's callbacks and without a warning."""
+    with strategy.scope():
+        network = convert_sync_batchnorm(model())
+        network.compile(keras.optimizers.SGD(0.1), "mse")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*several ranks.*")
+        if "TF_CONFIG" in os.environ:  # Keras's `fit` fails under MultiWorkerMirroredStrategy, with its own layers as well
+            count = len(X) // strategy.num_replicas_in_sync
+            part = lambda context: tf.constant(X[count * context.replica_id_in_sync_group :][:count])  # noqa: E731
+            values = strategy.experimental_distribute_values_from_function(part)
+            strategy.run(lambda x: network(x, training=True), (values,))
+        else:
+            network.fit(X, X, batch_size=len(X), verbose=0)
+    variables = [v.value for layer in network.layers for v in (layer.moving_mean, layer.moving_variance)]
+    return [[part.numpy().tolist() for part in strategy.experimental_local_results(v)] for v in variables]
+
+
+def warnings_of_plain_layers(strategy: tf.distribute.Strategy) -> list[str]:
+    with strategy.scope():
+        network = keras.Sequential([keras.Input((6, 3)), SyncBatchNormalization(), keras.layers.BatchNormalization()])
+        network.compile("sgd", "mse")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        network.fit(X, X, batch_size=len(X), verbose=0)
+    return [str(warning.message) for warning in caught if "several ranks" in str(warning.message)]
+
+
+def raised(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def errors(strategy: tf.distribute.Strategy) -> dict[str, str]:
+    """What wrong uses raise."""
+    with strategy.scope():
+        layer = SyncBatchNormalization()
+        layer.build((None, 3))
+        own = SyncBatchNormalization(process_set=(0, 1))
+        own.build((None, 3))
+    strategy_of_servers = object.__new__(tf.distribute.ParameterServerStrategy)
+
+    def one_value() -> None:
+        """One sample on one replica, none on the others."""
+        first = lambda context: tf.constant(X[: int(context.replica_id_in_sync_group == 0), 0])  # noqa: E731
+        values = strategy.experimental_distribute_values_from_function(first)
+        strategy.run(lambda x: layer(x, training=True), (values,))
+
+    def outside() -> None:
+        with strategy.scope():
+            layer(X[:, 0], training=True)
+
+    def servers() -> None:
+        with mock.patch.object(tf.distribute, "get_strategy", lambda: strategy_of_servers):
+            distributed.Group(None)
+
+    def inside() -> None:
+        strategy.run(lambda: recalibrate(convert_sync_batchnorm(model()), [X]))
+
+    return {
+        "process_set": raised(lambda: strategy.run(lambda: own(X[:, 0], training=True))),
+        "one value": raised(one_value),
+        "outside": raised(outside),
+        "collective inside": raised(inside),
+        "synchronized": raised(lambda: SyncBatchNormalization(synchronized=True)),
+        "servers": raised(servers),
+    }
+
+
+def recalibrated(strategy: tf.distribute.Strategy) -> list[Any]:
+    """`recalibrate` outside of the replicas of one process, on mirrored variables."""
+    with strategy.scope():
+        network = convert_sync_batchnorm(model())
+        recalibrate(network, [X[:4], X[4:]])
+    return [v.numpy().tolist() for layer in network.layers for v in (layer.moving_mean, layer.moving_variance)]
+
+
+def main() -> None:
+    replicas, folder = int(sys.argv[1]), Path(sys.argv[2])
+    config = json.loads(os.environ.get("TF_CONFIG", "{}"))
+    if config:
+        strategy: tf.distribute.Strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    else:
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+        strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+    assert strategy.num_replicas_in_sync == replicas
+    found: dict[str, Any] = {}
+    try:
+        for kind in vectors.SPLITS:
+            for layout in LAYOUTS:
+                for graph in (False, True):
+                    found[f"{kind}, {layout}, {'graph' if graph else 'eager'}"] = parts(strategy, kind, layout, graph)
+        found["fit"] = one_step(strategy)
+        if not config:
+            found["fit on one device"] = one_step(tf.distribute.OneDeviceStrategy("CPU:0"))
+        found["horovod"] = sorted(name for name in sys.modules if name.startswith("horovod."))
+        found["errors"] = errors(strategy)
+        if not config:
+            found["plain"] = warnings_of_plain_layers(strategy)
+            found["recalibrated"] = recalibrated(strategy)
+    except BaseException:
+        found["failure"] = traceback.format_exc()
+    (folder / f"{config['task']['index'] if config else 0}.json").write_text(json.dumps(found))
+    os._exit(1 if "failure" in found else 0)
+
+
+if __name__ == "__main__":
+    main()
