@@ -24,22 +24,49 @@ Tensor call_functional(const char* name, Arguments&&... arguments) {
   return stack.at(0).toTensor();
 }
 
+// The size of the packets of each collective that the ranks agree on, by group and name.
+class Agreed {
+ public:
+  // Whether it was unknown, or another size.
+  bool is_new(const std::string& collective, int64_t words) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = words_.find(collective);
+    return found == words_.end() || found->second != words;
+  }
+  void add(const std::string& collective, int64_t words) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    words_[collective] = words;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<std::string, int64_t> words_;
+};
+
+Agreed& agreed() {
+  static Agreed instance;
+  return instance;
+}
+
 // Gloo ends a process that receives more than it expects, and with equal sizes no engine but Horovod notices that the
 // ranks sum packets of different layers. So the ranks compare name and size when a rank uses a name the first time.
 void agree_once(const Tensor& packet, const std::string& name, const std::string& group) {
-  static std::mutex mutex;
-  static std::unordered_map<std::string, int64_t> agreed;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = agreed.find(group + name);
-    if (found != agreed.end() && found->second == packet.numel()) return;
-  }
+  if (!agreed().is_new(group + name, packet.numel())) return;
   static const auto agree = c10::Dispatcher::singleton()
                                 .findSchemaOrThrow("hvd_syncbn::agree", "")
                                 .typed<void(const Tensor&, const std::string&, const std::string&)>();
   agree.call(packet, name, group);
-  const std::lock_guard<std::mutex> lock(mutex);
-  agreed[group + name] = packet.numel();
+  agreed().add(group + name, packet.numel());
+}
+
+// A compiled program compares nothing. Where one rank leaves it for eager code later, as at the limit of
+// recompilations, the others do not compare either: so it does not count as new there, in neither direction.
+void agree_in_compiled_program(const Tensor& packet, const std::string& name, const std::string& group) {
+  const auto words = packet.sym_numel().maybe_as_int();
+  const std::string layer = name.substr(0, name.rfind('.'));
+  for (const char* direction : {".forward", ".backward"}) {
+    if (words.has_value()) agreed().add(group + layer + direction, *words);
+  }
 }
 
 }  // namespace
@@ -47,6 +74,7 @@ void agree_once(const Tensor& packet, const std::string& name, const std::string
 Tensor sum_over_distributed(const Tensor& packet, const std::string& name, const std::string& group) {
   const std::string group_name = group.substr(group.find(':') + 1);
   if (c10::impl::dispatch_mode_enabled() || packet.key_set().has(c10::DispatchKey::Python)) {
+    agree_in_compiled_program(packet, name, group);
     return call_functional("_c10d_functional::wait_tensor",
                            call_functional("_c10d_functional::all_reduce", packet, "sum", group_name));
   }

@@ -161,7 +161,7 @@ def check_learning_rates() -> None:
     assert "learning rate 'adam" in error and "Received: 0.0009999999 on rank 0; 0.01 on rank 1." in error, error
     scheduler = callbacks.LearningRateScheduler(lambda epoch, rate: rate * (1 + hvd.rank()))
     error = error_of(RuntimeError, compiled(), scheduler)
-    assert "learning rate 'adam" in error and "average the metric first" in error
+    assert "learning rate 'adam" in error and "Average the metric first" in error
 
 
 def check_weights() -> None:

@@ -60,7 +60,7 @@ def check_scheduler_by_a_local_loss() -> None:
     assert len(set(hvd.allgather_object(optimizer.param_groups[0]["lr"]))) == 2
     error = said(model, optimizer)
     assert "learning rate 'Adam.param_groups[0]' is not the same on all of them. Received: 0.1 on rank 0; 0.01" in error, error
-    assert "average the metric first" in error
+    assert "Average the metric first" in error
 
 
 def check_each_kind() -> None:

@@ -280,6 +280,18 @@ def check_compiled() -> None:
         assert len(targets) == 2
 
 
+def check_one_rank_leaves_the_compiled_program() -> None:
+    """As at the limit of recompilations: the ranks still exchange the same packets."""
+    x, dy = batch()
+    model, alone = network(), network(ALONE)
+    for name, layer in model.named_children():
+        layer.collective_name = f"left.{name}"  # not used in eager code before
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for chosen in (compiled, model if RANK == 0 else compiled):
+        got = run(chosen, x[MINE], dy[MINE])
+        of_this_rank({name.removeprefix("_orig_mod."): value for name, value in got.items()}, run(alone, x, dy))
+
+
 # --- The rest of the package ------------------------------------------------------------------------------------------
 
 
