@@ -149,7 +149,7 @@ def test_batches_of_one_class_are_warned_of(framework: type[Any]) -> None:
     """Each batch's own statistics are not those of the data then. Layer by layer, the order of the data has no part in it."""
     x, _ = data(shuffled=False, apart=20.0)
     model = framework()
-    with pytest.warns(UserWarning, match=r"the batches differ.*layer .* times the standard.*shuffle the data"):
+    with pytest.warns(UserWarning, match=r"the batches differ.*layer .* times the standard.*Shuffle the data"):
         model.recalibrate(x)
     model.recalibrate(x, layer_by_layer=True)
     exact = model.statistics()

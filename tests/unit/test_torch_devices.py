@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hvd_syncbn import horovod
 from hvd_syncbn.torch import (
     SyncBatchNorm,
     SyncBatchNorm2d,
@@ -19,7 +20,6 @@ from hvd_syncbn.torch import (
     recalibrate,
     sync_batch_norm,
 )
-from hvd_syncbn.torch_impl import ops
 from tests.torch_tools import randn, randomize
 from tests.unit.test_torch_convert import CallsFunction
 
@@ -28,7 +28,7 @@ ON_META = torch.ones(3, device="meta")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def horovod() -> None:
+def initialized_horovod() -> None:
     hvd.init()
 
 
@@ -145,7 +145,7 @@ def test_everything_on_meta(kind: str, initialized: bool) -> None:
     x = X.to("meta").to(memory_format=torch.channels_last).requires_grad_()
     with (
         mock.patch.object(hvd, "is_initialized", lambda: initialized),
-        mock.patch.object(ops.horovod, "size", lambda *_: 2),
+        mock.patch.object(horovod, "size", lambda *_: 2),
         mock.patch.object(hvd, "allreduce_", side_effect=AssertionError),
     ):
         y = layer(x)
