@@ -169,7 +169,7 @@ def forward_packet(
     eps: float,
     mask: NDArray[np.uint8] | None = None,
     splits: int = 1,
-    needs_gradient: bool = False,
+    call: int = 0,
 ) -> NDArray[np.int64]:
     """Return the closed forward packet of ``x``, computed in ``splits`` ranges of units."""
     packet = np.zeros(packet_size(shape.c), np.int64)
@@ -177,7 +177,7 @@ def forward_packet(
     for begin, end in _ranges(library().hvd_syncbn_moments_units(ref), splits):
         library().hvd_syncbn_forward_moments(ref, _pointer(x), _pointer(mask), begin, end, _pointer(packet))
     count = ctypes.c_int64(shape.n * shape.s if mask is None else int(np.count_nonzero(mask)))
-    library().hvd_syncbn_forward_close(ref, ctypes.c_double(eps), ctypes.c_int32(needs_gradient), count, _pointer(packet))
+    library().hvd_syncbn_forward_close(ref, ctypes.c_double(eps), ctypes.c_uint64(call), count, _pointer(packet))
     return packet
 
 
@@ -200,6 +200,13 @@ def backward_packet(
     count = shape.n * shape.s if count is None else count
     library().hvd_syncbn_backward_close(ref, _pointer(stats), ctypes.c_int64(count), _pointer(packet))
     return packet
+
+
+def call_number(name: str, needs_gradient: bool) -> int:
+    """Return the number of a call for ``forward_packet``."""
+    function = library().hvd_syncbn_call_number
+    function.restype = ctypes.c_uint64
+    return int(function(name.encode(), ctypes.c_int32(needs_gradient)))
 
 
 def check_packet(direction: int, packet: NDArray[np.int64]) -> int:

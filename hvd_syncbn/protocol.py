@@ -144,16 +144,27 @@ def from_limbs(limbs: Iterable[int]) -> int:
     return sum(int(limb) << (LIMB_BITS * i) for i, limb in enumerate(limbs))
 
 
-def forward_digest(eps: float, dtype: str, channels: int, needs_gradient: bool) -> int:
-    """Return a 32-bit digest that differs between ranks that cannot share a batch.
-
-    FNV-1a over protocol version, dtype, channel count, eps, and whether the rank will differentiate this call.
-    """
-    data = struct.pack("<qqqdq", PROTOCOL_VERSION, DTYPES.index(dtype), channels, eps, needs_gradient)
+def _fnv1a(data: bytes) -> int:
     value = 0xCBF29CE484222325
     for byte in data:
         value = ((value ^ byte) * 0x100000001B3) % 2**64
-    return _folded(value)
+    return value
+
+
+def call_number(name: str, needs_gradient: bool) -> int:
+    """Return the number, unsigned and of 64 bits, that identifies a call in its forward digest.
+
+    Engines that match collectives by order, such as torch.distributed, would otherwise add up packets of different layers.
+    """
+    return (_fnv1a(name.encode()) << 1 | needs_gradient) % 2**64
+
+
+def forward_digest(eps: float, dtype: str, channels: int, call: int = 0) -> int:
+    """Return a 32-bit digest that differs between ranks that cannot share a batch.
+
+    FNV-1a over protocol version, dtype, channel count, eps, and the number of the call (``call_number``, or 0).
+    """
+    return _folded(_fnv1a(struct.pack("<qqqdQ", PROTOCOL_VERSION, DTYPES.index(dtype), channels, eps, call)))
 
 
 def backward_digest(statistics: Sequence[Statistics]) -> int:
@@ -240,9 +251,7 @@ def empty_packet(channels: int, digest: int = 0) -> Packet:
     return Packet(1, 0, (digest, digest**2), [0] * channels, [0] * channels, [0] * channels)
 
 
-def forward_packet(
-    x: Array, eps: float, dtype: str, mask: NDArray[np.bool_] | None = None, needs_gradient: bool = False
-) -> Packet:
+def forward_packet(x: Array, eps: float, dtype: str, mask: NDArray[np.bool_] | None = None, call: int = 0) -> Packet:
     """Return the forward packet of one rank's ``x[n, c, s]``; ``mask[n, s]`` is False at positions that do not count."""
     n, channels, s = x.shape
     counts = np.ones((n, s), bool) if mask is None else mask
@@ -250,7 +259,7 @@ def forward_packet(
         [[(float(x[i, c, k]), float(x[i, c, k])) if counts[i, k] else (0.0, 0.0) for k in range(s)] for c in range(channels)]
         for i in range(n)
     ]
-    return _packet(rows, channels, forward_digest(eps, dtype, channels, needs_gradient), int(counts.sum()))
+    return _packet(rows, channels, forward_digest(eps, dtype, channels, call), int(counts.sum()))
 
 
 def backward_packet(

@@ -106,12 +106,11 @@ def _error(error: int) -> str:
 
 
 def forward_moments(
-    shape: Shape, x: NDArray[Any], mask: NDArray[np.uint8] | None, eps: float, needs_gradient: bool = False
+    shape: Shape, x: NDArray[Any], mask: NDArray[np.uint8] | None, eps: float, call: int = 0
 ) -> NDArray[np.int64]:
     """The closed forward packet."""
     packet = guarded(np.full(native.packet_size(shape.c), -1, np.int64))
-    gradient = ctypes.c_int32(needs_gradient)
-    _call("forward_moments", ctypes.byref(shape), x, mask, ctypes.c_double(eps), gradient, Output(packet), None)
+    _call("forward_moments", ctypes.byref(shape), x, mask, ctypes.c_double(eps), ctypes.c_uint64(call), Output(packet), None)
     assert intact(packet)
     return packet
 

@@ -43,12 +43,12 @@ def step(
     given_gamma, given_beta = (cuda.vector(v if affine else None, parameter) for v in (gamma, beta))
     shape = native.shape(n, c, s, dtype, layout)
 
-    needs_gradient = bool(rng.random() < 0.5)
-    packet = cuda.forward_moments(shape, xs, mask, EPS, needs_gradient)
-    assert same_bits(packet, native.forward_packet(shape, xs, EPS, mask, needs_gradient=needs_gradient))
+    call = native.call_number("layer", bool(rng.random() < 0.5))
+    packet = cuda.forward_moments(shape, xs, mask, EPS, call)
+    assert same_bits(packet, native.forward_packet(shape, xs, EPS, mask, call=call))
     other = native.shape(2, c, 5, dtype, layout)
     theirs = [storage(hostile(rng, (2, c, 5), dtype, nonfinite=False), dtype, layout) for _ in range(2)]
-    packet += native.forward_packet(other, theirs[0], EPS, needs_gradient=needs_gradient)
+    packet += native.forward_packet(other, theirs[0], EPS, call=call)
 
     # In float64, for native.forward takes no 16-bit vectors; a kernel rounds the same float64 values once.
     wide_gamma, wide_beta, want_mean, want_var = (logical(v, parameter) for v in (gamma, beta, mean, var))

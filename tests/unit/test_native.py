@@ -83,8 +83,11 @@ def check(
     ms = None if mask is None else mask.astype(np.uint8)
     gs, bs = (v.astype(param_type) for v in (gamma, beta))
 
-    packet = native.forward_packet(shape, xs, eps, ms, splits, needs_gradient=bool(seed % 2))
-    expected = protocol.forward_packet(x, eps, dtype, mask, needs_gradient=bool(seed % 2))
+    name, needs_gradient = f"layer {seed}", bool(seed % 2)
+    call = native.call_number(name, needs_gradient)
+    assert call == protocol.call_number(name, needs_gradient)
+    packet = native.forward_packet(shape, xs, eps, ms, splits, call=call)
+    expected = protocol.forward_packet(x, eps, dtype, mask, call=call)
     assert packet.tolist() == expected.words()
     assert expected.agreed()
 

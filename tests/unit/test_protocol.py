@@ -144,7 +144,7 @@ def test_ranks_that_disagree_are_found() -> None:
     assert native.check_packet(native.FORWARD, packet * 512) == native.OK
     half = native.forward_packet(native.shape(2, channels, 4, "float16"), x.astype(np.float16).view(np.uint16), EPS)
     other_eps = native.forward_packet(mine, x, 1e-3)
-    differentiated = native.forward_packet(mine, x, EPS, needs_gradient=True)
+    differentiated = native.forward_packet(mine, x, EPS, call=native.call_number("layer", True))
     assert native.check_packet(native.FORWARD, differentiated * 3) == native.OK
     for others in (
         [half],
@@ -190,7 +190,7 @@ def test_the_header_alone_tells(digests: list[int], equal: bool) -> None:
 def test_two_halves_of_512_ranks_that_disagree_are_found() -> None:
     """256 * 256 * difference^2, modulo 2^64, for each two digests that differ by what one argument changes."""
     digests = {
-        protocol.forward_digest(eps, dtype, channels, needs_gradient)
+        protocol.forward_digest(eps, dtype, channels, protocol.call_number("layer", needs_gradient))
         for eps, dtype, channels, needs_gradient in itertools.product(
             (1e-5, 1e-3, 1e-6, 0.0), protocol.DTYPES, range(1, 40), (False, True)
         )

@@ -31,8 +31,8 @@ class GpuForwardMomentsOp : public ForwardMomentsOp {
 
   Status Launch(OpKernelContext* ctx, const ForwardMomentsArrays& arrays) const override {
     TF_RETURN_IF_ERROR(Earlier(ctx));
-    return Cuda(hvd_syncbn_cuda_forward_moments(&arrays.shape, arrays.x->data(), arrays.mask, epsilon_,
-                                                kGradientUnknown, Data<int64_t>(arrays.packet), StreamOf(ctx)));
+    return Cuda(hvd_syncbn_cuda_forward_moments(&arrays.shape, arrays.x->data(), arrays.mask, epsilon_, kCallUnknown,
+                                                Data<int64_t>(arrays.packet), StreamOf(ctx)));
   }
 };
 

@@ -110,8 +110,8 @@ class LayerOp : public OpKernel {
   int32_t layout_;
 };
 
-// In a graph it is unknown whether a call will be differentiated.
-constexpr int32_t kGradientUnknown = 0;
+// In a graph it is unknown whether a call will be differentiated. Horovod matches packets by their names.
+constexpr int64_t kCallUnknown = 0;
 
 // Returns the error for the status of a layer's packet; `received` ends the message.
 template <class... Parts>

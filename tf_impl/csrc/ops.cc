@@ -242,7 +242,7 @@ class CpuForwardMomentsOp : public ForwardMomentsOp {
     Run(ctx, hvd_syncbn_moments_units(&shape), hvd_syncbn_moments_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
       hvd_syncbn_forward_moments(&shape, arrays.x->data(), arrays.mask, begin, end, packet);
     });
-    hvd_syncbn_forward_close(&shape, epsilon_, kGradientUnknown, Unmasked(shape, arrays.mask), packet);
+    hvd_syncbn_forward_close(&shape, epsilon_, kCallUnknown, Unmasked(shape, arrays.mask), packet);
     return absl::OkStatus();
   }
 };

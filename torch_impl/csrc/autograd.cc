@@ -88,8 +88,9 @@ class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
     static const auto moments = find_operator<ForwardMoments>("hvd_syncbn::forward_moments");
     static const auto apply = find_operator<ForwardApply>("hvd_syncbn::forward_apply");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Tensor packet =
-        sum_over_ranks(moments.call(x, options.eps, options.needs_gradient), options.name + ".forward", options.group);
+    const Tensor packet = sum_over_ranks(
+        moments.call(x, options.eps, hvd_syncbn_call_number(options.name.c_str(), options.needs_gradient)),
+        options.name + ".forward", options.group);
     auto [y, stats] =
         apply.call(x, packet, weight, bias, residual, options.running_mean, options.running_var,
                    options.average ? options.batches : std::nullopt, options.old_weight, options.new_weight,

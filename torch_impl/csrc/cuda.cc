@@ -64,11 +64,11 @@ class Call {
   c10::Device device_;
 };
 
-Tensor forward_moments(const Tensor& x, double eps, bool needs_gradient) {
+Tensor forward_moments(const Tensor& x, double eps, int64_t call_number) {
   const Call call(x);
   const Input in = input(x);
   Tensor packet = call.empty({hvd_syncbn_packet_size(in.shape.c)}, at::kLong);
-  check_error(hvd_syncbn_cuda_forward_moments(&in.shape, in.tensor.const_data_ptr(), nullptr, eps, needs_gradient,
+  check_error(hvd_syncbn_cuda_forward_moments(&in.shape, in.tensor.const_data_ptr(), nullptr, eps, call_number,
                                               packet.mutable_data_ptr<int64_t>(), call.stream()));
   return packet;
 }

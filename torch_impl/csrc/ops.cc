@@ -44,7 +44,7 @@ Tensor coefficients(const hvd_syncbn_shape& shape) {
   return at::empty({hvd_syncbn_coefficients_size(&shape)}, at::TensorOptions().dtype(at::kByte));
 }
 
-Tensor forward_moments(const Tensor& x, double eps, bool needs_gradient) {
+Tensor forward_moments(const Tensor& x, double eps, int64_t call) {
   const Input in = input(x);
   Tensor packet = empty_packet(in.shape.c);
   int64_t* const words = packet.mutable_data_ptr<int64_t>();
@@ -52,7 +52,7 @@ Tensor forward_moments(const Tensor& x, double eps, bool needs_gradient) {
                    [&](int64_t begin, int64_t end) {
                      hvd_syncbn_forward_moments(&in.shape, in.tensor.const_data_ptr(), nullptr, begin, end, words);
                    });
-  hvd_syncbn_forward_close(&in.shape, eps, needs_gradient, in.shape.n * in.shape.s, words);
+  hvd_syncbn_forward_close(&in.shape, eps, call, in.shape.n * in.shape.s, words);
   return packet;
 }
 
@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor> frozen_backward(const Tensor& dy, const OptionalTenso
 }  // namespace hvd_syncbn
 
 TORCH_LIBRARY(hvd_syncbn, m) {
-  m.def("forward_moments(Tensor x, float eps, bool needs_gradient=False) -> Tensor");
+  m.def("forward_moments(Tensor x, float eps, int call=0) -> Tensor");
   m.def(
       "forward_apply(Tensor x, Tensor packet, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? "
       "running_mean, Tensor(b!)? running_var, Tensor? batches, float old_weight, float new_weight, bool unbiased, "

@@ -20,7 +20,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The operators' signatures in the dispatcher, for both devices.
-using ForwardMoments = Tensor(const Tensor& x, double eps, bool needs_gradient);
+using ForwardMoments = Tensor(const Tensor& x, double eps, int64_t call);
 using ForwardApply = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& packet, const OptionalTensor& weight,
                                                 const OptionalTensor& bias, const OptionalTensor& residual,
                                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,

@@ -173,14 +173,18 @@ HVD_SYNCBN_HD ParameterGradients<double> parameter_gradients(const int64_t* pack
 
 HVD_SYNCBN_HD uint32_t folded(uint64_t hash) { return static_cast<uint32_t>(hash ^ (hash >> 32)); }
 
+// FNV-1a takes in one more byte.
+HVD_SYNCBN_HD uint64_t fnv1a(uint64_t hash, uint64_t byte) { return (hash ^ byte) * 0x100000001b3u; }
+constexpr uint64_t kFnvStart = 0xcbf29ce484222325u;
+
 // The digest of a forward packet, which differs between ranks that cannot share a batch: FNV-1a over version, dtype,
-// channel count, eps and whether the rank will differentiate this call.
-HVD_SYNCBN_HD uint32_t forward_digest(double eps, int32_t dtype, int64_t channels, bool needs_gradient) {
+// channel count, eps and the number of the call.
+HVD_SYNCBN_HD uint32_t forward_digest(double eps, int32_t dtype, int64_t channels, int64_t call) {
   const uint64_t words[5] = {static_cast<uint64_t>(kProtocolVersion), static_cast<uint64_t>(dtype),
-                             static_cast<uint64_t>(channels), bit_cast<uint64_t>(eps), needs_gradient ? 1u : 0u};
-  uint64_t hash = 0xcbf29ce484222325u;
+                             static_cast<uint64_t>(channels), bit_cast<uint64_t>(eps), static_cast<uint64_t>(call)};
+  uint64_t hash = kFnvStart;
   for (int w = 0; w < 5; ++w) {
-    for (int byte = 0; byte < 8; ++byte) hash = (hash ^ ((words[w] >> (8 * byte)) & 0xff)) * 0x100000001b3u;
+    for (int byte = 0; byte < 8; ++byte) hash = fnv1a(hash, (words[w] >> (8 * byte)) & 0xff);
   }
   return folded(hash);
 }

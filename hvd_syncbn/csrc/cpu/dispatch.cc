@@ -151,9 +151,14 @@ void hvd_syncbn_backward_moments(const hvd_syncbn_shape* shape, const void* x, c
   path().backward_moments(*shape, x, dy, y, stats, begin, end, packet);
 }
 
-void hvd_syncbn_forward_close(const hvd_syncbn_shape* shape, double eps, int32_t needs_gradient, int64_t count,
-                              int64_t* packet) {
-  close(shape->c, forward_digest(eps, shape->dtype, shape->c, needs_gradient != 0), count, packet);
+int64_t hvd_syncbn_call_number(const char* name, int32_t needs_gradient) {
+  uint64_t hash = kFnvStart;
+  for (; *name != '\0'; ++name) hash = fnv1a(hash, static_cast<unsigned char>(*name));
+  return static_cast<int64_t>(hash << 1 | (needs_gradient != 0));
+}
+
+void hvd_syncbn_forward_close(const hvd_syncbn_shape* shape, double eps, int64_t call, int64_t count, int64_t* packet) {
+  close(shape->c, forward_digest(eps, shape->dtype, shape->c, call), count, packet);
 }
 
 void hvd_syncbn_backward_close(const hvd_syncbn_shape* shape, const double* stats, int64_t count, int64_t* packet) {

@@ -52,10 +52,10 @@ cudaError_t run(const hvd_syncbn_shape& shape, const void* x, const Closing& clo
 using namespace hvd_syncbn;
 
 extern "C" int32_t hvd_syncbn_cuda_forward_moments(const hvd_syncbn_shape* shape, const void* x, const uint8_t* mask,
-                                                   double eps, int32_t needs_gradient, int64_t* packet, void* stream) {
+                                                   double eps, int64_t call, int64_t* packet, void* stream) {
   cuda::Closing closing = {};
   closing.packet = packet;
-  closing.digest = forward_digest(eps, shape->dtype, shape->c, needs_gradient != 0);
+  closing.digest = forward_digest(eps, shape->dtype, shape->c, call);
   closing.count = shape->n * shape->s;
   closing.mask = mask;
   switch (shape->dtype) {

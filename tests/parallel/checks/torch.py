@@ -258,7 +258,7 @@ def check_ranks_disagree() -> str | None:
 
     def of_another_version(packet: Tensor, **options: Any) -> Tensor:
         with mock.patch.object(protocol, "PROTOCOL_VERSION", protocol.PROTOCOL_VERSION + 1):
-            digest = protocol.forward_digest(1e-5, "float32", 5, needs_gradient=False)
+            digest = protocol.forward_digest(1e-5, "float32", 5)
             packet[2:4] = torch.tensor(protocol.empty_packet(5, digest).words()[2:4])
         return real(packet, **options)
 

@@ -58,6 +58,20 @@ def check_a_rank_lacks_a_layer() -> None:
     assert_goes_on()
 
 
+def check_a_rank_skips_a_layer_later() -> None:
+    """After every name is known: packets of different layers have the same size, and differ in their digests."""
+    x = randn(RANK, 4, 3).requires_grad_()
+    for place in range(3):
+        layers = [named(f"later.{place}.{i}") for i in range(3)]
+        nn.Sequential(*layers)(x).sum().backward()
+        if RANK == 1:
+            del layers[place]
+        model = nn.Sequential(*layers)
+        error = error_of(lambda model=model: model(x).sum().backward())  # type: ignore[misc]
+        assert isinstance(error, ValueError) and f"layer 'later.{place}." in str(error), error
+    assert_goes_on()
+
+
 def check_other_options() -> None:
     error = error_of(lambda: named("eps", eps=1e-5 * (1 + RANK))(randn(0, 4, 3)))
     assert isinstance(error, ValueError) and "disagree about layer 'eps'" in str(error), error

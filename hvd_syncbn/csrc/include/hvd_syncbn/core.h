@@ -114,9 +114,14 @@ HVD_SYNCBN_API void hvd_syncbn_backward_moments(const hvd_syncbn_shape* shape, c
                                                 int64_t* packet);
 
 // Propagates carries and writes the header. count: values per channel on this rank (n*s, or the unmasked positions).
-// needs_gradient: 1 if this rank will differentiate this call, 0 if not or if unknown. Must be equal on all ranks.
-HVD_SYNCBN_API void hvd_syncbn_forward_close(const hvd_syncbn_shape* shape, double eps, int32_t needs_gradient,
-                                             int64_t count, int64_t* packet);
+// call: hvd_syncbn_call_number, or 0 if that is unknown. Must be equal on all ranks.
+HVD_SYNCBN_API void hvd_syncbn_forward_close(const hvd_syncbn_shape* shape, double eps, int64_t call, int64_t count,
+                                             int64_t* packet);
+
+// The number of a call in its forward packet. name: of the collective. needs_gradient: 1 if this rank will
+// differentiate the call, 0 if not or if unknown.
+HVD_SYNCBN_API int64_t hvd_syncbn_call_number(const char* name, int32_t needs_gradient);
+
 HVD_SYNCBN_API void hvd_syncbn_backward_close(const hvd_syncbn_shape* shape, const double* stats, int64_t count,
                                               int64_t* packet);
 

@@ -29,10 +29,10 @@ extern "C" {
 #endif
 
 // Writes this rank's closed packet, ready for the collective. mask: NULL, or n*s bytes [n][s]; positions with 0 do not
-// count. needs_gradient: as for hvd_syncbn_forward_close.
+// count. call: as for hvd_syncbn_forward_close.
 HVD_SYNCBN_API int32_t hvd_syncbn_cuda_forward_moments(const hvd_syncbn_shape* shape, const void* x,
-                                                       const uint8_t* mask, double eps, int32_t needs_gradient,
-                                                       int64_t* packet, void* stream);
+                                                       const uint8_t* mask, double eps, int64_t call, int64_t* packet,
+                                                       void* stream);
 
 // Computes from a reduced packet y = relu?(normalized x + residual?); stats, float64 mean[c], invstd[c]; and the
 // running statistics as hvd_syncbn_forward_finish does, from running_* to new_running_* (which may be the same memory).
