@@ -1,6 +1,7 @@
 """Parts of the patched Horovod, compiled with AddressSanitizer and driven without processes or GPUs: tests/horovod_native/."""
 
 import os
+import re
 import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ COMMON = (
 )
 SOURCES = [f"horovod/common/{name}.cc" for name in (*COMMON, "stall_inspector", "tensor_queue", "thread_pool", "timeline")]
 SOURCES += [f"horovod/common/{name}.cc" for name in ("utils/env_parser", "ops/gpu_operations", "ops/cuda_operations")]
+SOURCES += ["horovod/common/gloo/shared_memory.cc"]
 SOURCES += [f"horovod/common/optim/{name}.cc" for name in ("bayesian_optimization", "gaussian_process")]
 SANITIZER = "-fsanitize=address"
 
@@ -49,7 +51,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     horovod_build.apply(source, horovod_build.patches())
     third_party = source / "third_party"
     includes = [DRIVERS / "cuda", source, source / "horovod/common", third_party / "eigen", third_party / "lbfgs/include"]
-    includes += [third_party / "flatbuffers/include", *sorted(third_party.glob("boost/*/include"))]
+    includes += [third_party / "gloo", third_party / "flatbuffers/include", *sorted(third_party.glob("boost/*/include"))]
     # Sections that nothing refers to are left out, and with them what they would need: the other collectives.
     options = ["-std=c++17", "-O0", "-g1", "-w", SANITIZER, "-D_GLIBCXX_ASSERTIONS", "-ffunction-sections"]
     # Without Gloo and MPI nothing else includes logging.h for ops/collective_operations.h.
@@ -123,3 +125,39 @@ def test_asynchronous_completion_on_a_gpu(programs: Path, tmp_path: Path) -> Non
         "streams wait for: 1 and 2 operations, 0 run on the way",
         "with a timeline, run before the callback: 1",
     ]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_reductions_through_shared_memory(programs: Path, ranks: int, tmp_path: Path) -> None:
+    """Every type and operation, at the sizes around which the algorithm changes, has the bytes of one process."""
+    (line,) = run(programs / "shared_memory", "reductions", str(ranks), tmp_path)
+    assert re.fullmatch(rf"{ranks} ranks: 0 of [1-9]\d\d wrong", line)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("how", ["killed", "left", "stopped"])
+def test_the_others_get_an_error_within_a_second(programs: Path, ranks: int, how: str, tmp_path: Path) -> None:
+    """The rank that waits for the one that ended finds it; another may find that one."""
+    reason = {"killed": "has died|has left", "left": "has left", "stopped": "timed out after 400 ms|has left|has died"}[how]
+    lines = run(programs / "shared_memory", "ends", how, str(ranks), tmp_path)
+    assert len(lines) == ranks - 1
+    for line in lines:
+        assert re.fullmatch(rf"rank \d: failed: .*({reason}).*, within a second", line)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("why", ["full", "not there", "not the same"])
+def test_ranks_that_cannot_share_memory_agree(programs: Path, why: str, tmp_path: Path) -> None:
+    assert run(programs / "shared_memory", "falls_back", why, tmp_path) == ["0 of 2 ranks share memory"]
+    assert not list(tmp_path.glob("horovod-*[0-9]"))
+
+
+def test_ranks_that_have_no_folder_for_shared_memory_agree(programs: Path, tmp_path: Path) -> None:
+    assert run(programs / "shared_memory", "falls_back", "missing", tmp_path / "missing") == ["0 of 2 ranks share memory"]
+
+
+def test_files_of_processes_that_died_are_removed(programs: Path, tmp_path: Path) -> None:
+    """Not those that are locked, recent, or another program's."""
+    assert run(programs / "shared_memory", "stale", tmp_path) == ["0 of 2 wrong"]
+    assert {path.name for path in tmp_path.iterdir()} == {"another-old", "horovod-1-locked", "horovod-1-new"}
