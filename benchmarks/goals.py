@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from benchmarks import kernels, layer, synchronized
+from benchmarks import kernels, layer, settings, synchronized
 from benchmarks import measure as m
 from benchmarks.measure import Record
+
+PACKETS = {8: 0.05, 512: 0.08, 2048: 0.15}  # ms of a packet by its channels: 1, 70 and 280 kB
 
 
 class Found(NamedTuple):
@@ -82,6 +84,16 @@ def goals(results: dict[str, list[Record]]) -> list[Goal]:
             if peer in row["ratio"]
         ]
         found.append(Goal(f"2 ranks, {name}: a peer's time, x ours", 1.0, True, values))
+    for row in results["packets"]:
+        if row["setting"] in settings.DEFAULTS and row["channels"] in PACKETS:
+            text = f"2 ranks, nothing set: ms per packet of {row['channels']} channels"
+            found.append(Goal(text, PACKETS[row["channels"]], False, [Found(row["setting"], row["ms"].middle)]))
+    values = [
+        Found(f"{m.FRAMEWORKS[row['framework']]} over {row['over']}", row["ms"]["ours"].middle / row["ms"]["local"].middle)
+        for row in results["network"]
+        if {"ours", "local"} <= row["ms"].keys()
+    ]
+    found.append(Goal("2 ranks, ResNet-50 on small images: x local layers", 1.25, False, values))
     values = [Found(r["direction"], r["overhead us"].middle) for r in results["overhead"] if r["framework"] == "torch"]
     found.append(Goal("PyTorch: us per call outside of the kernels", 40.0, False, values))
     values = [

@@ -44,7 +44,8 @@ SETTINGS = {
     "MPI, cycle 0.1 ms": Setting(SHORT_CYCLE, training=True, controller="mpi"),
 }
 
-PACKET_CHANNELS = (8, 64, 256, 2048, 16384)
+DEFAULTS = ("default (cycle 1 ms)", "MPI (cycle 1 ms)")
+PACKET_CHANNELS = (8, 64, 256, 512, 2048, 16384)
 
 
 def packets_case(rounds: int) -> dict[str, Any]:
