@@ -130,7 +130,7 @@ def test_asynchronous_completion_on_a_gpu(programs: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_reductions_through_shared_memory(programs: Path, ranks: int, tmp_path: Path) -> None:
     """Every type and operation, at the sizes around which the algorithm changes, has the bytes of one process."""
-    (line,) = run(programs / "shared_memory", "reductions", str(ranks), tmp_path)
+    (line,) = run(programs / "ranks_share_memory", "reductions", str(ranks), tmp_path)
     assert re.fullmatch(rf"{ranks} ranks: 0 of [1-9]\d\d wrong", line)
     assert not list(tmp_path.iterdir())
 
@@ -140,7 +140,7 @@ def test_reductions_through_shared_memory(programs: Path, ranks: int, tmp_path: 
 def test_the_others_get_an_error_within_a_second(programs: Path, ranks: int, how: str, tmp_path: Path) -> None:
     """The rank that waits for the one that ended finds it; another may find that one."""
     reason = {"killed": "has died|has left", "left": "has left", "stopped": "timed out after 400 ms|has left|has died"}[how]
-    lines = run(programs / "shared_memory", "ends", how, str(ranks), tmp_path)
+    lines = run(programs / "ranks_share_memory", "ends", how, str(ranks), tmp_path)
     assert len(lines) == ranks - 1
     for line in lines:
         assert re.fullmatch(rf"rank \d: failed: .*({reason}).*, within a second", line)
@@ -149,15 +149,15 @@ def test_the_others_get_an_error_within_a_second(programs: Path, ranks: int, how
 
 @pytest.mark.parametrize("why", ["full", "not there", "not the same"])
 def test_ranks_that_cannot_share_memory_agree(programs: Path, why: str, tmp_path: Path) -> None:
-    assert run(programs / "shared_memory", "falls_back", why, tmp_path) == ["0 of 2 ranks share memory"]
+    assert run(programs / "ranks_share_memory", "falls_back", why, tmp_path) == ["0 of 2 ranks share memory"]
     assert not list(tmp_path.glob("horovod-*[0-9]"))
 
 
 def test_ranks_that_have_no_folder_for_shared_memory_agree(programs: Path, tmp_path: Path) -> None:
-    assert run(programs / "shared_memory", "falls_back", "missing", tmp_path / "missing") == ["0 of 2 ranks share memory"]
+    assert run(programs / "ranks_share_memory", "falls_back", "missing", tmp_path / "missing") == ["0 of 2 ranks share memory"]
 
 
 def test_files_of_processes_that_died_are_removed(programs: Path, tmp_path: Path) -> None:
     """Not those that are locked, recent, or another program's."""
-    assert run(programs / "shared_memory", "stale", tmp_path) == ["0 of 2 wrong"]
+    assert run(programs / "ranks_share_memory", "stale", tmp_path) == ["0 of 2 wrong"]
     assert {path.name for path in tmp_path.iterdir()} == {"another-old", "horovod-1-locked", "horovod-1-new"}

@@ -1,11 +1,13 @@
 // Ranks of one host that exchange through shared memory: every rank is a process here. Prints what they found.
+// Arguments:
 //
-//   shared_memory reductions RANKS FOLDER    results beside those of one process, at all sizes that differ in the way
-//   they take shared_memory ends HOW RANKS FOLDER      how the others end when the last rank is killed, leaves or stops
-//   shared_memory falls_back WHY FOLDER      whether two ranks share memory in FOLDER where something is in the way
-//   shared_memory stale FOLDER               which files of earlier processes are removed
-
-#include "horovod/common/gloo/shared_memory.h"
+// reductions RANKS FOLDER: results beside those of one process, at all sizes that are exchanged in different ways
+//
+// ends HOW RANKS FOLDER: how the others end when the last rank is killed, has left or is stopped
+//
+// falls_back WHY FOLDER: how many of two ranks share memory in FOLDER where something prevents it
+//
+// stale FOLDER: whether ranks start beside files of earlier processes, of which they remove some
 
 #include <fcntl.h>
 #include <pthread.h>
@@ -27,6 +29,7 @@
 #include <vector>
 
 #include "gloo/math.h"
+#include "horovod/common/gloo/shared_memory.h"
 
 using horovod::common::SharedMemory;
 using Clock = std::chrono::steady_clock;
