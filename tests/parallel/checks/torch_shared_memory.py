@@ -8,7 +8,7 @@ import threading
 import horovod.torch as hvd
 import torch
 
-from tests.parallel.shared_memory import segments, short_memory
+from tests.parallel.shared.segments import segments, short_memory
 
 SIZES = (1, 127, 8192, 40000, 300001)  # elements: below and above each size from which the ranks exchange in another way
 DTYPES = (torch.int32, torch.int64, torch.float16, torch.float32, torch.float64)

@@ -9,7 +9,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from tests.parallel.shared_memory import segments, short_memory
+from tests.parallel.shared.segments import segments, short_memory
 
 SIZES = (1, 127, 8192, 40000, 300001)  # elements: below and above each size from which the ranks exchange in another way
 DTYPES = (tf.uint8, tf.int32, tf.int64, tf.float16, tf.float32, tf.float64)
