@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,15 @@ def assert_same(got: Any, want: Any, what: str = "result") -> None:
                 f"{what}: {len(different)} of {a.size} values differ, the first at {i}: "
                 f"{a.reshape(-1)[i]}, expected {b.reshape(-1)[i]}"
             )
+
+
+def error_of(call: Callable[[], Any]) -> BaseException:
+    """Return what a call raises."""
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError("no error")
 
 
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -100,12 +100,32 @@ def run(group: str, ranks: int, timeout: float = 240, **environment: str) -> Job
         except BaseException:
             end(process)
             raise
-        outcomes: list[dict[str, dict[str, Any]]] = []
-        for rank in range(ranks):
-            path = Path(folder) / f"{rank}.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            outcomes.append({entry.pop("check"): entry for entry in map(json.loads, lines)})
-        return Job(outcomes, output)
+        return Job(outcomes_in(folder, ranks), output)
+
+
+def outcomes_in(folder: str, ranks: int) -> list[dict[str, dict[str, Any]]]:
+    """Read what the ranks of a job have written to its folder."""
+    outcomes = []
+    for rank in range(ranks):
+        path = Path(folder) / f"{rank}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        outcomes.append({entry.pop("check"): entry for entry in map(json.loads, lines)})
+    return outcomes
+
+
+def run_checks(group: str, folder: str, rank: int) -> None:
+    """Run a group's checks in this rank and write their outcomes to the folder. The process ends if one raises."""
+    module = importlib.import_module(f"tests.parallel.checks.{group}")
+    with open(Path(folder) / f"{rank}.jsonl", "w") as log:
+        for check in checks(group):
+            try:
+                entry = {"check": check, "value": getattr(module, check)()}
+            except BaseException:
+                entry = {"check": check, "error": traceback.format_exc()}
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+            if "error" in entry:
+                os._exit(1)
 
 
 def main() -> None:
@@ -118,17 +138,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(1)
-    module = importlib.import_module(f"tests.parallel.checks.{group}")
-    with open(Path(folder) / f"{hvd.rank()}.jsonl", "w") as log:
-        for check in checks(group):
-            try:
-                entry = {"check": check, "value": getattr(module, check)()}
-            except BaseException:
-                entry = {"check": check, "error": traceback.format_exc()}
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-            if "error" in entry:
-                os._exit(1)
+    run_checks(group, folder, hvd.rank())
     if hvd.is_initialized():
         # The first rank to end ends Horovod for all, and a group of ranks may still be at the last check. Where a rank has died
         # there is nobody to wait for, and to end with an error would have horovodrun end the others in their check.

@@ -6,20 +6,18 @@ As a program (`python -m tests.parallel.torchrun GROUP FOLDER`) this module is o
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import traceback
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
 from hvd_syncbn.cli.job import end
 from tests.needs import need
-from tests.parallel.job import ROOT, Job, rank_environment
+from tests.parallel.job import ROOT, Job, outcomes_in, rank_environment, run_checks
 
 
 def checks(group: str) -> list[str]:
@@ -56,11 +54,7 @@ def run(group: str, ranks: int, timeout: float = 300, agent: bool = True) -> Job
         finally:
             for process in processes:
                 end(process)
-        outcomes = []
-        for rank in range(ranks):
-            path = Path(folder) / f"{rank}.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            outcomes.append({entry.pop("check"): entry for entry in map(json.loads, lines)})
+        outcomes = outcomes_in(folder, ranks)
         output.seek(0)
         return Job(outcomes, output.read() + said)
 
@@ -83,16 +77,7 @@ def main() -> None:
         timeout=timedelta(seconds=120),
     )
     module = importlib.import_module(f"tests.parallel.checks.{group}")
-    with open(Path(folder) / f"{rank}.jsonl", "w") as log:
-        for check in checks(group):
-            try:
-                entry = {"check": check, "value": getattr(module, check)()}
-            except BaseException:
-                entry = {"check": check, "error": traceback.format_exc()}
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-            if "error" in entry:
-                os._exit(1)
+    run_checks(group, folder, rank)
     if not getattr(module, "ENDS_WITH_A_DEAD_RANK", False):
         dist.barrier()
         dist.destroy_process_group()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from tests.parallel.shared.segments import segments, short_memory
+from tests.parallel.shared.segments import segments, sums_where_memory_is_short
 
 SIZES = (1, 127, 8192, 40000, 300001)  # elements: below and above each size from which the ranks exchange in another way
 DTYPES = (tf.uint8, tf.int32, tf.int64, tf.float16, tf.float32, tf.float64)
@@ -33,18 +32,7 @@ def check_ranks_share_memory() -> None:
 
 
 def check_sums_over_sockets_where_memory_is_short() -> None:
-    """One rank without memory is enough, and the next start has it again."""
-    limit = short_memory() if hvd.rank() == 0 else contextlib.nullcontext()
-    hvd.shutdown()
-    with limit:
-        hvd.init()
-    assert segments() == 0
-    check_sums()
-    hvd.allgather_object(None, name="all are through")  # the first to leave ends Horovod for all
-    hvd.shutdown()
-    hvd.init()
-    assert segments() == 1
-    check_sums()
+    sums_where_memory_is_short(hvd, check_sums)
 
 
 def check_branches_in_another_order() -> None:

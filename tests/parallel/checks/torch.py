@@ -32,6 +32,7 @@ from tests.torch_tools import (
     LAYOUTS,
     Result,
     assert_same,
+    error_of,
     in_layout,
     isa,
     randn,
@@ -79,14 +80,6 @@ def assert_gradients_add_up(got: Result, want: Result, process_set: Any = None) 
         total, magnitude = (hvd.allreduce(v, op=hvd.Sum, name=f"sum {name}", **options) for v in (share, share.abs()))
         bound = torch.finfo(want[name].dtype).eps * (magnitude + want[name].double().abs())
         assert ((total - want[name].double()).abs() <= bound).all(), name
-
-
-def error_of(call: Callable[[], Any]) -> BaseException:
-    try:
-        call()
-    except Exception as error:
-        return error
-    raise AssertionError("no error")
 
 
 # --- The same bytes ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from hvd_syncbn.torch import (
     recalibrate,
     sync_batch_norm,
 )
-from tests.torch_tools import Result, assert_same, in_layout, randn, randomize, step
+from tests.torch_tools import Result, assert_same, error_of, in_layout, randn, randomize, step
 
 RANK, SIZE = dist.get_rank(), dist.get_world_size()
 ALONE = [dist.new_group([rank]) for rank in range(SIZE)][RANK]  # all ranks make all groups, in this order
@@ -78,14 +77,6 @@ def run(model: nn.Module, x: Tensor, dy: Tensor) -> Result:
 def averaged(model: nn.Module) -> list[Tensor]:
     """What an average of the ranks' parameter gradients is of those of one process with the whole batch."""
     return [parameter.grad.double() / SIZE for parameter in model.parameters() if parameter.grad is not None]
-
-
-def error_of(call: Callable[[], Any]) -> BaseException:
-    try:
-        call()
-    except Exception as error:
-        return error
-    raise AssertionError("no error")
 
 
 # --- The same bytes ---------------------------------------------------------------------------------------------------

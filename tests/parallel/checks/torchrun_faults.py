@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,18 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm
-from tests.torch_tools import randn
+from tests.torch_tools import error_of, randn
 
 RANK = dist.get_rank()
 ENDS_WITH_A_DEAD_RANK = True
-
-
-def error_of(call: Callable[[], Any]) -> BaseException:
-    try:
-        call()
-    except Exception as error:
-        return error
-    raise AssertionError("no error")
 
 
 def named(name: str, channels: int = 3, **options: Any) -> SyncBatchNorm:
