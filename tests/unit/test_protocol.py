@@ -191,9 +191,7 @@ def test_two_halves_of_512_ranks_that_disagree_are_found() -> None:
     """256 * 256 * difference^2, modulo 2^64, for each two digests that differ by what one argument changes."""
     digests = {
         protocol.forward_digest(eps, dtype, channels, call)
-        for eps, dtype, channels, call in itertools.product(
-            (1e-5, 1e-3, 1e-6, 0.0), protocol.DTYPES, range(1, 40), (0, 1)
-        )
+        for eps, dtype, channels, call in itertools.product((1e-5, 1e-3, 1e-6, 0.0), protocol.DTYPES, range(1, 40), (0, 1))
     }
     assert len(digests) == 4 * 4 * 39 * 2
     differences = {abs(a - b) for a, b in itertools.combinations(digests, 2)}
