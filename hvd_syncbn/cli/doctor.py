@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -246,22 +245,6 @@ def _stalls() -> list[Finding]:
     return [*findings, Finding(shutdown, advice)]
 
 
-def _on_cluster(cluster: Cluster) -> list[Finding]:
-    """Return advice for a measured cluster."""
-    if cluster.controller != "Gloo" or len(set(cluster.hosts)) > 1:
-        return []
-    if cluster.mpi_built:
-        advice = "with a core to spare for every rank, `horovodrun --mpi` makes packets some 10 times faster"
-    elif shutil.which("mpirun"):
-        advice = (
-            "MPI is installed: with a core to spare for every rank, it makes packets on one host some 10 times faster "
-            "(build-horovod --with-mpi; not for elastic jobs)"
-        )
-    else:
-        return []
-    return [Finding("one host on Gloo", advice)]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     job.add_arguments(parser)
@@ -281,8 +264,6 @@ def run(args: argparse.Namespace) -> int:
                 cluster = measure(framework, hosts, args.time_limit, lambda text: status.update(f"Measuring: {text}"))
             except job.JobError as error:
                 failure = str(error)
-    if cluster is not None:
-        findings += _on_cluster(cluster)
     if args.json:
         found: dict[str, Any] = {"findings": [finding._asdict() for finding in findings], "failure": failure}
         print(json.dumps(found | ({} if cluster is None else _as_json(cluster)), indent=1))

@@ -32,11 +32,10 @@ class Packet(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """All measurements, with the host of every rank, the controller (Gloo or MPI), and whether Horovod was built with MPI."""
+    """All measurements, with the host of every rank and the controller (Gloo or MPI)."""
 
     hosts: list[str]
     controller: str
-    mpi_built: bool
     packets: list[Packet]
 
     @property
@@ -112,4 +111,4 @@ def measure(framework: str, hosts: Sequence[job.Host], limit: float, note: Calla
         environment = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
         job.run("grouped packets", framework, list(hosts), limit=limit, report=take, environment=environment)
     packets.sort(key=lambda packet: (packet.size, not packet.neighbours, packet.bytes))
-    return Cluster(about["hosts"], about["controller"], about["mpi_built"], packets)
+    return Cluster(about["hosts"], about["controller"], packets)

@@ -158,7 +158,7 @@ def packets(hvd: Any, framework: str) -> None:
     """Report the cost of packets among all ranks."""
     hosts = hvd.allgather_object(socket.gethostname(), name="hvd_syncbn.doctor.hosts")
     controller = "MPI" if hvd.mpi_built() and hvd.mpi_enabled() else "Gloo"
-    report(hvd, hosts=hosts, controller=controller, mpi_built=bool(hvd.mpi_built()))
+    report(hvd, hosts=hosts, controller=controller)
     _measure(hvd, framework, [list(range(hvd.size()))], hosts, hvd.global_process_set)
 
 

@@ -315,7 +315,7 @@ class TestDoctorOnRanks:
 
     LINK = cost_model.Link(3e-4, 2e-5, 1e-9)
 
-    def cluster(self, hosts: list[str], controller: str = "Gloo", mpi_built: bool = False) -> packets.Cluster:
+    def cluster(self, hosts: list[str], controller: str = "Gloo") -> packets.Cluster:
         """What a cluster of this link would have measured."""
         found = []
         for groups in [*rank.layouts(hosts), [list(range(len(hosts)))]]:
@@ -324,7 +324,7 @@ class TestDoctorOnRanks:
                 seconds = cost_model.ring(len(groups[0]), size, self.LINK)
                 neighbours = groups[0] == list(range(len(groups[0])))
                 found.append(packets.Packet(len(groups[0]), len(groups), neighbours, spans, int(size), seconds))
-        return packets.Cluster(hosts, controller, mpi_built, found)
+        return packets.Cluster(hosts, controller, found)
 
     def test_layouts(self) -> None:
         assert rank.layouts(["a", "a"]) == []
@@ -350,14 +350,13 @@ class TestDoctorOnRanks:
 
     @pytest.mark.usefixtures("healthy")
     def test_is_told(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        cluster = self.cluster(["a"] * 64, mpi_built=True)
+        cluster = self.cluster(["a"] * 64)
         monkeypatch.setattr(doctor, "measure", lambda *_: cluster)
         status, out = run(capsys, "doctor", "-np", "64")
         assert status == 0
         milliseconds = 1e3 * cluster.steps()["ResNet-50"][8]
         for text in (
             "64 ranks on 1 host, Gloo",
-            "horovodrun --mpi",
             f"Group size: 8, by process_set=groups(8).mine: {milliseconds:.0f} ms",
         ):
             assert text in out
