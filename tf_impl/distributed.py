@@ -35,8 +35,8 @@ class Group:
                 "synchronized batch normalization trains under strategies whose replicas run in step on CPUs or GPUs: "
                 f"MirroredStrategy and MultiWorkerMirroredStrategy, or Horovod. Received: {name}"
             )
-        workers_of_others = strategy.num_replicas_in_sync > len(strategy.extended.worker_devices)
-        if tf.distribute.in_cross_replica_context() and workers_of_others:
+        has_other_workers = strategy.num_replicas_in_sync > len(strategy.extended.worker_devices)
+        if tf.distribute.in_cross_replica_context() and has_other_workers:
             raise RuntimeError(
                 "a layer that trains outside of the replicas of a strategy has the batch of its worker only: call it in "
                 f"`strategy.run` or `model.fit`. Received: {name} in cross-replica context"

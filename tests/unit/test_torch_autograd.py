@@ -91,7 +91,7 @@ def test_changed_in_place_is_noticed() -> None:
     y.add_(1)
     with pytest.raises(RuntimeError, match="inplace"):
         y.sum().backward()
-    # Without an activation the output is nobody's but the caller's.
+    # Without an activation only the caller holds the output.
     want = step(SyncBatchNorm(5), x, torch.full((4, 5, 6), 2.0))
     layer = SyncBatchNorm(5)
     layer(x).mul_(2).sum().backward()

@@ -154,7 +154,7 @@ layer, x = SyncBatchNorm(3), torch.ones(2, 3, 4)
 
 
 def run_python(code: str) -> str:
-    """Runs a program of its own: this process has Horovod initialised for good."""
+    """In a separate process, because Horovod stays initialized in this one."""
     command = [sys.executable, "-c", PROGRAM + code]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
@@ -213,7 +213,7 @@ sys.meta_path.insert(0, Broken())
 
 
 def test_device_errors_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing to tell where no GPU is used; a GPU that is asked for by name and is not there is an error of ours."""
+    """Without a GPU there is nothing to report; naming a GPU that does not exist raises an error."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     check_device_errors()
     with pytest.raises(RuntimeError, match=r"no GPU can be used here.*Received: device=cuda:1"):

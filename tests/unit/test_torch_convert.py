@@ -167,7 +167,7 @@ def test_the_same_objects() -> None:
     assert everything(original) == before_all
 
 
-def test_whoever_knows_a_layer_knows_the_converted_one() -> None:
+def test_containers_hold_the_converted_layer() -> None:
     """Plain lists and dictionaries of layers, and the way people find their norms."""
     original = model()
     shadow = {path: layer for path, layer in original.named_modules() if isinstance(layer, nn.BatchNorm2d)}

@@ -74,9 +74,12 @@ def run(model: nn.Module, x: Tensor, dy: Tensor) -> Result:
     return {"y": y.detach(), "dx": x.grad, **buffers}
 
 
-def averaged(model: nn.Module) -> list[Tensor]:
-    """What an average of the ranks' parameter gradients is of those of one process with the whole batch."""
-    return [parameter.grad.double() / SIZE for parameter in model.parameters() if parameter.grad is not None]
+def assert_averages_gradients(model: nn.Module, alone: nn.Module) -> None:
+    """The parameter gradients are those of one process with the whole batch, averaged over the ranks as DDP does: in floats."""
+    wanted = [parameter.grad.double() / SIZE for parameter in alone.parameters() if parameter.grad is not None]
+    for parameter, want in zip(model.parameters(), wanted, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad.double(), want, rtol=1e-5, atol=1e-6)
 
 
 # --- The same bytes ---------------------------------------------------------------------------------------------------
@@ -114,9 +117,7 @@ def check_ddp() -> None:
                 model.zero_grad()
                 alone.zero_grad()
                 of_this_rank(run(model, x[MINE], dy[MINE]), run(alone, x, dy))
-            for parameter, want in zip(model.parameters(), averaged(alone), strict=True):
-                assert parameter.grad is not None
-                torch.testing.assert_close(parameter.grad.double(), want, rtol=1e-5, atol=1e-6)
+            assert_averages_gradients(model, alone)
 
 
 def check_ddp_without_synchronization_of_gradients() -> None:
@@ -126,9 +127,7 @@ def check_ddp_without_synchronization_of_gradients() -> None:
     with model.no_sync():
         of_this_rank(run(model, x[MINE], dy[MINE]), run(alone, x, dy))
     of_this_rank(run(model, x[MINE], dy[MINE]), run(alone, x, dy))
-    for parameter, want in zip(model.parameters(), averaged(alone), strict=True):
-        assert parameter.grad is not None
-        torch.testing.assert_close(parameter.grad.double(), want, rtol=1e-5, atol=1e-6)
+    assert_averages_gradients(model, alone)
 
 
 def check_fsdp() -> None:
