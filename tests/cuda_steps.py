@@ -47,14 +47,14 @@ def step(
     packet = cuda.forward_moments(shape, xs, mask, EPS, call)
     assert same_bits(packet, native.forward_packet(shape, xs, EPS, mask, call=call))
     other = native.shape(2, c, 5, dtype, layout)
-    theirs = [storage(hostile(rng, (2, c, 5), dtype, nonfinite=False), dtype, layout) for _ in range(2)]
-    packet += native.forward_packet(other, theirs[0], EPS, call=call)
+    their_x, their_dy = (storage(hostile(rng, (2, c, 5), dtype, nonfinite=False), dtype, layout) for _ in range(2))
+    packet += native.forward_packet(other, their_x, EPS, call=call)
 
     # In float64, for native.forward takes no 16-bit vectors; a kernel rounds the same float64 values once.
     wide_gamma, wide_beta, want_mean, want_var = (logical(v, parameter) for v in (gamma, beta, mean, var))
     given = (wide_gamma, wide_beta) if affine else (None, None)
-    statistics = (want_mean, want_var, (0.9, 0.1), True)
-    want_y, want_stats = native.forward(shape, xs, packet, EPS, *given, *statistics, rs, relu)
+    running = (want_mean, want_var, (0.9, 0.1))
+    want_y, want_stats = native.forward(shape, xs, packet, EPS, given[0], given[1], *running, residual=rs, relu=relu)
     y = cuda.guarded(np.zeros_like(want_y), offset)
     new_mean, new_var = cuda.guarded(mean), cuda.guarded(var)
     old = [cuda.vector(v, parameter) for v in (mean, var)]
@@ -76,7 +76,7 @@ def step(
     want_gradients = native.parameter_gradients(shape, packet, stats, parameter)
     assert same_bits(dgamma, want_gradients[0]) and same_bits(dbeta, want_gradients[1])
     assert cuda.intact(dgamma) and cuda.intact(dbeta)
-    packet += native.backward_packet(other, *theirs, stats)
+    packet += native.backward_packet(other, their_x, their_dy, stats)
 
     want_dx, want_dresidual = native.backward(shape, xs, dys, packet, stats, given[0], ys, mask)
     dx = cuda.guarded(np.zeros_like(want_dx), offset)

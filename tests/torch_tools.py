@@ -123,12 +123,16 @@ def reference_step(parts: Sequence[Sequence[np.ndarray]], layer: SyncBatchNorm, 
     shapes = [part[0].shape for part in parts]
     flat = [[values.reshape(*values.shape[:2], -1) for values in part] for part in parts]
     eps, relu = layer.eps, layer.activation == "relu"
-    gamma, beta, mean, var = (
-        to_numpy(tensor).astype(np.float64) for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var)
-    )
+    assert layer.running_mean is not None and layer.running_var is not None
+    mean, var = (to_numpy(tensor).astype(np.float64) for tensor in (layer.running_mean, layer.running_var))
+    gamma, beta = (to_numpy(tensor).astype(np.float64).tolist() for tensor in (layer.weight, layer.bias))
     packet = functools.reduce(operator.add, (protocol.forward_packet(part[0], eps, dtype) for part in flat))
     statistics = protocol.finish_forward(packet, eps)
-    outputs = [protocol.apply_forward(part[0], statistics, dtype, gamma, beta, *part[2:], relu=relu) for part in flat]
+    residuals = [part[2] if len(part) > 2 else None for part in flat]
+    outputs = [
+        protocol.apply_forward(part[0], statistics, dtype, gamma, beta, residual, relu)
+        for part, residual in zip(flat, residuals, strict=True)
+    ]
     masks = outputs if relu else [None] * len(parts)
     own = [protocol.backward_packet(part[0], part[1], statistics, mask) for part, mask in zip(flat, masks, strict=True)]
     back = functools.reduce(operator.add, own)
