@@ -1,9 +1,8 @@
-"""The operators ``torch.ops.hvd_syncbn.*``: loads the native ones, gives them shape functions, adds the collective."""
+"""The operators ``torch.ops.hvd_syncbn.*``: loads the native ones and adds the collective."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,73 +70,6 @@ def check_device_errors(device: torch.device | int | str | None = None) -> None:
         raise RuntimeError(f"no GPU can be used here: no driver, or a PyTorch without CUDA. Received: device={device}")
     if HAS_CUDA:
         torch.ops.hvd_syncbn.check_device_errors(torch.device("cuda" if device is None else device))
-
-
-def _like(x: Tensor) -> Tensor:
-    """What the native operators return for an ``x``: channels last if x is so, else contiguous."""
-    if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-        return torch.empty_like(x.movedim(1, -1)).movedim(-1, 1)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _packet(x: Tensor) -> Tensor:
-    return x.new_empty(native.packet_size(x.shape[1]), dtype=torch.int64)
-
-
-@torch.library.register_fake("hvd_syncbn::forward_moments")
-def _forward_moments(x: Tensor, *_: Any) -> Tensor:
-    return _packet(x)
-
-
-@torch.library.register_fake("hvd_syncbn::forward_apply")
-def _forward_apply(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    # Reached with a CPU input, too, where another tensor is on meta: `recalibrate` calls the operator by itself.
-    devices = {tensor.device for tensor in (x, *others) if isinstance(tensor, Tensor)}
-    if len(devices) > 1:
-        raise ValueError(
-            f"expected all tensors of layer {others[-1]!r} on one device. Received: {sorted(map(str, devices))}. Move "
-            "them with .to(device); from meta, call .to_empty(device=...) on the layer and load its state."
-        )
-    return _like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
-
-
-@torch.library.register_fake("hvd_syncbn::backward_moments")
-def _backward_moments(
-    x: Tensor, dy: Tensor, y: Tensor | None, stats: Tensor, parameter_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    vector = x.new_empty(x.shape[1], dtype=parameter_dtype)
-    return _packet(x), vector, torch.empty_like(vector)
-
-
-@torch.library.register_fake("hvd_syncbn::backward_apply")
-def _backward_apply(
-    x: Tensor,
-    dy: Tensor,
-    y: Tensor | None,
-    packet: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    want_residual: bool,
-    name: str,
-) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(x) if want_residual else x.new_empty(0)
-
-
-@torch.library.register_fake("hvd_syncbn::backward_check")
-def _backward_check(packet: Tensor, dweight: Tensor, dbias: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dweight), torch.empty_like(dbias)
-
-
-@torch.library.register_fake("hvd_syncbn::frozen_apply")
-def _frozen_apply(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
-
-
-@torch.library.register_fake("hvd_syncbn::frozen_backward")
-def _frozen_backward(
-    dy: Tensor, y: Tensor | None, stats: Tensor, weight: Tensor | None, want_residual: bool
-) -> tuple[Tensor, Tensor]:
-    return _like(dy), _like(dy) if want_residual else dy.new_empty(0)
 
 
 @torch.library.register_fake("hvd_syncbn::allreduce_")

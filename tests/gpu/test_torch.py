@@ -280,7 +280,7 @@ def test_one_value_per_channel() -> None:
 
 
 def test_tensors_of_another_device_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected all tensors on cuda:0"):
+    with pytest.raises(ValueError, match=r"on one device\. Received: input on cuda:0, running_mean on cpu"):
         sync_batch_norm(randn(1, 4, 3).cuda(), torch.zeros(3), torch.ones(3))
 
 

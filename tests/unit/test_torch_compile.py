@@ -189,6 +189,10 @@ def test_operators_are_registered_soundly(kind: str) -> None:
         (ops.backward_moments, (x, x.clone(), x.clone(), stats, torch.bfloat16)),
         (ops.backward_apply, (x, x.clone(), x.clone(), back, stats, vector, True, "name")),
         (ops.backward_apply, (x, x.clone(), None, back, stats, None, False, "name")),
+        (ops.backward_check, (back, vector, vector.clone(), "name")),
+        (torch.ops.hvd_syncbn.frozen_apply, (x, vector, vector.clone(), vector, None, x.clone(), 1e-5, True)),
+        (torch.ops.hvd_syncbn.frozen_backward, (x, x.clone(), stats, vector, True)),
+        (torch.ops.hvd_syncbn.frozen_backward, (x, None, stats, None, False)),
         (ops.allreduce_, (packet, "name", "horovod:0")),
     ):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

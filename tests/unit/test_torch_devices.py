@@ -45,7 +45,7 @@ MEMBERS = [(name,) for name in TENSORS] + [TENSORS, (*TENSORS, "num_batches_trac
 
 
 def message(received: str) -> str:
-    return rf"expected all tensors of (layer '\S+'|a frozen layer) on one device\. Received: {re.escape(received)}\. Move them"
+    return rf"expected all tensors of (layer '\S+'|a layer) on one device\. Received: {re.escape(received)}\. Move them"
 
 
 @pytest.mark.parametrize("names", MEMBERS, ids=" ".join)

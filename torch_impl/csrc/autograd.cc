@@ -1,12 +1,10 @@
-// The layer in training as one operator, and its gradient: the kernels of ops.cc or cuda.cc with the collective between
+// The layer in training as one operator, and its gradient: the operators of operators.h with the collective between
 // them. torch.compile looks through this operator at those it calls.
 //
 // In C++ because Python takes longer for a call than the kernels of a small layer.
 #include <ATen/FuncTorchTLS.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
-#include <torch/library.h>
 
 #include <memory>
 #include <optional>
@@ -14,7 +12,7 @@
 #include <tuple>
 #include <utility>
 
-#include "tensors.h"
+#include "operators.h"
 
 namespace hvd_syncbn {
 
@@ -56,6 +54,8 @@ Tensor sum_over_ranks(const Tensor& packet, const std::string& layer, const std:
   return packet;
 }
 
+bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
+
 // Inside a transform of torch.func a gradient would have to be a function of Python's.
 void check_no_transform(const std::string& name) {
   const auto& transforms = at::functorch::functorchTLSAccessor();
@@ -80,24 +80,35 @@ Tensor not_differentiable(const Tensor& gradient) {
   return (*error)({std::move(input)})[0];
 }
 
-// Saved: x, the per-channel float64 stats, and with relu the output.
-class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
+// What a backward pass reads, and which gradients it returns.
+struct Saved {
+  Tensor x, weight, stats, y;  // y with relu only
+  std::string name;
+  std::optional<std::string> group;
+  bool want_x, want_weight, want_bias, want_residual;
+};
+
+// Those that are not wanted may be undefined. An undefined dresidual is dy: without an activation they are equal.
+struct Gradients {
+  Tensor dx, dweight, dbias, dresidual;
+};
+
+std::tuple<Tensor, Tensor, Tensor> gradient_moments(const Saved& saved, const Tensor& dy) {
+  static const auto moments = find_operator<decltype(backward_moments<Cpu>)>("hvd_syncbn::backward_moments");
+  const at::ScalarType parameter_dtype = saved.weight.defined() ? saved.weight.scalar_type() : at::kFloat;
+  return moments.call(saved.x, dy, saved.y, saved.stats, parameter_dtype);
+}
+
+// The part that both layers share. A layer has `forward_and_stats`, `saves_x` and `differentiate`.
+template <class Layer>
+class BatchNorm : public torch::autograd::Function<Layer> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                         const OptionalTensor& residual, const Options& options) {
-    static const auto moments = find_operator<ForwardMoments>("hvd_syncbn::forward_moments");
-    static const auto apply = find_operator<ForwardApply>("hvd_syncbn::forward_apply");
+    const bool saves_x = Layer::saves_x(weight, bias);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Tensor packet = sum_over_ranks(
-        moments.call(x, options.eps, hvd_syncbn_call_number(options.name.c_str(), options.needs_gradient)),
-        options.name + ".forward", options.group);
-    auto [y, stats] =
-        apply.call(x, packet, weight, bias, residual, options.running_mean, options.running_var,
-                   options.average ? options.batches : std::nullopt, options.old_weight, options.new_weight,
-                   options.unbiased, options.eps, options.relu, options.name, options.needs_gradient);
-    // Together with the statistics: what comes next may raise, as checkpointing does to stop early.
-    if (options.batches.has_value()) options.batches->add_(1);
-    ctx->save_for_backward({x, weight.value_or(Tensor()), stats, options.relu ? y : Tensor()});
+    auto [y, stats] = Layer::forward_and_stats(x, weight, bias, residual, options);
+    ctx->save_for_backward({saves_x ? x : Tensor(), weight.value_or(Tensor()), stats, options.relu ? y : Tensor()});
     ctx->saved_data["bias_dtype"] = bias.has_value() ? std::optional(bias->scalar_type()) : std::nullopt;
     ctx->saved_data["has_residual"] = residual.has_value();
     ctx->saved_data["group"] = options.group;
@@ -109,7 +120,7 @@ class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
     variable_list gradients;
     {
       const at::AutoGradMode once(false);
-      gradients = differentiate(ctx, dy[0]);
+      gradients = differentiate_once(ctx, dy[0]);
     }
     if (at::GradMode::is_enabled()) {
       for (Tensor& gradient : gradients) gradient = not_differentiable(gradient);
@@ -118,111 +129,113 @@ class SyncBatchNorm : public torch::autograd::Function<SyncBatchNorm> {
   }
 
  private:
-  static variable_list differentiate(AutogradContext* ctx, const Tensor& dy) {
-    static const auto moments = find_operator<BackwardMoments>("hvd_syncbn::backward_moments");
-    static const auto apply = find_operator<BackwardApply>("hvd_syncbn::backward_apply");
-    static const auto check = find_operator<BackwardCheck>("hvd_syncbn::backward_check");
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &stats = saved[2], &y = saved[3];
+  static variable_list differentiate_once(AutogradContext* ctx, const Tensor& dy) {
+    const variable_list tensors = ctx->get_saved_variables();
     const auto bias_dtype = ctx->saved_data["bias_dtype"].toOptional<at::ScalarType>();
-    const std::string& name = ctx->saved_data["name"].toStringRef();
     // needs_input_grad counts the tensors that there are.
-    size_t tensors = 0;
-    const auto wanted = [&](bool exists) { return exists && ctx->needs_input_grad(tensors++); };
-    const bool want_x = wanted(true), want_weight = wanted(weight.defined()),
-               want_bias = wanted(bias_dtype.has_value());
-    const bool want_residual = wanted(ctx->saved_data["has_residual"].toBool());
-    // Without an activation the residual's gradient is dy itself, but one result has to come from the packet: a
-    // compiled graph leaves out the collective otherwise.
-    const bool masks_residual = want_residual && (y.defined() || !(want_x || want_weight || want_bias));
-
-    auto [packet, dweight, dbias] = moments.call(x, dy, y, stats, weight.defined() ? weight.scalar_type() : at::kFloat);
-    // Whatever is wanted here: another rank may need the packet.
-    packet = sum_over_ranks(packet, name + ".backward", ctx->saved_data["group"].toOptional<std::string>());
-    Tensor dx, dresidual;
-    if (want_x || masks_residual) {
-      std::tie(dx, dresidual) = apply.call(x, dy, y, packet, stats, weight, masks_residual, name);
-    } else {
-      std::tie(dweight, dbias) = check.call(packet, dweight, dbias, name);
-    }
-    if (!masks_residual) dresidual = dy;
-    return {want_x ? dx : Tensor(), want_weight ? dweight : Tensor(), want_bias ? dbias.to(*bias_dtype) : Tensor(),
-            want_residual ? dresidual : Tensor(), Tensor()};
+    size_t input = 0;
+    const auto wanted = [&](bool exists) { return exists && ctx->needs_input_grad(input++); };
+    const Saved saved = {tensors[0],
+                         tensors[1],
+                         tensors[2],
+                         tensors[3],
+                         ctx->saved_data["name"].toStringRef(),
+                         ctx->saved_data["group"].toOptional<std::string>(),
+                         wanted(true),
+                         wanted(tensors[1].defined()),
+                         wanted(bias_dtype.has_value()),
+                         wanted(ctx->saved_data["has_residual"].toBool())};
+    const Gradients gradients = Layer::differentiate(saved, dy);
+    return {saved.want_x ? gradients.dx : Tensor(), saved.want_weight ? gradients.dweight : Tensor(),
+            saved.want_bias ? gradients.dbias.to(*bias_dtype) : Tensor(),
+            !saved.want_residual            ? Tensor()
+            : gradients.dresidual.defined() ? gradients.dresidual
+                                            : dy,
+            Tensor()};
   }
 };
 
-// Saved: the per-channel float64 stats, with relu the output, and x only where a parameter learns.
-class FrozenBatchNorm : public torch::autograd::Function<FrozenBatchNorm> {
+class SyncBatchNorm : public BatchNorm<SyncBatchNorm> {
  public:
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                        const OptionalTensor& residual, const Tensor& running_mean, const Tensor& running_var,
-                        double eps, bool relu) {
-    static const auto apply = find_operator<FrozenApply>("hvd_syncbn::frozen_apply");
-    const auto learns = [](const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); };
-    const bool keeps_x = learns(weight) || learns(bias);
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [y, stats] = apply.call(x, running_mean, running_var, weight, bias, residual, eps, relu);
-    ctx->save_for_backward({keeps_x ? x : Tensor(), weight.value_or(Tensor()), stats, relu ? y : Tensor()});
-    ctx->saved_data["bias_dtype"] = bias.has_value() ? std::optional(bias->scalar_type()) : std::nullopt;
-    ctx->saved_data["has_residual"] = residual.has_value();
-    return y;
+  static bool saves_x(const OptionalTensor&, const OptionalTensor&) { return true; }
+
+  static std::tuple<Tensor, Tensor> forward_and_stats(const Tensor& x, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                                      const Options& options) {
+    static const auto moments = find_operator<decltype(forward_moments<Cpu>)>("hvd_syncbn::forward_moments");
+    static const auto apply = find_operator<decltype(forward_apply<Cpu>)>("hvd_syncbn::forward_apply");
+    const Tensor packet = sum_over_ranks(
+        moments.call(x, options.eps, hvd_syncbn_call_number(options.name.c_str(), options.needs_gradient)),
+        options.name + ".forward", options.group);
+    auto result = apply.call(x, packet, weight, bias, residual, options.running_mean, options.running_var,
+                             options.average ? options.batches : std::nullopt, options.old_weight, options.new_weight,
+                             options.unbiased, options.eps, options.relu, options.name, options.needs_gradient);
+    // Together with the statistics: what comes next may raise, as checkpointing does to stop early.
+    if (options.batches.has_value()) options.batches->add_(1);
+    return result;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
-    variable_list gradients;
-    {
-      const at::AutoGradMode once(false);
-      gradients = differentiate(ctx, dy[0]);
+  static Gradients differentiate(const Saved& saved, const Tensor& dy) {
+    static const auto apply = find_operator<decltype(backward_apply<Cpu>)>("hvd_syncbn::backward_apply");
+    static const auto check = find_operator<decltype(backward_check<Cpu>)>("hvd_syncbn::backward_check");
+    // One result has to come from the packet: a compiled graph leaves out the collective otherwise.
+    const bool only_residual = !(saved.want_x || saved.want_weight || saved.want_bias);
+    const bool masks_residual = saved.want_residual && (saved.y.defined() || only_residual);
+    auto [packet, dweight, dbias] = gradient_moments(saved, dy);
+    // Whatever is wanted here: another rank may need the packet.
+    packet = sum_over_ranks(packet, saved.name + ".backward", saved.group);
+    Tensor dx, dresidual;
+    if (saved.want_x || masks_residual) {
+      std::tie(dx, dresidual) =
+          apply.call(saved.x, dy, saved.y, packet, saved.stats, saved.weight, masks_residual, saved.name);
+    } else {
+      std::tie(dweight, dbias) = check.call(packet, dweight, dbias, saved.name);
     }
-    if (at::GradMode::is_enabled()) {
-      for (Tensor& gradient : gradients) gradient = not_differentiable(gradient);
-    }
-    return gradients;
+    return {dx, dweight, dbias, masks_residual ? dresidual : Tensor()};
+  }
+};
+
+class FrozenBatchNorm : public BatchNorm<FrozenBatchNorm> {
+ public:
+  // Only the gradients of parameters need x.
+  static bool saves_x(const OptionalTensor& weight, const OptionalTensor& bias) {
+    return requires_grad(weight) || requires_grad(bias);
   }
 
- private:
-  static variable_list differentiate(AutogradContext* ctx, const Tensor& dy) {
-    static const auto moments = find_operator<BackwardMoments>("hvd_syncbn::backward_moments");
-    static const auto apply = find_operator<FrozenBackward>("hvd_syncbn::frozen_backward");
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &stats = saved[2], &y = saved[3];
-    const auto bias_dtype = ctx->saved_data["bias_dtype"].toOptional<at::ScalarType>();
-    // needs_input_grad counts the tensors that there are.
-    size_t tensors = 0;
-    const auto wanted = [&](bool exists) { return exists && ctx->needs_input_grad(tensors++); };
-    const bool want_x = wanted(true), want_weight = wanted(weight.defined()),
-               want_bias = wanted(bias_dtype.has_value());
-    const bool want_residual = wanted(ctx->saved_data["has_residual"].toBool());
-    const bool masks_residual = want_residual && y.defined();
+  static std::tuple<Tensor, Tensor> forward_and_stats(const Tensor& x, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                                      const Options& options) {
+    static const auto apply = find_operator<decltype(frozen_apply<Cpu>)>("hvd_syncbn::frozen_apply");
+    return apply.call(x, *options.running_mean, *options.running_var, weight, bias, residual, options.eps,
+                      options.relu);
+  }
 
-    Tensor dweight, dbias, dx, dresidual;
-    if (want_weight || want_bias) {
-      Tensor packet;  // this rank's alone, and only for its parameters' gradients
-      std::tie(packet, dweight, dbias) =
-          moments.call(x, dy, y, stats, weight.defined() ? weight.scalar_type() : at::kFloat);
+  static Gradients differentiate(const Saved& saved, const Tensor& dy) {
+    static const auto apply = find_operator<decltype(frozen_backward<Cpu>)>("hvd_syncbn::frozen_backward");
+    const bool masks_residual = saved.want_residual && saved.y.defined();
+    Tensor packet, dweight, dbias, dx, dresidual;  // a packet of this rank alone
+    if (saved.want_weight || saved.want_bias) std::tie(packet, dweight, dbias) = gradient_moments(saved, dy);
+    if (saved.want_x || masks_residual) {
+      std::tie(dx, dresidual) = apply.call(dy, saved.y, saved.stats, saved.weight, masks_residual);
     }
-    if (want_x || masks_residual) std::tie(dx, dresidual) = apply.call(dy, y, stats, weight, masks_residual);
-    if (!masks_residual) dresidual = dy;
-    return {want_x ? dx : Tensor(),
-            want_weight ? dweight : Tensor(),
-            want_bias ? dbias.to(*bias_dtype) : Tensor(),
-            want_residual ? dresidual : Tensor(),
-            Tensor(),
-            Tensor(),
-            Tensor(),
-            Tensor()};
+    return {dx, dweight, dbias, masks_residual ? dresidual : Tensor()};
   }
 };
 
 Tensor frozen_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                          const OptionalTensor& residual, const Tensor& running_mean, const Tensor& running_var,
                          double eps, bool relu) {
-  const OptionalTensor mean = running_mean, var = running_var;
-  check_devices(
-      x,
-      {{"weight", &weight}, {"bias", &bias}, {"residual", &residual}, {"running_mean", &mean}, {"running_var", &var}},
-      "");
-  return FrozenBatchNorm::apply(x, weight, bias, residual, running_mean, running_var, eps, relu);
+  check_devices(x, {{"weight", weight},
+                    {"bias", bias},
+                    {"residual", residual},
+                    {"running_mean", running_mean},
+                    {"running_var", running_var}});
+  Options options = {};
+  options.running_mean = running_mean;
+  options.running_var = running_var;
+  options.eps = eps;
+  options.relu = relu;
+  return FrozenBatchNorm::apply(x, weight, bias, residual, options);
 }
 
 Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -232,21 +245,18 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
                        bool relu, std::optional<std::string> group, const std::string& name) {
   check_no_transform(name);
   check_devices(x,
-                {{"weight", &weight},
-                 {"bias", &bias},
-                 {"residual", &residual},
-                 {"running_mean", &running_mean},
-                 {"running_var", &running_var},
-                 {"num_batches_tracked", &batches}},
+                {{"weight", weight},
+                 {"bias", bias},
+                 {"residual", residual},
+                 {"running_mean", running_mean},
+                 {"running_var", running_var},
+                 {"num_batches_tracked", batches}},
                 name);
   const bool average = !new_weight.has_value();
   TORCH_CHECK_VALUE(old_weight.has_value() && (!average || batches.has_value()),
                     "expected two weights, or that of the old statistics and the number of batches");
-  const auto differentiated = [](const OptionalTensor& tensor) {
-    return tensor.has_value() && tensor->requires_grad();
-  };
-  const bool needs_gradient = at::GradMode::is_enabled() && (x.requires_grad() || differentiated(weight) ||
-                                                             differentiated(bias) || differentiated(residual));
+  const bool needs_gradient = at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) ||
+                                                             requires_grad(bias) || requires_grad(residual));
   const Options options{running_mean, running_var, batches, average,        *old_weight, new_weight.value_or(0),
                         unbiased,     eps,         relu,    needs_gradient, group,       name};
   return SyncBatchNorm::apply(x, weight, bias, residual, options);

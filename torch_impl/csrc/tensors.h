@@ -3,7 +3,9 @@
 #define HVD_SYNCBN_TORCH_TENSORS_H_
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -18,29 +20,6 @@ namespace hvd_syncbn {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// The operators' signatures in the dispatcher, for both devices.
-using ForwardMoments = Tensor(const Tensor& x, double eps, int64_t call);
-using ForwardApply = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& packet, const OptionalTensor& weight,
-                                                const OptionalTensor& bias, const OptionalTensor& residual,
-                                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                                const OptionalTensor& batches, double old_weight, double new_weight,
-                                                bool unbiased, double eps, bool relu, const std::string& name,
-                                                bool needs_gradient);
-using BackwardMoments = std::tuple<Tensor, Tensor, Tensor>(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
-                                                           const Tensor& stats, at::ScalarType parameter_dtype);
-using BackwardApply = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
-                                                 const Tensor& packet, const Tensor& stats,
-                                                 const OptionalTensor& weight, bool want_residual,
-                                                 const std::string& name);
-using BackwardCheck = std::tuple<Tensor, Tensor>(const Tensor& packet, const Tensor& dweight, const Tensor& dbias,
-                                                 const std::string& name);
-
-using FrozenApply = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
-                                               const OptionalTensor& weight, const OptionalTensor& bias,
-                                               const OptionalTensor& residual, double eps, bool relu);
-using FrozenBackward = std::tuple<Tensor, Tensor>(const Tensor& dy, const OptionalTensor& y, const Tensor& stats,
-                                                  const OptionalTensor& weight, bool want_residual);
 
 inline int32_t dtype_code(at::ScalarType type) {
   switch (type) {
@@ -60,13 +39,13 @@ inline int32_t dtype_code(at::ScalarType type) {
 // Returns whether memory holds [n, spatial..., c]. Faster than `movedim(1, -1).is_contiguous()`, which takes
 // microseconds.
 inline bool is_channels_last(const Tensor& x) {
-  int64_t expected = 1;
+  c10::SymInt expected = 1;
   const int64_t last = x.dim() - 1;
   for (int64_t i = 0; i <= last; ++i) {
     const int64_t d = i == 0 ? 1 : i == last ? 0 : last + 1 - i;  // 1, then the spatial ones from the last, then 0
-    if (x.size(d) == 1) continue;
-    if (x.stride(d) != expected) return x.numel() == 0;
-    expected *= x.size(d);
+    if (x.sym_size(d) == 1) continue;
+    if (x.sym_stride(d) != expected) return x.sym_numel() == 0;
+    expected *= x.sym_size(d);
   }
   return true;
 }
@@ -74,19 +53,19 @@ inline bool is_channels_last(const Tensor& x) {
 // An input in one of the core's two layouts; copied only if it is in neither.
 struct Input {
   Tensor tensor;
-  hvd_syncbn_shape shape;
+  c10::SymInt channels;
+  hvd_syncbn_shape shape;  // not set where sizes are symbols, which only shape functions see
 };
 
 inline Input input(const Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() >= 2, "expected an input of at least 2 dimensions. Received: ", x.dim());
-  hvd_syncbn_shape shape = {x.size(0), x.size(1), 1, dtype_code(x.scalar_type()), HVD_SYNCBN_CHANNELS_FIRST};
-  for (int64_t d = 2; d < x.dim(); ++d) shape.s *= x.size(d);
-  if (x.is_contiguous()) return {x, shape};
-  if (is_channels_last(x)) {
-    shape.layout = HVD_SYNCBN_CHANNELS_LAST;
-    return {x, shape};
-  }
-  return {x.contiguous(), shape};
+  const bool first = x.is_contiguous(), last = !first && is_channels_last(x);
+  Input in = {first || last ? x : x.contiguous(), x.sym_size(1), {}};
+  if (x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return in;
+  in.shape = {x.size(0), x.size(1), 1, dtype_code(x.scalar_type()),
+              last ? HVD_SYNCBN_CHANNELS_LAST : HVD_SYNCBN_CHANNELS_FIRST};
+  for (int64_t d = 2; d < x.dim(); ++d) in.shape.s *= x.size(d);
+  return in;
 }
 
 // Returns another tensor of x's shape in x's layout.
@@ -99,10 +78,10 @@ inline OptionalTensor like(const Input& x, const OptionalTensor& other) {
   return other.has_value() && other->defined() ? OptionalTensor(like(x, *other)) : std::nullopt;
 }
 
-inline hvd_syncbn_vector vector(const hvd_syncbn_shape& shape, const OptionalTensor& tensor) {
+inline hvd_syncbn_vector vector(const Input& in, const OptionalTensor& tensor) {
   if (!tensor.has_value() || !tensor->defined()) return {nullptr, 0};
-  TORCH_CHECK_VALUE(tensor->numel() == shape.c && tensor->is_contiguous(), "expected a contiguous vector of ", shape.c,
-                    " channels. Received: ", tensor->sizes());
+  TORCH_CHECK_VALUE(tensor->numel() == in.shape.c && tensor->is_contiguous(), "expected a contiguous vector of ",
+                    in.shape.c, " channels. Received: ", tensor->sizes());
   return {tensor->data_ptr(), dtype_code(tensor->scalar_type())};
 }
 
@@ -115,19 +94,27 @@ inline std::pair<double, double> weights(const OptionalTensor& batches, double o
   return {old_weight, new_weight};
 }
 
+// A tensor with the name that errors use for it.
+struct Labeled {
+  const char* label;
+  const Tensor* tensor;
+  Labeled(const char* label, const Tensor& tensor) : label(label), tensor(&tensor) {}
+  Labeled(const char* label, const OptionalTensor& tensor)
+      : label(label), tensor(tensor.has_value() ? &*tensor : nullptr) {}
+};
+
 // Raises if a layer's tensors are on more than one device: a meta tensor among CPU tensors would select the shape
-// functions, whose results are uninitialized memory. `layer` is empty for a frozen layer.
-inline void check_devices(const Tensor& x, std::initializer_list<std::pair<const char*, const OptionalTensor*>> others,
-                          const std::string& layer) {
+// functions, whose results are uninitialized memory.
+inline void check_devices(const Tensor& x, std::initializer_list<Labeled> others, const std::string& layer = "") {
   const c10::Device device = x.device();
   std::string received;
   for (const auto& [label, tensor] : others) {
-    if (tensor->has_value() && (*tensor)->defined() && (*tensor)->device() != device) {
-      received += std::string(", ") + label + " on " + (*tensor)->device().str();
+    if (tensor != nullptr && tensor->defined() && tensor->device() != device) {
+      received += std::string(", ") + label + " on " + tensor->device().str();
     }
   }
   TORCH_CHECK_VALUE(
-      received.empty(), "expected all tensors of ", layer.empty() ? "a frozen layer" : "layer '" + layer + "'",
+      received.empty(), "expected all tensors of ", layer.empty() ? "a layer" : "layer '" + layer + "'",
       " on one device. Received: input on ", device, received,
       ". Move them with .to(device); from meta, call .to_empty(device=...) on the layer and load its state.");
 }
@@ -136,9 +123,32 @@ inline const void* data(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->defined() ? tensor->const_data_ptr() : nullptr;
 }
 
-inline void check_packet_size(const hvd_syncbn_shape& shape, const Tensor& packet) {
-  TORCH_CHECK_VALUE(packet.numel() == hvd_syncbn_packet_size(shape.c), "expected a packet of ", shape.c,
+// Returns a tensor of these sizes on x's device.
+inline Tensor empty(const Tensor& x, c10::SymIntArrayRef sizes, at::ScalarType dtype) {
+  return at::empty_symint(sizes, x.options().dtype(dtype));
+}
+
+// The size of a packet is linear in the number of channels, which may be a symbol.
+inline Tensor empty_packet(const Input& in) {
+  const int64_t header = hvd_syncbn_packet_size(0), channel = hvd_syncbn_packet_size(1) - header;
+  return empty(in.tensor, {in.channels * channel + header}, at::kLong);
+}
+
+inline int64_t* zeroed(const Tensor& packet) {
+  return static_cast<int64_t*>(std::memset(packet.mutable_data_ptr(), 0, packet.nbytes()));
+}
+
+inline const int64_t* packet_data(const Input& in, const Tensor& packet) {
+  TORCH_CHECK_VALUE(packet.numel() == hvd_syncbn_packet_size(in.shape.c), "expected a packet of ", in.shape.c,
                     " channels. Received: ", packet.numel(), " words");
+  return packet.const_data_ptr<int64_t>();
+}
+
+// Returns the memory of a large output.
+inline void* output_data(const Tensor& output) {
+  void* const memory = output.mutable_data_ptr();
+  hvd_syncbn_prefer_huge_pages(memory, static_cast<int64_t>(output.nbytes()));
+  return memory;
 }
 
 // Raises the error for the status of a packet; `detail` ends the message.
