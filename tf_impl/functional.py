@@ -17,7 +17,11 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.saved_model.save_context import in_save_context
 
 from hvd_syncbn import horovod
-from hvd_syncbn.tf_impl import ops, ranks
+from hvd_syncbn.tf_impl import (
+    ops,
+    ranks,
+    second_derivatives,  # noqa: F401, registers gradients
+)
 
 _FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _ACTIVATIONS = (None, "relu")
@@ -50,7 +54,8 @@ def sync_batch_norm(
     `gamma` and `beta` are this rank's part of the sum: `hvd.DistributedGradientTape` or
     `hvd_syncbn.keras.DistributedOptimizer` averages them with the other parameters' gradients.
 
-    It can be differentiated once. Inside a `tf.while_loop` set `parallel_iterations=1`: Horovod takes a name once at a time.
+    Gradients can be differentiated again, to any order. Inside a `tf.while_loop` set `parallel_iterations=1`: Horovod takes a
+    name once at a time.
 
     Args:
         x: Tensor of at least 2 dims: float16, bfloat16, float32 or float64.
@@ -230,7 +235,8 @@ def frozen_batch_norm(
 
 @tf.RegisterGradient("HvdSyncbnFrozenApply")
 def _frozen_gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
-    _refuse_xla_and_export("(frozen)")
+    layer = "(frozen)"
+    _refuse_xla_and_export(layer)
     gammas, betas, residuals = (op.get_attr(name) for name in ("gammas", "betas", "residuals"))
     x, moving_mean, _, *optional = op.inputs
     y, stats = op.outputs
@@ -239,10 +245,10 @@ def _frozen_gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
     dgamma = dbeta = None
     if op.get_attr("learns"):
         _, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(
-            x, dy, stats, [y] * relu, [], _unknown(), U=moving_mean.dtype, **common
+            x, dy, stats, [y] * relu, [], _unknown(), U=moving_mean.dtype, layer=layer, group="", **common
         )
     dx, masked_dy = ops.library().hvd_syncbn_frozen_backward(
-        dy, stats, optional[:gammas], [y] * relu, residuals=residuals * relu, **common
+        dy, stats, optional[:gammas], [y] * relu, residuals=residuals * relu, layer=layer, group="", **common
     )
     dresidual = masked_dy if relu else [dy] * residuals
     return [dx, None, None, *[dgamma] * gammas, *[dbeta] * betas, *dresidual]
@@ -376,16 +382,16 @@ def _gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
     gamma, mask = optional[:gammas], optional[gammas + betas + residuals :][:masks]
     y, stats = op.outputs[:2]
     relu = op.get_attr("relu")
-    layer = tf.compat.as_str(op.get_attr("layer"))
+    layer, group = (tf.compat.as_str(op.get_attr(name)) for name in ("layer", "group"))
     common = {"data_format": tf.compat.as_str(op.get_attr("data_format")), "name": _node_name(layer)}
     _refuse_xla_and_export(layer)
     with _clear_errors(layer):
         packet, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(
-            x, dy, stats, [y] * relu, mask, _unknown(), U=moving_mean.dtype, **common
+            x, dy, stats, [y] * relu, mask, _unknown(), U=moving_mean.dtype, layer=layer, group=group, **common
         )
-        packet = ranks.known(tf.compat.as_str(op.get_attr("group"))).sum(packet, f"{layer}.backward")
+        packet = ranks.known(group).sum(packet, f"{layer}.backward")
         dx, masked_dy = ops.library().hvd_syncbn_backward_apply(
-            x, dy, packet, stats, gamma, [y] * relu, mask, residuals=residuals * relu, layer=layer, **common
+            x, dy, packet, stats, gamma, [y] * relu, mask, residuals=residuals * relu, layer=layer, group=group, **common
         )
     dresidual = masked_dy if relu else [dy] * residuals
     return [dx, None, None, None, *[dgamma] * gammas, *[dbeta] * betas, *dresidual, *[None] * (masks + counts)]

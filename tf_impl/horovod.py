@@ -34,7 +34,7 @@ class Group(horovod.Group):
         if not tf.executing_eagerly():
             return self._sum_in_graph(packet, name)
         horovod.warn_if_sizes_differ(name, self.number, packet.shape[0])
-        return _eager_allreduce(name, self.number)(packet)
+        return _eager_allreduce(name, self.number, packet.dtype)(packet)
 
     def _sum_in_graph(self, packet: Any, name: str) -> Any:
         # From the root scope, so that no scope gets into the name that one rank alone may have counted up; TensorFlow numbers
@@ -61,16 +61,16 @@ class _EagerAllreduce:
     `tf.function` for each name would be slower, larger, and warn of retracing.
     """
 
-    def __init__(self, name: str, number: int) -> None:
-        self.name = f"hvd_syncbn_{number}.{name}"
+    def __init__(self, name: str, number: int, dtype: Any) -> None:
+        self.name = f"hvd_syncbn_{number}.{name}.{dtype.name}"
         node = f"{_SCOPE}{name}"
         function = function_pb2.FunctionDef()
         function.signature.name = self.name
-        function.signature.input_arg.add(name="packet", type=tf.int64.as_datatype_enum)
-        function.signature.output_arg.add(name="sum", type=tf.int64.as_datatype_enum)
+        function.signature.input_arg.add(name="packet", type=dtype.as_datatype_enum)
+        function.signature.output_arg.add(name="sum", type=dtype.as_datatype_enum)
         function.node_def.add(name=node, op="HorovodAllreduce", input=["packet"])
         attributes = function.node_def[0].attr
-        attributes["T"].type = tf.int64.as_datatype_enum
+        attributes["T"].type = dtype.as_datatype_enum
         attributes["reduce_op"].i = horovod.require("tensorflow").Sum
         attributes["prescale_factor"].f = attributes["postscale_factor"].f = 1.0
         attributes["ignore_name_scope"].b = False

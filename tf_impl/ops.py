@@ -18,10 +18,3 @@ def library() -> Any:
         ImportError: hvd-syncbn was built without TensorFlow or for another version; the message says what fixes it.
     """
     return tf.load_op_library(native.adapter("tf_impl/libhvd_syncbn_tf.so", "TensorFlow", tf.__version__))
-
-
-@tf.RegisterGradient("HvdSyncbnBackwardMoments")
-@tf.RegisterGradient("HvdSyncbnBackwardApply")
-@tf.RegisterGradient("HvdSyncbnFrozenBackward")
-def _second_derivative(op: Any, *_: Any) -> None:
-    raise RuntimeError("hvd_syncbn's batch normalization can be differentiated once, not twice, in training mode")

@@ -176,8 +176,7 @@ def sync_batch_norm(
     Raises:
         TypeError, ValueError: what architecture.md's table of bad input says, on every rank. On a GPU, what only the packets of
             all ranks tell is raised by the next step there; see ``check_device_errors``.
-        RuntimeError: training without an initialized Horovod or torch.distributed, and differentiating twice. Over
-            torch.distributed: another rank failed.
+        RuntimeError: training without an initialized Horovod or torch.distributed. Over torch.distributed: another rank failed.
         HorovodInternalError: over Horovod, another rank failed.
     """
     residual = check_input(x, None, residual, activation)

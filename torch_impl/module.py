@@ -106,7 +106,7 @@ class SyncBatchNorm(BatchNorm):
     Conversion makes ``SyncBatchNorm1d``, ``2d`` and ``3d``, which are instances of those classes, too.
 
     Parameter gradients are this rank's share, as ``hvd.DistributedOptimizer`` and ``DistributedDataParallel`` expect them.
-    Evaluation needs neither engine. It cannot be differentiated twice.
+    Evaluation needs neither engine.
 
     Args:
         num_features: number of channels ``C``.

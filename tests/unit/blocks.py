@@ -34,6 +34,7 @@ PAGES = {
     "keras_files.md": "keras",
     "pytorch.md": "torch",
     "recalibration.md": "torch",
+    "second_derivatives.md": "torch",
 }
 MARK = re.compile(r"^ *<!-- block: (.*?) -->$")
 

@@ -21,6 +21,8 @@ import horovod.tensorflow as hvd  # noqa: E402
 from hvd_syncbn import native  # noqa: E402
 from hvd_syncbn.tensorflow import sync_batch_norm  # noqa: E402
 from hvd_syncbn.tf_impl import ops  # noqa: E402
+from hvd_syncbn.tf_impl.functional import frozen_batch_norm  # noqa: E402
+from tests import tensorflow_second as second  # noqa: E402
 from tests.arrays import NUMPY, hostile, rounded, same_bits, storage  # noqa: E402
 from tests.tensorflow_tools import AXIS, Step, assert_same_bits, in_graph, step, train  # noqa: E402
 
@@ -349,23 +351,66 @@ def test_one_value_per_channel() -> None:
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-@pytest.mark.parametrize("of", ["x", "gamma"])
-def test_second_derivative(graph: bool, of: str) -> None:
-    data = step((4, 3))
+@pytest.mark.parametrize("loss", second.LOSSES)
+def test_a_loss_with_gradients_in_it(loss: str, graph: bool) -> None:
+    second.check(loss, list(range(8)), 8, lambda tensor: tensor, in_graph if graph else lambda function: function)
 
-    def twice() -> Any:
-        values = {"x": tf.constant(data.x), "gamma": tf.constant(data.gamma)}
+
+@pytest.mark.parametrize("options", ["channels_first", "relu", "mask", "frozen"])
+def test_second_derivatives(options: str) -> None:
+    """Of x, gamma, beta, the residual and dy, beside the definition by TensorFlow's operations."""
+    rng = np.random.default_rng(2)
+    given = [rng.standard_normal(shape) for shape in ((3, 4, 5), (5,), (5,), (3, 4, 5), (3, 4, 5))]
+    mask = rng.random((3, 4)) < 0.6 if options == "mask" else None
+    relu = tf.nn.relu if options == "relu" else lambda y: y
+
+    def expected(x: Any, gamma: Any, beta: Any, residual: Any) -> Any:
+        if options == "frozen":
+            return relu((x - 0.5) / np.sqrt(2 + second.EPSILON) * gamma + beta + residual)
+        return relu(second.definition(x, gamma, beta, "", mask) + residual)
+
+    def ours(x: Any, gamma: Any, beta: Any, residual: Any) -> Any:
+        activation = "relu" if options == "relu" else None
+        if options == "frozen":
+            half = tf.fill([5], tf.constant(0.5, tf.float64))
+            return frozen_batch_norm(
+                x, gamma, beta, half, 4 * half, epsilon=second.EPSILON, residual=residual, activation=activation, learns=True
+            )
+        if options == "channels_first":
+            swap = (0, 2, 1)
+            y = second.synchronized(tf.transpose(x, swap), gamma, beta, "", axis=1, residual=tf.transpose(residual, swap))
+            return tf.transpose(y, swap)
+        return second.synchronized(x, gamma, beta, "", mask=mask, residual=residual, activation=activation)
+
+    def seconds(function: Callable[..., Any]) -> list[Any]:
+        *inputs, dy = values = [tf.constant(v) for v in given]
         with tf.GradientTape() as outer:
             outer.watch(values)
             with tf.GradientTape() as inner:
-                inner.watch(values)
-                y = sync_batch_norm(values["x"], values["gamma"], None, data.mean, data.variance, training=True)[0]
-                loss = tf.reduce_sum(y**2)
-            gradient = inner.gradient(loss, values[of])
-        return outer.gradient(gradient, values["x"])
+                inner.watch(inputs)
+                y = function(*inputs)
+            firsts = inner.gradient(y, inputs, dy)
+            loss = sum(tf.reduce_sum(tf.sin(first)) for first in firsts)
+        return [*firsts, *outer.gradient(loss, values, unconnected_gradients="zero")]
 
-    with pytest.raises(RuntimeError, match="differentiated once"):
-        (in_graph(twice) if graph else twice)()
+    for got, want in zip(seconds(ours), seconds(expected), strict=True):
+        np.testing.assert_allclose(got, want, **second.TOLERANCE)
+
+
+def test_a_recorded_gradient_has_the_same_bytes() -> None:
+    data = step((4, 3))
+    x = tf.constant(data.x)
+    found = []
+    for records in (True, False):
+        with tf.GradientTape() as outer, tf.GradientTape() as inner:
+            inner.watch(x)
+            if records:
+                outer.watch(x)
+            y = sync_batch_norm(x, data.gamma, None, data.mean, data.variance, training=True, activation="relu")[0]
+            gradient = inner.gradient(y, x)
+        found.append(gradient)
+        assert (outer.gradient(gradient, x) is not None) == records
+    assert_same_bits([found[0]], [found[1]])
 
 
 # ---- Installation

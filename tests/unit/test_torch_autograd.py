@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from hvd_syncbn.torch import SyncBatchNorm
+from hvd_syncbn.torch import SyncBatchNorm, freeze_batchnorm
+from tests import torch_second as second
 from tests.torch_tools import (
     WEIGHTS,
     assert_close,
     assert_same,
     pair,
     randn,
+    randomize,
     step,
 )
 
@@ -29,11 +32,59 @@ def horovod() -> None:
     assert hvd.size() == 1
 
 
-def test_differentiating_twice() -> None:
-    x = randn(1, 4, 5, 6).requires_grad_()
-    (gradient,) = torch.autograd.grad(SyncBatchNorm(5)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("loss", second.LOSSES)
+def test_a_loss_with_gradients_in_it(loss: str) -> None:
+    second.check(loss, SyncBatchNorm, list(range(8)), 8, lambda tensor: tensor)
+
+
+@pytest.mark.parametrize("freeze", [None, "statistics", "all"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2, 2)])
+def test_second_derivatives(shape: tuple[int, ...], activation: str | None, freeze: str | None) -> None:
+    """Of every input, by finite differences; the residual keeps the activation's kink away."""
+    layer = randomize(SyncBatchNorm(3, activation=activation)).double()
+    if freeze:
+        freeze_batchnorm(layer, affine=freeze == "statistics")
+    x, residual = (randn(seed, *shape, dtype=torch.float64) for seed in (1, 2))
+    residual += 5 * residual.sign()
+    if shape[2:]:
+        x = x.contiguous(memory_format=torch.channels_last)
+    given = {name: p.detach() for name, p in layer.named_parameters() if freeze != "all"}
+    inputs = [t.requires_grad_() for t in (x, residual, *given.values())]
+
+    def call(x: Tensor, residual: Tensor, *parameters: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(layer, dict(zip(given, parameters, strict=True)), (x, residual))
+        return y
+
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recorded_backward_pass_has_the_same_bytes(dtype: torch.dtype) -> None:
+    layer = randomize(SyncBatchNorm(5, activation="relu"))
+    x, residual, dy = (randn(seed, 4, 5, 6, dtype=dtype).requires_grad_() for seed in (1, 2, 3))
+    inputs = [x, residual, *layer.parameters()]
+    recorded, plain = (torch.autograd.grad(layer(x, residual), inputs, dy, create_graph=recorded) for recorded in (True, False))
+    assert_same(dict(enumerate(g.detach() for g in recorded)), dict(enumerate(plain)))
+    seconds = torch.autograd.grad([g.square().sum() for g in recorded], [x, dy, layer.weight])
+    assert [g.dtype for g in seconds] == [dtype, dtype, torch.float32]
+
+
+def test_meta_learning() -> None:
+    """A step on fast weights, differentiated as a whole: `allow_unused` used to hide that the norm had no part in it."""
+
+    def outer(norm: Callable[[int], nn.Module]) -> list[Tensor]:
+        model = second.network(norm)
+        x = randn(5, 6, 4, dtype=torch.float64)
+        slow = dict(model.named_parameters())
+        loss = torch.func.functional_call(model, slow, (x,)).square().sum()
+        steps = torch.autograd.grad(loss, list(slow.values()), create_graph=True, allow_unused=True)
+        fast = {name: p - 0.01 * step for (name, p), step in zip(slow.items(), steps, strict=True)}
+        loss = torch.func.functional_call(model, fast, (2 * x.cos(),)).square().sum()
+        return list(torch.autograd.grad(loss, list(slow.values()), allow_unused=True))
+
+    for got, want in zip(outer(SyncBatchNorm), outer(second.Definition), strict=True):
+        torch.testing.assert_close(got, want, **second.TOLERANCE)
 
 
 TRANSFORMS: dict[str, Any] = {

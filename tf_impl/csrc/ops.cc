@@ -108,12 +108,15 @@ REGISTER_OP("HvdSyncbnForwardApply")
       return absl::OkStatus();
     });
 
-// dgamma and dbeta are this rank's share, because Horovod's optimizers average parameter gradients.
+// dgamma and dbeta are this rank's share, because Horovod's optimizers average parameter gradients. `layer` and `group`
+// are for the second derivative, where no group means that the statistics are constants.
 REGISTER_OP("HvdSyncbnBackwardMoments")
     .HVD_SYNCBN_COMMON_ATTRS.Attr("U: {half, bfloat16, float, double}")
     .Attr("ys: int >= 0")
     .Attr("masks: int >= 0")
     .Attr("unknowns: int >= 0")
+    .Attr("layer: string")
+    .Attr("group: string")
     .Input("x: T")
     .Input("dy: T")
     .Input("stats: double")
@@ -140,6 +143,7 @@ REGISTER_OP("HvdSyncbnBackwardApply")
     .Attr("masks: int >= 0")
     .Attr("residuals: int >= 0")
     .Attr("layer: string")
+    .Attr("group: string")
     .Input("x: T")
     .Input("dy: T")
     .Input("packet: int64")
@@ -184,6 +188,8 @@ REGISTER_OP("HvdSyncbnFrozenBackward")
     .HVD_SYNCBN_COMMON_ATTRS.Attr("gamma_types: list({half, bfloat16, float, double}) >= 0")
     .Attr("ys: int >= 0")
     .Attr("residuals: int >= 0")
+    .Attr("layer: string")
+    .Attr("group: string")
     .Input("dy: T")
     .Input("stats: double")
     .Input("gamma: gamma_types")
@@ -196,7 +202,11 @@ REGISTER_OP("HvdSyncbnFrozenBackward")
     });
 
 // A no-op after each collective. TensorFlow prunes neither a stateful op nor its inputs.
-REGISTER_OP("HvdSyncbnKeep").Input("packet: int64").SetIsStateful().SetShapeFn(tensorflow::shape_inference::NoOutputs);
+REGISTER_OP("HvdSyncbnKeep")
+    .Attr("T: {int64, double}")
+    .Input("packet: T")
+    .SetIsStateful()
+    .SetShapeFn(tensorflow::shape_inference::NoOutputs);
 
 // ---- Kernels for the CPU
 

@@ -125,7 +125,7 @@ class SyncBatchNormalization(BatchNormalization):
     batch. This takes one Horovod allreduce in each direction. In evaluation it is Keras's layer.
 
     The gradients of `gamma` and `beta` are this rank's share of the sum; `DistributedOptimizer` averages them like all other
-    gradients. In training, the layer has no second derivative, and XLA cannot compile it (`compile()` disables XLA by default).
+    gradients. In training, XLA cannot compile the layer (`compile()` disables XLA by default).
 
     Differences from Keras's layer: in training, a global batch with one value per channel is an error; a batch in which every
     position is masked does not change the moving statistics; a mask needs `axis=-1`. Training needs the TensorFlow backend.

@@ -4,15 +4,14 @@
 // In C++ because Python takes longer for a call than the kernels of a small layer.
 #include <ATen/FuncTorchTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 
 #include "operators.h"
+#include "second_derivatives.h"
 
 namespace hvd_syncbn {
 
@@ -28,6 +27,21 @@ auto find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+}  // namespace
+
+// The part of a group's key before the colon is its engine.
+Tensor sum_over_ranks(const Tensor& packet, const std::string& name, const std::optional<std::string>& group) {
+  static const auto horovod =
+      find_operator<void(const Tensor&, const std::string&, const std::string&)>("hvd_syncbn::allreduce_");
+  if (!group.has_value()) return packet;
+  const std::string collective = "hvd_syncbn." + name;
+  if (group->rfind("distributed:", 0) == 0) return sum_over_distributed(packet, collective, *group);
+  horovod.call(packet, collective, *group);
+  return packet;
+}
+
+namespace {
+
 // Everything that is not differentiated.
 struct Options {
   OptionalTensor running_mean, running_var;
@@ -41,18 +55,6 @@ struct Options {
   std::optional<std::string> group;  // the ranks that share the batch, as ranks.py knows them; none: this rank is alone
   std::string name;
 };
-
-// Returns the packet summed over the ranks of a group, in place or not. The part of a group's key before the colon is
-// its engine.
-Tensor sum_over_ranks(const Tensor& packet, const std::string& layer, const std::optional<std::string>& group) {
-  static const auto horovod =
-      find_operator<void(const Tensor&, const std::string&, const std::string&)>("hvd_syncbn::allreduce_");
-  if (!group.has_value()) return packet;
-  const std::string name = "hvd_syncbn." + layer;
-  if (group->rfind("distributed:", 0) == 0) return sum_over_distributed(packet, name, *group);
-  horovod.call(packet, name, *group);
-  return packet;
-}
 
 bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
 
@@ -68,16 +70,6 @@ void check_no_transform(const std::string& name) {
                 "training. Differentiate with torch.autograd, or call .eval() on layer '",
                 name, "' first");
   }
-}
-
-// Identity in value; differentiating it raises.
-Tensor not_differentiable(const Tensor& gradient) {
-  if (!gradient.defined()) return gradient;
-  Tensor input = gradient.detach();
-  input.set_requires_grad(true);
-  const auto error = std::make_shared<torch::autograd::DelayedError>(
-      "hvd-syncbn: synchronized batch normalization cannot be differentiated twice", 1);
-  return (*error)({std::move(input)})[0];
 }
 
 // What a backward pass reads, and which gradients it returns.
@@ -99,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> gradient_moments(const Saved& saved, const Te
   return moments.call(saved.x, dy, saved.y, saved.stats, parameter_dtype);
 }
 
-// The part that both layers share. A layer has `forward_and_stats`, `saves_x` and `differentiate`.
+// The part that both layers share. A layer has `kIsSynchronized`, `forward_and_stats`, `saves_x` and `differentiate`.
 template <class Layer>
 class BatchNorm : public torch::autograd::Function<Layer> {
  public:
@@ -117,46 +109,46 @@ class BatchNorm : public torch::autograd::Function<Layer> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
-    variable_list gradients;
-    {
-      const at::AutoGradMode once(false);
-      gradients = differentiate_once(ctx, dy[0]);
-    }
-    if (at::GradMode::is_enabled()) {
-      for (Tensor& gradient : gradients) gradient = not_differentiable(gradient);
-    }
-    return gradients;
-  }
-
- private:
-  static variable_list differentiate_once(AutogradContext* ctx, const Tensor& dy) {
     const variable_list tensors = ctx->get_saved_variables();
+    const Tensor &x = tensors[0], &weight = tensors[1], &stats = tensors[2], &y = tensors[3];
+    const auto group = ctx->saved_data["group"].toOptional<std::string>();
+    const std::string& name = ctx->saved_data["name"].toStringRef();
     const auto bias_dtype = ctx->saved_data["bias_dtype"].toOptional<at::ScalarType>();
     // needs_input_grad counts the tensors that there are.
     size_t input = 0;
     const auto wanted = [&](bool exists) { return exists && ctx->needs_input_grad(input++); };
-    const Saved saved = {tensors[0],
-                         tensors[1],
-                         tensors[2],
-                         tensors[3],
-                         ctx->saved_data["name"].toStringRef(),
-                         ctx->saved_data["group"].toOptional<std::string>(),
+    const Saved saved = {x,
+                         weight,
+                         stats,
+                         y,
+                         name,
+                         group,
                          wanted(true),
-                         wanted(tensors[1].defined()),
+                         wanted(weight.defined()),
                          wanted(bias_dtype.has_value()),
                          wanted(ctx->saved_data["has_residual"].toBool())};
-    const Gradients gradients = Layer::differentiate(saved, dy);
-    return {saved.want_x ? gradients.dx : Tensor(), saved.want_weight ? gradients.dweight : Tensor(),
-            saved.want_bias ? gradients.dbias.to(*bias_dtype) : Tensor(),
-            !saved.want_residual            ? Tensor()
-            : gradients.dresidual.defined() ? gradients.dresidual
-                                            : dy,
-            Tensor()};
+    variable_list results;
+    {
+      const at::AutoGradMode once(false);
+      const Gradients gradients = Layer::differentiate(saved, dy[0]);
+      results = {saved.want_x ? gradients.dx : Tensor(), saved.want_weight ? gradients.dweight : Tensor(),
+                 saved.want_bias ? gradients.dbias.to(*bias_dtype) : Tensor(),
+                 !saved.want_residual            ? Tensor()
+                 : gradients.dresidual.defined() ? gradients.dresidual
+                                                 : dy[0],
+                 Tensor()};
+    }
+    if (at::GradMode::is_enabled()) {
+      record(x, dy[0], weight, {y, stats, group, name, Layer::kIsSynchronized}, &results);
+    }
+    return results;
   }
 };
 
 class SyncBatchNorm : public BatchNorm<SyncBatchNorm> {
  public:
+  static constexpr bool kIsSynchronized = true;
+
   static bool saves_x(const OptionalTensor&, const OptionalTensor&) { return true; }
 
   static std::tuple<Tensor, Tensor> forward_and_stats(const Tensor& x, const OptionalTensor& weight,
@@ -197,6 +189,8 @@ class SyncBatchNorm : public BatchNorm<SyncBatchNorm> {
 
 class FrozenBatchNorm : public BatchNorm<FrozenBatchNorm> {
  public:
+  static constexpr bool kIsSynchronized = false;
+
   // Only the gradients of parameters need x.
   static bool saves_x(const OptionalTensor& weight, const OptionalTensor& bias) {
     return requires_grad(weight) || requires_grad(bias);

@@ -9,7 +9,9 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
+from hvd_syncbn import vectors
 from hvd_syncbn.tensorflow import sync_batch_norm
+from tests import tensorflow_second as second
 from tests.tensorflow_tools import assert_same_bits, in_graph
 
 RANK, SIZE = hvd.rank(), hvd.size()
@@ -110,3 +112,11 @@ def check_another_order_of_calls() -> None:
         raise AssertionError("no error")
     assert_same_bits(run((1, 0)), want)
     assert_same_bits(in_graph(lambda: run((0, 1)))(), want)
+
+
+def check_losses_with_gradients_in_them() -> None:
+    """Gradient penalty, forces and curvature; with an empty share, too."""
+    for kind, wrap in (("uneven", HOW["eager"]), ("empty", HOW["graph"])):
+        for loss in second.LOSSES:
+            mine = vectors.split(SIZE, kind)[RANK]
+            second.check(loss, mine, vectors.SAMPLES, lambda tensor: hvd.allreduce(tensor, op=hvd.Sum), wrap)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hvd_syncbn import vectors
 from hvd_syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, sync_batch_norm
+from tests import torch_second as second
 from tests.torch_tools import assert_same, randn, randomize
 
 RANK, SIZE = hvd.rank(), hvd.size()
@@ -232,6 +234,16 @@ def check_join() -> None:
     for _ in range(1 if FIRST else 3):
         square(layer(batch(1)[MINE].requires_grad_())).backward()
     hvd.join()
+
+
+def check_losses_with_gradients_in_them() -> None:
+    """Gradient penalty, forces and curvature; with an empty share, too."""
+    for kind in ("uneven", "empty"):
+        for loss in second.LOSSES:
+            mine = vectors.split(SIZE, kind)[RANK]
+            second.check(
+                loss, SyncBatchNorm, mine, vectors.SAMPLES, lambda tensor: hvd.allreduce(tensor, op=hvd.Sum, name="second")
+            )
 
 
 class Stem(nn.Module):

@@ -30,6 +30,7 @@ from hvd_syncbn.torch import (
     recalibrate,
     sync_batch_norm,
 )
+from tests import torch_second as second
 from tests.torch_tools import Result, assert_same, error_of, in_layout, randn, randomize, step
 
 RANK, SIZE = dist.get_rank(), dist.get_world_size()
@@ -240,6 +241,17 @@ def check_a_function() -> None:
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def check_losses_with_gradients_in_them() -> None:
+    """Gradient penalty, forces and curvature."""
+
+    def add(tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    for loss in second.LOSSES:
+        second.check(loss, SyncBatchNorm, MINE, vectors.SAMPLES, add)
 
 
 def check_compiled() -> None:
