@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hvd_syncbn.groups import Groups, deal
 
@@ -32,7 +33,7 @@ class Group:
         """Find a process group, that of a 1-D ``DeviceMesh``, or the default one (None).
 
         Raises:
-            RuntimeError: this process was forked after torch.distributed was initialized.
+            RuntimeError: this process was forked after torch.distributed was initialized; or DDP's `join` lets ranks stop early.
             ValueError: this rank is not in the group, or the mesh has several dimensions.
         """
         if process_set is dist.GroupMember.NON_GROUP_MEMBER:
@@ -85,6 +86,21 @@ class Group:
         )
 
 
+@torch.compiler.assume_constant_result
+def _check_no_early_end() -> None:
+    """Raise an error, in the first step of every rank, in DDP's `join`: its hook repeats only DDP's collectives."""
+    ddp: Any = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or ddp.process_group.size() == 1:
+        return
+    if ddp._join_config.enable and not ddp._join_config.throw_on_early_termination:
+        raise RuntimeError(
+            "a rank that has joined does not take part in synchronized batch normalization: call "
+            "`model.join(throw_on_early_termination=True)`, which ends the epoch on every rank, or leave out `join` and give "
+            "ranks that have run out of batches empty ones (`x[:0]`). "
+            "Received: DistributedDataParallel in `join` with throw_on_early_termination=False"
+        )
+
+
 def is_group(process_set: Any) -> bool:
     """Whether a ``process_set`` argument is one of torch.distributed; None is if Horovod is not initialized."""
     if process_set is None:
@@ -98,6 +114,7 @@ def is_group(process_set: Any) -> bool:
 
 def key(process_set: Any) -> str:
     """The name by which operators know a group. torch.compile traces it."""
+    _check_no_early_end()
     if process_set is None:
         process_set = dist.group.WORLD
     if isinstance(process_set, dist.DeviceMesh):

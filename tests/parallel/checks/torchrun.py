@@ -159,19 +159,28 @@ def check_empty_batches() -> None:
 
 
 def check_join() -> None:
-    """DDP's `join` tells every rank that one has run out of batches, as it does for torch.nn.SyncBatchNorm."""
-    model = DistributedDataParallel(network())
+    """DDP's `join` tells every rank that one has run out of batches, as it does for torch.nn.SyncBatchNorm.
+
+    Without that, a joined rank would repeat DDP's collectives alone: an error in the first step, on every rank.
+    """
     x, dy = batch()
 
-    def train() -> None:
-        with model.join(throw_on_early_termination=True):
+    def train(model: Any, **options: Any) -> None:
+        with model.join(**options):
             for _ in range(2 if RANK == 0 else 3):
                 model(x[:2]).backward(dy[:2])
 
     if SIZE == 1:
-        train()
-    else:
-        assert re.search("exhausted (all )?inputs", str(error_of(train)))
+        train(DistributedDataParallel(network()))
+        return
+    in_a_group = network(init_device_mesh("cpu", (SIZE,)))
+    compiled = [torch.compile(module, fullgraph=True, backend="aot_eager") for module in (network(), in_a_group)]
+    for module in (network(), in_a_group, *compiled):
+        model = DistributedDataParallel(module)
+        error = error_of(lambda model=model: train(model))  # type: ignore[misc]
+        assert isinstance(error, RuntimeError) and "join(throw_on_early_termination=True)" in str(error), error
+        torch._dynamo.reset()
+        assert re.search("exhausted (all )?inputs", str(error_of(lambda: train(model, throw_on_early_termination=True))))
 
 
 # --- Groups of ranks --------------------------------------------------------------------------------------------------
