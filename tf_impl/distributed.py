@@ -19,8 +19,7 @@ class Group:
         """Find the replicas.
 
         Raises:
-            RuntimeError: the replicas of the strategy do not train in step, or cannot run the kernels; or a strategy of several
-                workers is used outside of its replicas.
+            RuntimeError: a strategy of several workers is used outside of its replicas.
             ValueError: a process set of Horovod is given as well.
         """
         strategy = tf.distribute.get_strategy()
@@ -29,11 +28,6 @@ class Group:
             raise ValueError(
                 "a layer shares its batch with the replicas of a strategy or with the ranks of Horovod, not with both: leave "
                 f"out `process_set`, or the strategy. Received: process_set={process_set} in a {name}"
-            )
-        if isinstance(strategy, tf.distribute.ParameterServerStrategy | tf.distribute.TPUStrategy):
-            raise RuntimeError(
-                "synchronized batch normalization trains under strategies whose replicas run in step on CPUs or GPUs: "
-                f"MirroredStrategy and MultiWorkerMirroredStrategy, or Horovod. Received: {name}"
             )
         has_other_workers = strategy.num_replicas_in_sync > len(strategy.extended.worker_devices)
         if tf.distribute.in_cross_replica_context() and has_other_workers:
@@ -73,13 +67,20 @@ def is_group(process_set: Any) -> bool:
     None does in a strategy of several replicas, and in any strategy if Horovod is not initialized.
 
     Raises:
-        RuntimeError: Horovod is initialized with several ranks, and the strategy has several replicas.
+        RuntimeError: the replicas of the strategy do not train in step, or cannot run the kernels; or Horovod is initialized
+            with several ranks, and the strategy has several replicas.
     """
     if not tf.distribute.has_strategy():
         return False
+    strategy = tf.distribute.get_strategy()
+    # By name: several classes of TensorFlow have each of these, without a common base.
+    if any(kind in base.__name__ for base in type(strategy).__mro__ for kind in ("ParameterServer", "TPU")):
+        raise RuntimeError(
+            "synchronized batch normalization trains under strategies whose replicas run in step on CPUs or GPUs: "
+            f"MirroredStrategy and MultiWorkerMirroredStrategy, or Horovod. Received: {type(strategy).__name__}"
+        )
     hvd: Any = sys.modules.get("horovod.tensorflow")
     ranks = hvd.size() if hasattr(hvd, "is_initialized") and hvd.is_initialized() else 0
-    strategy = tf.distribute.get_strategy()
     if ranks > 1 and strategy.num_replicas_in_sync > 1:
         raise RuntimeError(
             "a job runs under Horovod or under a tf.distribute strategy, not under both: start it without horovodrun, or "

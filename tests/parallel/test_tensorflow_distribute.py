@@ -91,12 +91,14 @@ def test_training_needs_no_callback(found: list[dict[str, Any]], replicas: list[
             assert all(value == expected for value in values)
 
 
+UNSUPPORTED = "trains under strategies whose replicas run in step"
 ERRORS = {
     "process_set": "shares its batch with the replicas of a strategy or with the ranks of Horovod, not with both",
     "one value": "Expected more than 1 value per channel when training",
     "collective inside": "recalibrate cannot run inside `strategy.run`",
     "synchronized": "leave `synchronized` out",
-    "servers": "trains under strategies whose replicas run in step",
+    "TPUs": UNSUPPORTED,
+    "TPUs, experimental": UNSUPPORTED,
 }
 
 
@@ -104,6 +106,11 @@ ERRORS = {
 def test_wrong_uses(found: list[dict[str, Any]], wrong: str) -> None:
     for worker in found:
         assert ERRORS[wrong] in worker["errors"][wrong]
+
+
+def test_parameter_servers(replicas: list[dict[str, Any]]) -> None:
+    for place, message in replicas[0]["servers"].items():
+        assert UNSUPPORTED in message, place
 
 
 def test_outside_of_replicas(found: list[dict[str, Any]]) -> None:

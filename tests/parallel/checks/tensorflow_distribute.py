@@ -6,8 +6,10 @@ Writes what it found to ``FOLDER/<worker>.json``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import sys
 import traceback
 import warnings
@@ -23,7 +25,6 @@ import tensorflow as tf
 from hvd_syncbn import vectors
 from hvd_syncbn.cli.stacks import LAYOUTS, tensorflow_step
 from hvd_syncbn.keras import SyncBatchNormalization, convert_sync_batchnorm, recalibrate
-from hvd_syncbn.tf_impl import distributed
 
 X = np.random.default_rng(5).standard_normal((12, 6, 3)).astype(np.float32) * np.float32(3) + np.float32(1)
 
@@ -105,7 +106,6 @@ def errors(strategy: tf.distribute.Strategy) -> dict[str, str]:
         layer.build((None, 3))
         own = SyncBatchNormalization(process_set=(0, 1))
         own.build((None, 3))
-    strategy_of_servers = object.__new__(tf.distribute.ParameterServerStrategy)
 
     def one_value() -> None:
         """One sample on one replica, none on the others."""
@@ -117,9 +117,12 @@ def errors(strategy: tf.distribute.Strategy) -> dict[str, str]:
         with strategy.scope():
             layer(X[:, 0], training=True)
 
-    def servers() -> None:
-        with mock.patch.object(tf.distribute, "get_strategy", lambda: strategy_of_servers):
-            distributed.Group(None)
+    def tpus(kind: type) -> None:
+        """Nothing but the class, as such a strategy needs a TPU."""
+        of_tpus = object.__new__(kind)
+        distribute = mock.patch.multiple(tf.distribute, has_strategy=lambda: True, get_strategy=lambda: of_tpus)
+        with distribute:
+            layer(X[:, 0], training=True)
 
     def inside() -> None:
         strategy.run(lambda: recalibrate(convert_sync_batchnorm(model()), [X]))
@@ -130,8 +133,35 @@ def errors(strategy: tf.distribute.Strategy) -> dict[str, str]:
         "outside": raised(outside),
         "collective inside": raised(inside),
         "synchronized": raised(lambda: SyncBatchNormalization(synchronized=True)),
-        "servers": raised(servers),
+        "TPUs": raised(lambda: tpus(tf.distribute.TPUStrategy)),
+        "TPUs, experimental": raised(lambda: tpus(tf.distribute.experimental.TPUStrategy)),
     }
+
+
+def errors_under_servers() -> dict[str, str]:
+    """What training raises under a ParameterServerStrategy, whose worker and server run in this process."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("localhost", 0))) for _ in range(2)]
+        jobs = {job: [f"localhost:{s.getsockname()[1]}"] for job, s in zip(("worker", "ps"), sockets, strict=True)}
+    cluster = tf.train.ClusterSpec(jobs)
+    servers = [tf.distribute.Server(cluster, job_name=job, protocol="grpc") for job in jobs]
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(cluster, rpc_layer="grpc")
+    strategy = tf.distribute.ParameterServerStrategy(resolver)
+    with strategy.scope():
+        network = convert_sync_batchnorm(model())
+
+    def scheduled() -> None:
+        coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
+        coordinator.schedule(tf.function(lambda: strategy.run(lambda: network(X, training=True))))
+        coordinator.join()
+
+    def in_scope() -> None:
+        with strategy.scope():
+            network(X, training=True)
+
+    found = {"scheduled": raised(scheduled), "in scope": raised(in_scope)}
+    assert len(servers) == 2  # they end with the process
+    return found
 
 
 def recalibrated(strategy: tf.distribute.Strategy) -> list[Any]:
@@ -166,6 +196,7 @@ def main() -> None:
         if not config:
             found["plain"] = warnings_of_plain_layers(strategy)
             found["recalibrated"] = recalibrated(strategy)
+            found["servers"] = errors_under_servers()  # connects TensorFlow to another cluster: the last
     except BaseException:
         found["failure"] = traceback.format_exc()
     (folder / f"{config['task']['index'] if config else 0}.json").write_text(json.dumps(found))
