@@ -16,7 +16,6 @@ import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.saved_model.save_context import in_save_context
 
-from hvd_syncbn import horovod
 from hvd_syncbn.tf_impl import (
     ops,
     ranks,
@@ -450,12 +449,3 @@ def _clear_errors(layer: str) -> Iterator[None]:
     except tf.errors.InvalidArgumentError as error:
         text = re.sub(r"^\{\{.*?\}\} | \[Op:\w+\].*", "", error.message, flags=re.DOTALL)
         raise ValueError(text) from error
-    except tf.errors.FailedPreconditionError as error:
-        detail = horovod.mismatch(error)
-        if detail is None:
-            raise
-        raise ValueError(horovod.disagreement(layer, detail)) from error
-    except tf.errors.UnknownError as error:
-        from horovod.common.exceptions import HorovodInternalError
-
-        raise HorovodInternalError(error) from error

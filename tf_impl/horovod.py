@@ -21,7 +21,9 @@ _SCOPE = "HorovodAllreduce/"
 class Group(horovod.Group):
     """Ranks that share a batch: a process set of Horovod."""
 
-    def __init__(self, process_set: Any) -> None:
+    def __init__(self, process_set: Any, who: str = "the model") -> None:
+        if isinstance(process_set, tuple):  # a layer from a file has only the ranks
+            process_set = horovod.registered_process_set(horovod.require("tensorflow"), process_set, who)
         super().__init__("tensorflow", process_set)
 
     def sum(self, packet: Any, name: str) -> Any:
@@ -30,11 +32,22 @@ class Group(horovod.Group):
         if self.current_size() == 1 and not int(os.environ.get("HOROVOD_ELASTIC", "0")):
             return packet
         horovod.check_not_forked(self.hvd)
+        layer = name.rpartition(".")[0]
         name = re.sub(r"[^\w.-]", "_", f"hvd_syncbn.{name}", flags=re.ASCII)
         if not tf.executing_eagerly():
             return self._sum_in_graph(packet, name)
         horovod.warn_if_sizes_differ(name, self.number, packet.shape[0])
-        return _eager_allreduce(name, self.number, packet.dtype)(packet)
+        try:
+            return _eager_allreduce(name, self.number, packet.dtype)(packet)
+        except tf.errors.FailedPreconditionError as error:
+            detail = horovod.mismatch(error)
+            if detail is None:
+                raise
+            raise ValueError(horovod.disagreement(layer, detail)) from error
+        except tf.errors.UnknownError as error:
+            from horovod.common.exceptions import HorovodInternalError
+
+            raise HorovodInternalError(error) from error
 
     def _sum_in_graph(self, packet: Any, name: str) -> Any:
         # From the root scope, so that no scope gets into the name that one rank alone may have counted up; TensorFlow numbers

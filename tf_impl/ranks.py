@@ -13,10 +13,13 @@ Group = horovod.Group | distributed.Group
 _groups: dict[str, horovod.Group] = {}
 
 
-def find(process_set: Any) -> Group:
+def find(process_set: Any, who: str = "the model") -> Group:
     """Return the group behind a ``process_set`` argument, asking its engine whether it still exists.
 
-    None is the replicas of the current tf.distribute strategy if there are several, else all ranks of Horovod.
+    Args:
+        process_set: a process set of Horovod, or a tuple of the ranks of a registered one. None is the replicas of the current
+            tf.distribute strategy if there are several, else all ranks of Horovod.
+        who: what trains on it, for an error.
 
     Raises:
         RuntimeError: there is no engine, or this process was forked after it was initialized.
@@ -26,7 +29,7 @@ def find(process_set: Any) -> Group:
         return process_set
     if distributed.is_group(process_set):
         return distributed.Group(process_set)
-    group = horovod.Group(process_set)
+    group = horovod.Group(process_set, who)
     _groups[group.key] = group
     return group
 

@@ -45,11 +45,9 @@ def require_to_communicate() -> Any:
 def find(process_set: ProcessSet | tuple[int, ...] | None, who: str = "the model") -> Group:
     """Return the group of ranks behind a `process_set` argument (None is all ranks; a saved layer has only the ranks)."""
     _require_backend()
-    from hvd_syncbn.tf_impl import distributed, ranks
+    from hvd_syncbn.tf_impl import ranks
 
-    if isinstance(process_set, tuple) and not distributed.is_group(process_set):
-        process_set = horovod.registered_process_set(require(), process_set, who)
-    return ranks.find(process_set)
+    return ranks.find(process_set, who)
 
 
 def find_horovod(process_set: ProcessSet | None) -> horovod_engine.Group:
