@@ -61,6 +61,7 @@ def plan(quick: bool) -> list[Job]:
             cases = synchronized.cases(ranks, quick)
             if ranks == 2:
                 cases += [*accuracy.cases(), *([] if quick else [synchronized.network_case(3)])]
+                cases += [synchronized.ddp_case(3)] if framework == "torch" and not quick else []
             packets = [settings.packets_case(31)] if framework == "torch" and not quick else []
             job = Job(f"{name}, {ranks} ranks", framework, cases + packets, ranks, environment=settings.SHORT_CYCLE)
             found.append(job)
@@ -107,6 +108,7 @@ def collect(outcomes: list[Outcome]) -> dict[str, list[m.Record]]:
         "memory": overhead.memory_rows(outcomes),
         "synchronized": synchronized.rows(outcomes, "synchronized"),
         "network": synchronized.rows(outcomes, "network"),
+        "ddp": synchronized.rows(outcomes, "ddp"),
         "packets": settings.packet_rows(outcomes),
         "training": settings.training_rows(outcomes),
         "accuracy": accuracy.rows(outcomes),
@@ -131,7 +133,9 @@ def tables(results: dict[str, list[m.Record]]) -> Iterable[Any]:
     yield synchronized.table(f"Synchronized layer, forward and backward, {cycle}", results["synchronized"])
     if results["network"]:
         yield synchronized.table(f"Forward and backward of a ResNet-50, {cycle}", results["network"])
-    yield from synchronized.failures(results["synchronized"] + results["network"])
+    if results["ddp"]:
+        yield synchronized.table("Forward and backward of a ResNet-50 in DistributedDataParallel", results["ddp"])
+    yield from synchronized.failures(results["synchronized"] + results["network"] + results["ddp"])
     if results["training"]:
         yield settings.table(results["packets"], results["training"])
     if points(results["packets"]):

@@ -67,6 +67,9 @@ class FrameworkThatTrains(Framework, Protocol):
     def training(self, name: str, images: int, size: int) -> Step:
         """Return `network` plus an optimizer step that averages all gradients over the ranks."""
 
+    def ddp(self, name: str, images: int, size: int) -> Step:
+        """Return `network` in DistributedDataParallel, which averages the gradients; all over torch.distributed's Gloo."""
+
     def saved(self, name: str, shape: tuple[int, ...], relu: bool) -> dict[str, int]:
         """Return the bytes that a layer's forward (and a relu) keeps for its backward, by kind."""
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from benchmarks import layer
 from benchmarks import measure as m
 from benchmarks.jobs import Outcome
-from benchmarks.measure import Framework, Record
+from benchmarks.measure import Framework, FrameworkThatTrains, Record
 from hvd_syncbn import native
 
 IMAGES = 16  # of all ranks
@@ -55,6 +55,17 @@ def measure_network(framework: Framework, images: int, size: int, rounds: int) -
     return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
 
 
+def ddp_case(rounds: int) -> dict[str, Any]:
+    """Return a case with the same network in DistributedDataParallel."""
+    return {"kind": "ddp", "images": NETWORK_IMAGES, "size": NETWORK_SIZE, "rounds": rounds}
+
+
+def measure_ddp(framework: FrameworkThatTrains, images: int, size: int, rounds: int) -> Record:
+    """Return the times of a network's step over torch.distributed, with local norms, ours and one round of floats."""
+    steps, errors = m.attempt({name: partial(framework.ddp, name, images, size) for name in ("local", "ours", "one round")})
+    return {"times": m.rounds(steps, errors, rounds, framework.barrier), "errors": errors}
+
+
 def floor(times: m.Times) -> list[float]:
     """Return the lower bound of our time in each round: the layer alone and one allreduce per direction."""
     return [a + b for a, b in zip(m.total(times, "ours alone"), m.total(times, "allreduce"), strict=True)]
@@ -82,7 +93,8 @@ def rows(outcomes: list[Outcome], kind: str) -> list[Record]:
         job = outcome.job
         for case, times, errors, _ in outcome.of(kind):
             what = m.sizes(case["shape"]) if kind == "synchronized" else f"{case['images']} images of {case['size']}"
-            key = {"ranks": job.ranks, "framework": job.framework, "over": CONTROLLERS[job.controller], "what": what}
+            over = "Gloo of torch.distributed" if kind == "ddp" else CONTROLLERS[job.controller]
+            key = {"ranks": job.ranks, "framework": job.framework, "over": over, "what": what}
             row = found.setdefault(tuple(key.values()), key | {"ms": {}, "ratio": {}, "errors": {}})
             row["errors"] |= errors
             for name in times:

@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.jobs import free_ports
 from benchmarks.measure import EPS, Step, timed
@@ -29,10 +31,18 @@ class Local(_BatchNorm):
 
 
 class _Written(Local):
-    """A simple synchronized batch norm: framework ops, hvd.allreduce, autograd through both."""
+    """A simple synchronized batch norm: framework ops, an allreduce of floats, autograd through both."""
+
+    over_distributed = False
 
     def moments(self, x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
+
+    def all_sums(self, *parts: Tensor | int) -> tuple[Tensor, ...]:
+        vectors = [part if isinstance(part, Tensor) else torch.tensor([float(part)]) for part in parts]
+        whole = torch.cat(vectors)
+        summed: Tensor = all_reduce(whole) if self.over_distributed else hvd.allreduce(whole, op=hvd.Sum)
+        return summed.split([vector.numel() for vector in vectors])
 
     def forward(self, x: Tensor) -> Tensor:
         mean, var = self.moments(x, [0, *range(2, x.dim())])
@@ -49,7 +59,7 @@ class OneRound(_Written):
     """Sum, sum of squares and count in one allreduce."""
 
     def moments(self, x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
-        total, squares, count = _all_sums(x.sum(axes), (x * x).sum(axes), x.numel() // x.shape[1])
+        total, squares, count = self.all_sums(x.sum(axes), (x * x).sum(axes), x.numel() // x.shape[1])
         mean = total / count
         return mean, squares / count - mean * mean
 
@@ -58,16 +68,11 @@ class TwoRounds(_Written):
     """Sum and count in one allreduce, the squares around the mean in a second."""
 
     def moments(self, x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
-        total, count = _all_sums(x.sum(axes), x.numel() // x.shape[1])
+        total, count = self.all_sums(x.sum(axes), x.numel() // x.shape[1])
         mean = total / count
         centered = x - mean.view([1, -1, *[1] * (x.dim() - 2)])
-        (squares,) = _all_sums((centered * centered).sum(axes))
+        (squares,) = self.all_sums((centered * centered).sum(axes))
         return mean, squares / count
-
-
-def _all_sums(*parts: Tensor | int) -> tuple[Tensor, ...]:
-    vectors = [part if isinstance(part, Tensor) else torch.tensor([float(part)]) for part in parts]
-    return hvd.allreduce(torch.cat(vectors), op=hvd.Sum).split([vector.numel() for vector in vectors])
 
 
 class _Bottleneck(nn.Module):
@@ -161,6 +166,17 @@ class Torch:
 
     def network(self, name: str, images: int, size: int) -> Step:
         model = resnet50(lambda channels: self.layer(name, channels))
+        x = torch.randn(images, 3, size, size)
+        dy = torch.randn_like(model(x))
+        return _step(model, x, dy)
+
+    def ddp(self, name: str, images: int, size: int) -> Step:
+        def layer(channels: int) -> nn.Module:
+            made: Any = self.layer(name, channels)
+            made.process_set, made.over_distributed = dist.group.WORLD, True
+            return made
+
+        model = DistributedDataParallel(resnet50(layer), broadcast_buffers=False)
         x = torch.randn(images, 3, size, size)
         dy = torch.randn_like(model(x))
         return _step(model, x, dy)

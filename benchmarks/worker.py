@@ -19,6 +19,7 @@ MEASURE: dict[str, Callable[..., Record]] = {
     "exact sums": layer.measure_exact_sums,
     "synchronized": synchronized.measure,
     "network": synchronized.measure_network,
+    "ddp": synchronized.measure_ddp,
     "packets": settings.measure_packets,
     "training": settings.measure_training,
     "accuracy": accuracy.measure,
