@@ -33,7 +33,7 @@ class Group:
         """Find a process group, that of a 1-D ``DeviceMesh``, or the default one (None).
 
         Raises:
-            RuntimeError: this process was forked after torch.distributed was initialized; or DDP's `join` lets ranks stop early.
+            RuntimeError: this process was forked after torch.distributed was initialized, or DDP's `join` lets ranks end early.
             ValueError: this rank is not in the group, or the mesh has several dimensions.
         """
         if process_set is dist.GroupMember.NON_GROUP_MEMBER:

@@ -123,8 +123,9 @@ def examine() -> list[Finding]:
     if keras is not None:
         findings.append(Finding("Keras", keras))
 
-    if importlib.util.find_spec("horovod") is None and set(frameworks) == {"torch"}:
-        findings.append(Finding("Horovod", f"not installed, and jobs of torchrun need none; for horovodrun: {build_horovod}"))
+    if importlib.util.find_spec("horovod") is None and frameworks:
+        what = f"not installed: jobs of torchrun and tf.distribute need none; for horovodrun: {build_horovod}"
+        findings.append(Finding("Horovod", what))
     else:
         findings += [Finding("Horovod", problem, build_horovod) for problem in horovod_build.check()]
     if importlib.util.find_spec("horovod") is not None:
@@ -247,7 +248,7 @@ def _stalls() -> list[Finding]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    job.add_arguments(parser)
+    job.add_arguments(parser, ("horovodrun", "torchrun"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -261,7 +262,8 @@ def run(args: argparse.Namespace) -> int:
         elif hosts is not None:
             framework = next(iter(horovod_build.framework_versions()))
             try:
-                cluster = measure(framework, hosts, args.time_limit, lambda text: status.update(f"Measuring: {text}"))
+                update = lambda text: status.update(f"Measuring: {text}")  # noqa: E731
+                cluster = measure(framework, hosts, args.time_limit, update, args.launcher)
             except job.JobError as error:
                 failure = str(error)
     if args.json:

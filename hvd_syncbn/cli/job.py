@@ -1,4 +1,4 @@
-"""Runs ``rank.py`` as one process or under ``horovodrun``, and returns the reports of its rank 0.
+"""Runs ``rank.py`` as one process or on the ranks of a launcher, and returns the reports of its rank 0.
 
 Rules:
 
@@ -22,9 +22,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+LAUNCHERS = {
+    "horovodrun": ("torch", "tensorflow"),
+    "torchrun": ("torch",),
+    "mirrored": ("tensorflow",),
+    "multiworker": ("tensorflow",),
+}
+"""What starts ranks, and the frameworks that run under it. The last two are replicas of ``tf.distribute.MirroredStrategy`` in
+one process, and workers of ``MultiWorkerMirroredStrategy``. All but horovodrun start ranks on this host only."""
 
 MARK = "@hvd-syncbn "
 TIME_LIMIT = 300
@@ -59,10 +68,16 @@ def parse_hosts(text: str) -> list[Host]:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of a command that runs on a cluster; ``hosts_of`` reads them."""
-    parser.add_argument("-np", "--num-proc", type=int, metavar="N", dest="ranks", help="number of ranks, run by horovodrun")
+def add_arguments(parser: argparse.ArgumentParser, launchers: Sequence[str]) -> None:
+    """Declare the options of a command that runs on ranks of one of the launchers; ``hosts_of`` reads them."""
+    parser.add_argument("-np", "--num-proc", type=int, metavar="N", dest="ranks", help="number of ranks")
     parser.add_argument("-H", "--hosts", metavar="HOSTS", help="hosts and ranks, such as h1:2,h2:2 (default: this host)")
+    parser.add_argument(
+        "--launcher",
+        choices=launchers,
+        default="horovodrun",
+        help="what starts the ranks of -np; all but horovodrun start them on this host (default: %(default)s)",
+    )
     parser.add_argument(
         "--time-limit",
         type=int,
@@ -76,6 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def hosts_of(args: argparse.Namespace) -> list[Host] | None:
     """Return the hosts in the parsed options; None without ``-np``. Wrong options exit as argparse does."""
+    if args.launcher != "horovodrun" and args.hosts is not None:
+        args.usage_error(f"-H needs --launcher horovodrun. Received: --launcher {args.launcher} -H {args.hosts}")
+    if args.launcher in LAUNCHERS and args.launcher != "horovodrun" and args.ranks is None:
+        args.usage_error(f"--launcher {args.launcher} needs -np, the number of ranks")
     if args.ranks is None:
         if args.hosts is not None:
             args.usage_error(f"-H needs -np, the number of ranks. Received: -H {args.hosts}")
@@ -128,14 +147,14 @@ def run(
     report: Callable[[Report], None] = lambda _: None,
     environment: Mapping[str, str] | None = None,
 ) -> list[Report]:
-    """Run a task of ``rank.py`` on the hosts' slots, or without horovodrun if ``hosts`` is None.
+    """Run a task of ``rank.py`` on the hosts' slots, or in one process if ``hosts`` is None.
 
     Args:
         task: a name in ``rank.TASKS``.
         framework: ``"torch"`` or ``"tensorflow"``.
         hosts: the result of ``place``.
         limit: time limit in seconds.
-        launcher: ``"horovodrun"``, or ``"torchrun"`` for ranks on this host.
+        launcher: a name in ``LAUNCHERS``; unused if ``hosts`` is None.
         report: called with each report of rank 0 as it arrives.
         environment: variables for all ranks, in addition to this process's.
 
@@ -143,15 +162,17 @@ def run(
         The reports.
 
     Raises:
-        JobError: horovodrun, a host or a rank failed, or the time limit was reached. No process of the job is left running.
+        JobError: the launcher, a host or a rank failed, or the time limit was reached. No process of the job is left running.
     """
-    command = [sys.executable, "-m", "hvd_syncbn.cli.rank", task, framework, str(int(limit))]
-    if hosts is not None and launcher == "torchrun":
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(hosts[0].slots)]
+    ranks = str(sum(host.slots for host in hosts or []))
+    launcher = "" if hosts is None else launcher
+    command = [sys.executable, "-m", "hvd_syncbn.cli.rank", task, framework, str(int(limit)), launcher, ranks]
+    if launcher == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
         command = [sys.executable, *torchrun, *command[1:]]
-    elif hosts is not None:
-        slots = ",".join(f"{host.name}:{host.slots}" for host in hosts)
-        command = [horovodrun(), "-np", str(sum(host.slots for host in hosts)), "-H", slots, *command]
+    elif launcher == "horovodrun":
+        slots = ",".join(f"{host.name}:{host.slots}" for host in hosts or [])
+        command = [horovodrun(), "-np", ranks, "-H", slots, *command]
     # Safe path: ranks import the package that this process imports, not one in the current folder.
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONSAFEPATH": "1", **(environment or {})}
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])

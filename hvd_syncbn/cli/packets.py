@@ -32,7 +32,7 @@ class Packet(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """All measurements, with the host of every rank and the controller (Gloo or MPI)."""
+    """All measurements, with the host of every rank and what sums them: Gloo, MPI, or Gloo of torch.distributed."""
 
     hosts: list[str]
     controller: str
@@ -80,14 +80,21 @@ def group_size(steps: dict[int, float]) -> int | None:
     return None
 
 
-def measure(framework: str, hosts: Sequence[job.Host], limit: float, note: Callable[[str], None] = lambda _: None) -> Cluster:
+def measure(
+    framework: str,
+    hosts: Sequence[job.Host],
+    limit: float,
+    note: Callable[[str], None] = lambda _: None,
+    launcher: str = "horovodrun",
+) -> Cluster:
     """Measure packets of three sizes among all ranks and among smaller groups.
 
     Args:
-        framework: the framework whose Horovod is used.
+        framework: the framework that the ranks use.
         hosts: the result of ``job.place``.
         limit: time limit of each of the two jobs in seconds.
         note: called with a description of each step.
+        launcher: ``"horovodrun"``, or ``"torchrun"`` for PyTorch's ranks on this host.
 
     Raises:
         job.JobError: a job did not finish.
@@ -104,11 +111,11 @@ def measure(framework: str, hosts: Sequence[job.Host], limit: float, note: Calla
             note(f"packet of {packets[-1].bytes / 1e3:.0f} kB among {packets[-1].size} ranks")
 
     note(f"starting {ranks} ranks")
-    job.run("packets", framework, list(hosts), limit=limit, report=take)
+    job.run("packets", framework, list(hosts), limit=limit, launcher=launcher, report=take)
     if ranks > 2:
         note("starting groups of ranks")
         # In a separate job, because dynamic process sets add a negotiation to every cycle.
-        environment = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
-        job.run("grouped packets", framework, list(hosts), limit=limit, report=take, environment=environment)
+        dynamic = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+        job.run("grouped packets", framework, list(hosts), limit=limit, launcher=launcher, report=take, environment=dynamic)
     packets.sort(key=lambda packet: (packet.size, not packet.neighbours, packet.bytes))
     return Cluster(about["hosts"], about["controller"], packets)

@@ -1,11 +1,10 @@
-"""One rank of a job of ``job.py``: ``python -m hvd_syncbn.cli.rank TASK FRAMEWORK SECONDS``. Rank 0 prints the reports.
+"""One rank of a job of ``job.py``: ``python -m hvd_syncbn.cli.rank TASK FRAMEWORK SECONDS LAUNCHER RANKS``.
 
-Tasks take ``horovod.<framework>``, or under torchrun the same functions from torch.distributed.
+Rank 0 prints the reports. Tasks take ``horovod.<framework>``, or another engine of ``engines.py``.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -19,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from hvd_syncbn import __version__, horovod, native, vectors
+from hvd_syncbn import __version__, native, vectors
+from hvd_syncbn.cli import engines
 from hvd_syncbn.cli.job import MARK
-from hvd_syncbn.cli.stacks import LAYOUTS, Stack, gpu, tensorflow_stack, torch_stack
+from hvd_syncbn.cli.stacks import LAYOUTS, Stack, gpu, tensorflow_stack, tensorflow_step, torch_stack
 
 PACKET_CHANNELS = (64, 2048, 16384)
 """Channels of a narrow layer, of the widest layer of a ResNet-50, and 8 times as many."""
@@ -47,11 +47,11 @@ def paths(hvd: Any, framework: str) -> None:
         native.set_isa(path)
         for layout in LAYOUTS:
             configuration = f"{_words(layout)}, {path}"
-            report(hvd, configuration=configuration, sha256=vectors.digest(*stack(everything, layout)))
+            report(hvd, configuration=configuration, layout=layout, sha256=vectors.digest(*stack(everything, layout)))
     if device is not None:
         for layout in LAYOUTS:
             sha256 = vectors.digest(*stack(everything, layout, device=device))
-            report(hvd, configuration=f"{_words(layout)}, GPU", sha256=sha256)
+            report(hvd, configuration=f"{_words(layout)}, GPU", layout=layout, sha256=sha256)
 
 
 def _common_gpu(hvd: Any, framework: str) -> str | None:
@@ -85,39 +85,55 @@ def splits(hvd: Any, framework: str) -> None:
                 # Each rank has its own running statistics, which must be equal.
                 digests = {vectors.digest(whole[0], whole[1], part[3]) for part in everyone}
                 configuration = f"{kind}, {_words(layout)}{mode}"
-                report(hvd, configuration=configuration, sha256=digests.pop() if len(digests) == 1 else "ranks differ")
+                sha256 = digests.pop() if len(digests) == 1 else "ranks differ"
+                report(hvd, configuration=configuration, split=kind, layout=layout, sha256=sha256)
 
 
-class _Distributed:
-    """torch.distributed, by the names of Horovod's functions."""
+def replicas(hvd: Any, framework: str) -> None:
+    """As ``splits``, between the replicas of a tf.distribute strategy, which may be threads of one process."""
+    import tensorflow as tf
 
-    def init(self) -> None:
-        import torch.distributed as dist
-
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            dist.init_process_group("gloo")
-        else:
-            dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-        self.rank, self.size, self.shutdown = dist.get_rank, dist.get_world_size, dist.destroy_process_group
-
-    def local_rank(self) -> int:
-        return int(os.environ["LOCAL_RANK"])
-
-    def allgather_object(self, value: Any, name: str) -> list[Any]:
-        import torch.distributed as dist
-
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, value)
-        return everyone
-
-    def nccl_built(self) -> bool:
-        return False  # Gloo carries the packets here
+    own = (socket.gethostname(), native.isa(), __version__)
+    report(hvd, ranks=[own] * hvd.size())
+    report(hvd, configurations=2 * len(vectors.SPLITS) * len(LAYOUTS))
+    for kind in vectors.SPLITS:
+        for layout in LAYOUTS:
+            for mode in ("eager", "graph"):
+                run = partial(_run_replicas, hvd.strategy, vectors.split(hvd.size(), kind), layout)
+                y, dx, running = (tf.function(run, autograph=False) if mode == "graph" else run)()
+                y, dx, running = (hvd.strategy.experimental_local_results(part)[0] for part in (y, dx, running))
+                whole = [part.numpy().astype(np.int32).view(np.float32) for part in (y, dx)]
+                if layout == "channels_last":
+                    whole = [np.moveaxis(part, -1, 1) for part in whole]
+                every = running.numpy().astype(np.int32).view(np.float32).reshape(hvd.size(), vectors.LAYERS, 2, -1)
+                digests = {vectors.digest(whole[0], whole[1], [(mean, var) for mean, var in of_one]) for of_one in every}
+                sha256 = digests.pop() if len(digests) == 1 else "ranks differ"
+                report(hvd, configuration=f"{kind}, {_words(layout)}, {mode}", split=kind, layout=layout, sha256=sha256)
 
 
-def _launched_by(framework: str) -> Any:
-    """What ranks talk through: torch.distributed under torchrun, and where one process has PyTorch and no Horovod."""
-    alone = framework == "torch" and importlib.util.find_spec("horovod") is None
-    return _Distributed() if alone or "TORCHELASTIC_RUN_ID" in os.environ else horovod.load(framework)
+def _run_replicas(strategy: Any, shares: list[list[int]], layout: str) -> Any:
+    """Return the bits of y and dx of the global batch, and of the running statistics of every replica, as int64."""
+    import tensorflow as tf
+
+    x, dy = (np.moveaxis(values, 1, -1) if layout == "channels_last" else values for values in vectors.inputs())
+
+    def share(context: Any) -> Any:
+        number = context.replica_id_in_sync_group
+        samples = shares[number]
+        return tf.constant(number), tf.constant(samples, tf.int32), tf.constant(x[samples]), tf.constant(dy[samples])
+
+    def run(number: Any, samples: Any, x: Any, dy: Any) -> Any:
+        y, dx, running = tensorflow_step(x, dy, layout)
+        parts = [(samples, y, vectors.SAMPLES), (samples, dx, vectors.SAMPLES)]
+        parts.append((number[None], tf.stack(tf.nest.flatten(running))[None], len(shares)))
+        # Every place of the sum has one value and zeros: integers keep all bits.
+        placed = [
+            tf.scatter_nd(where[:, None], tf.cast(tf.bitcast(part, tf.int32), tf.int64), [length, *part.shape[1:]])
+            for where, part, length in parts
+        ]
+        return tuple(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, placed))
+
+    return strategy.run(run, strategy.experimental_distribute_values_from_function(share))
 
 
 def _words(layout: str) -> str:
@@ -130,8 +146,10 @@ def _allreduce(hvd: Any, framework: str, words: int, ranks: Any) -> Callable[[],
     if framework == "torch":
         import torch
 
-        packet = torch.zeros(words, dtype=torch.int64)
-        return lambda: hvd.allreduce_(packet, op=hvd.Sum, name=name, process_set=ranks)
+        from hvd_syncbn.torch_impl import ranks as groups
+
+        packet, group = torch.zeros(words, dtype=torch.int64), groups.find(ranks)
+        return lambda: group.sum(packet, name)
     import tensorflow as tf
 
     zeros = tf.zeros(words, tf.int64)
@@ -157,7 +175,10 @@ def _seconds(hvd: Any, framework: str, words: int, ranks: Any) -> float:
 def packets(hvd: Any, framework: str) -> None:
     """Report the cost of packets among all ranks."""
     hosts = hvd.allgather_object(socket.gethostname(), name="hvd_syncbn.doctor.hosts")
-    controller = "MPI" if hvd.mpi_built() and hvd.mpi_enabled() else "Gloo"
+    if isinstance(hvd, engines.Distributed):
+        controller = "Gloo of torch.distributed"
+    else:
+        controller = "MPI" if hvd.mpi_built() and hvd.mpi_enabled() else "Gloo"
     report(hvd, hosts=hosts, controller=controller)
     _measure(hvd, framework, [list(range(hvd.size()))], hosts, hvd.global_process_set)
 
@@ -167,7 +188,7 @@ def grouped_packets(hvd: Any, framework: str) -> None:
     hosts = hvd.allgather_object(socket.gethostname(), name="hvd_syncbn.doctor.hosts")
     for groups in layouts(hosts):
         sets = [hvd.add_process_set(group) for group in groups]
-        mine = next((s for s in sets if s.included()), None)
+        mine = next((s for s, group in zip(sets, groups, strict=True) if hvd.rank() in group), None)
         _measure(hvd, framework, groups, hosts, mine)
         for process_set in sets:
             hvd.remove_process_set(process_set)
@@ -210,15 +231,15 @@ def _measure(hvd: Any, framework: str, groups: list[list[int]], hosts: list[str]
             report(hvd, size=size, groups=len(groups), neighbours=neighbours, spans=spans, bytes=8 * words, seconds=seconds)
 
 
-TASKS = {"paths": paths, "splits": splits, "packets": packets, "grouped packets": grouped_packets}
+TASKS = {"paths": paths, "splits": splits, "replicas": replicas, "packets": packets, "grouped packets": grouped_packets}
 
 
 def main() -> None:
     """Run the task within its time limit."""
-    task, framework, seconds = sys.argv[1:]
+    task, framework, seconds, launcher, ranks = sys.argv[1:]
+    hvd = engines.find(framework, launcher, int(ranks))
     # If the launcher is killed, no other process ends this rank on another host.
     signal.alarm(int(seconds))
-    hvd = _launched_by(framework)
     if framework == "torch":
         import torch
 

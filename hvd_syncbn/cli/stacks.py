@@ -70,7 +70,7 @@ def gpu(framework: str, number: int) -> str | None:
     return f"/GPU:{number % len(gpus)}" if gpus else None
 
 
-def torch_stack(samples: list[int], layout: str, device: str = "cpu") -> Stack:
+def torch_stack(samples: list[int], layout: str, device: str = "cpu", process_set: Any = None) -> Stack:
     """Return ``(y, dx, running statistics)`` of the stack on this rank's samples, in PyTorch; y and dx are channels first."""
     import torch
 
@@ -78,7 +78,8 @@ def torch_stack(samples: list[int], layout: str, device: str = "cpu") -> Stack:
 
     layers = []
     for i in range(vectors.LAYERS):
-        layer = SyncBatchNorm(vectors.CHANNELS, vectors.EPS, vectors.MOMENTUM, activation="relu" if vectors.RELU[i] else None)
+        options = {"process_set": process_set, "activation": "relu" if vectors.RELU[i] else None}
+        layer = SyncBatchNorm(vectors.CHANNELS, vectors.EPS, vectors.MOMENTUM, **options)
         layer.collective_name = f"stack.{i}"  # the same every time, as in training
         with torch.no_grad():
             for parameter, values in zip((layer.weight, layer.bias), vectors.parameters(i), strict=True):

@@ -64,6 +64,31 @@ def test_verify(hosts: Hosts) -> None:
     assert {result["sha256"] for result in found["results"]} == {vectors.digest(*stacks.reference_stack())}
 
 
+@pytest.mark.timeout(300)
+def test_groups_of_torchrun(hosts: Hosts) -> None:
+    """`groups()` under torchrun on two hosts, one agent each: the ranks of a host share a batch, with one process's bytes."""
+    address = hosts.address("h1")
+    rendezvous = ["--nnodes", "2", "--nproc-per-node", "2", "--master-addr", address, "--master-port", "29511"]
+    agents = [
+        hosts.start(
+            host,
+            [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--node-rank", str(number),
+             "-m", "tests.cluster.torchrun_groups"],
+            cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for number, host in enumerate(("h1", "h2"))
+    ]  # fmt: skip
+    try:
+        printed = [agent.communicate(timeout=240)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            end(agent)
+    line = next((line for line in printed[0].splitlines() if line.startswith("[[")), None)
+    assert line is not None, "\n".join(printed)
+    want = vectors.digest(*stacks.reference_stack())
+    assert json.loads(line) == [["h1", [0, 1], want]] * 2 + [["h2", [2, 3], want]] * 2
+
+
 @pytest.mark.matrix
 @pytest.mark.timeout(300)
 def test_doctor(hosts: Hosts) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ from hvd_syncbn import horovod, native, vectors
 from hvd_syncbn.cli import job, packets, rank, stacks
 from tests.needs import need
 
+EVERYTHING = {(split, layout) for split in vectors.SPLITS for layout in stacks.LAYOUTS}
 COMMAND = [sys.executable, "-m", "hvd_syncbn.cli"]
 
 
@@ -44,17 +46,48 @@ def eventually(condition: Callable[[], object], seconds: float) -> bool:
     return True
 
 
-def test_verify_on_two_ranks() -> None:
-    need("torch", "tensorflow")
-    result = subprocess.run([*COMMAND, "verify", "-np", "2", "--json"], capture_output=True, text=True, timeout=560)
+def test_verify_with_every_launcher() -> None:
+    """One process, horovodrun, torchrun and both strategies of tf.distribute: one sha256."""
+    need("torch", "tensorflow", "horovod.torch", "horovod.tensorflow")
+    command = [*COMMAND, "verify", "--launcher", "all", "-np", "4", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=560)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(result.stdout)
     assert found["reference"] == vectors.digest(*stacks.reference_stack())
     assert {result["sha256"] for result in found["results"]} == {found["reference"]}
-    frameworks = [result["framework"] for result in found["results"]]
-    configurations = len(vectors.SPLITS) * len(stacks.LAYOUTS)
-    assert [frameworks.count(name) for name in ("torch", "tensorflow")] == [configurations, 2 * configurations]
-    assert (found["ranks"], found["hosts"], len(found["machines"])) == (2, ["localhost:2"], 2)
+    frameworks = {(result["framework"], result["launcher"]) for result in found["results"]}
+    jobs = {(framework, launcher) for launcher, ones in job.LAUNCHERS.items() for framework in ones}
+    assert frameworks == jobs | {(framework, "") for framework in horovod.FRAMEWORKS}
+    for framework, launcher in jobs:
+        mine = [result for result in found["results"] if (result["framework"], result["launcher"]) == (framework, launcher)]
+        assert {(result["split"], result["layout"]) for result in mine} == EVERYTHING
+        assert len(mine) == len(EVERYTHING) * (1 if framework == "torch" else 2) and {r["ranks"] for r in mine} == {4}
+
+
+def test_without_horovod(tmp_path: Path) -> None:
+    """What a user has who installs no Horovod: one process of each framework, torchrun, tf.distribute, and `doctor`."""
+    need("torch")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules.update(horovod=None, psutil=None)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def run(*arguments: str) -> dict[str, Any]:
+        command = [*COMMAND, *arguments, "--json"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert result.returncode == 0, result.stdout + result.stderr
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    installed = {name for name in horovod.FRAMEWORKS if importlib.util.find_spec(name)}
+    found = run("verify")
+    assert {result["framework"] for result in found["results"]} == installed and found["equal"]
+    assert len(found["results"]) == len(installed) * len(native.isas()) * len(stacks.LAYOUTS)
+    for framework, launcher in {"torch": "torchrun", "tensorflow": "multiworker"}.items():
+        if framework in installed:
+            found = run("verify", "--launcher", launcher, "-np", "2")
+            assert {(result["split"], result["layout"]) for result in found["results"]} == EVERYTHING
+    found = run("doctor", "--launcher", "torchrun", "-np", "3")
+    assert found["controller"] == "Gloo of torch.distributed"
+    assert [(packet["size"], packet["groups"]) for packet in found["packets"]] == [(2, 1)] * 3 + [(3, 1)] * 3
 
 
 def test_time_limit_ends_everything(monkeypatch: pytest.MonkeyPatch) -> None:

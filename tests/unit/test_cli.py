@@ -184,7 +184,8 @@ class TestVerifyTells:
             if isinstance(outcomes[framework], job.JobError):
                 raise outcomes[framework]
             report({"configurations": 1})
-            report({"configuration": f"{task} on {hosts}", "sha256": outcomes[framework]})
+            where = {"layout": "channels_first"} | ({"split": "even"} if hosts else {})
+            report({"configuration": f"{task} on {hosts}", "sha256": outcomes[framework], **where})
 
         monkeypatch.setattr(job, "run", run)
         monkeypatch.setattr(verify.importlib.util, "find_spec", lambda _name: object())  # whatever is installed here
@@ -216,6 +217,38 @@ class TestVerifyTells:
         found = json.loads(capsys.readouterr().out)
         assert (found["ranks"], found["hosts"], found["reference"], found["equal"]) == (3, ["h1:2", "h2:1"], good, False)
         assert [result["equal"] for result in found["results"]] == [True, False]
+
+    def test_every_launcher(self, jobs: dict[str, Any], good: str, capsys: pytest.CaptureFixture[str]) -> None:
+        jobs.update(torch=good, tensorflow=good)
+        assert cli.main(["verify", "--launcher", "all"]) == 0
+        out = capsys.readouterr().out
+        # 2 of one process, and on 1, 2 and 4 ranks 2 of horovodrun, 1 of torchrun, 2 of tf.distribute.
+        assert "EQUAL: 17 configurations have one sha256" in out and f"sha256 {good}" in out and out.count("1, 2, 4") == 5
+        for launcher in ("one process", *job.LAUNCHERS):
+            assert launcher in out
+
+    def test_a_launcher_that_differs(self, jobs: dict[str, Any], good: str, capsys: pytest.CaptureFixture[str]) -> None:
+        jobs.update(torch=good, tensorflow="ab" * 32)
+        assert cli.main(["verify", "--launcher", "all", "-np", "2"]) == 1
+        out = capsys.readouterr().out
+        assert "NOT EQUAL: 4 of 7 configurations differ" in out and out.count("NO: 1 of 1") == 4
+        assert f"TensorFlow, multiworker, 2 ranks, replicas on {[('localhost', 2)]}: {'ab' * 32}" in out.replace(
+            "Host(name='localhost', slots=2)", "('localhost', 2)"
+        )
+
+    def test_a_launcher_that_could_not_run(self, jobs: dict[str, Any], good: str, capsys: pytest.CaptureFixture[str]) -> None:
+        jobs.update(torch=job.JobError("no"), tensorflow=good)
+        assert cli.main(["verify", "--launcher", "all", "-np", "2"]) == 1
+        out = capsys.readouterr().out
+        assert "PyTorch, one process could not run: no" in out and "PyTorch, torchrun, 2 ranks could not run: no" in out
+
+    def test_what_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None if name == "horovod" else object())
+        runs, left_out = verify.plan("all", job.place(2, None))
+        assert left_out == ["horovod"] and {one.launcher for one in runs} == {"", "torchrun", "mirrored", "multiworker"}
+        monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
+        runs, left_out = verify.plan("all", None)
+        assert left_out == ["torch"] and {one.framework for one in runs} == {"tensorflow"} and len(runs) == 10
 
 
 class TestJob:
@@ -264,7 +297,18 @@ class TestJob:
     def test_nothing_said(self) -> None:
         assert job.explain([], None) is None
 
-    @pytest.mark.parametrize("argv", [["-H", "h1:2"], ["-np", "0"], ["-np", "4", "-H", "h1:2"], ["-np", "2", "-H", "h1"]])
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ["-H", "h1:2"],
+            ["-np", "0"],
+            ["-np", "4", "-H", "h1:2"],
+            ["-np", "2", "-H", "h1"],
+            ["--launcher", "torchrun"],
+            ["--launcher", "torchrun", "-np", "2", "-H", "h1:2"],
+            ["--launcher", "all", "-np", "2", "-H", "h1:2"],
+        ],
+    )
     def test_wrong_options(self, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:
             cli.main(["verify", *argv])

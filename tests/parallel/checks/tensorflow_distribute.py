@@ -22,39 +22,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_syncbn import vectors
-from hvd_syncbn.cli.stacks import LAYOUTS, tensorflow_step
 from hvd_syncbn.keras import SyncBatchNormalization, convert_sync_batchnorm, recalibrate
 
 X = np.random.default_rng(5).standard_normal((12, 6, 3)).astype(np.float32) * np.float32(3) + np.float32(1)
-
-
-def parts(strategy: tf.distribute.Strategy, kind: str, layout: str, graph: bool) -> dict[str, Any]:
-    """The samples, outputs, input gradients and running statistics of this worker's replicas."""
-    shares = vectors.split(strategy.num_replicas_in_sync, kind)
-    x, dy = (np.moveaxis(v, 1, -1) if layout == "channels_last" else v for v in vectors.inputs())
-    numbers: list[int] = []
-
-    def share(context: tf.distribute.distribute_lib.ValueContext) -> Any:
-        numbers.append(context.replica_id_in_sync_group)
-        return tf.constant(x[shares[numbers[-1]]]), tf.constant(dy[shares[numbers[-1]]])
-
-    values = strategy.experimental_distribute_values_from_function(share)
-
-    def run() -> Any:
-        return strategy.run(lambda values: tensorflow_step(*values, layout), (values,))
-
-    results = tf.function(run, autograph=False)() if graph else run()
-    local = [strategy.experimental_local_results(tensor) for tensor in tf.nest.flatten(results)]
-    found: dict[str, Any] = {"samples": [shares[number] for number in numbers], "y": [], "dx": [], "running": []}
-    for replica in zip(*local, strict=True):
-        y, dx, *running = (tensor.numpy() for tensor in replica)
-        if layout == "channels_last":
-            y, dx = (np.moveaxis(values, -1, 1) for values in (y, dx))
-        found["y"].append(y.tolist())
-        found["dx"].append(dx.tolist())
-        found["running"].append([values.tolist() for values in running])
-    return found
 
 
 def model() -> keras.Model:
@@ -184,10 +154,6 @@ def main() -> None:
     assert strategy.num_replicas_in_sync == replicas
     found: dict[str, Any] = {}
     try:
-        for kind in vectors.SPLITS:
-            for layout in LAYOUTS:
-                for graph in (False, True):
-                    found[f"{kind}, {layout}, {'graph' if graph else 'eager'}"] = parts(strategy, kind, layout, graph)
         found["fit"] = one_step(strategy)
         if not config:
             found["fit on one device"] = one_step(tf.distribute.OneDeviceStrategy("CPU:0"))

@@ -180,7 +180,8 @@ def check_join() -> None:
         error = error_of(lambda model=model: train(model))  # type: ignore[misc]
         assert isinstance(error, RuntimeError) and "join(throw_on_early_termination=True)" in str(error), error
         torch._dynamo.reset()
-        assert re.search("exhausted (all )?inputs", str(error_of(lambda: train(model, throw_on_early_termination=True))))
+        error = error_of(lambda model=model: train(model, throw_on_early_termination=True))  # type: ignore[misc]
+        assert re.search("exhausted (all )?inputs", str(error)), error
 
 
 # --- Groups of ranks --------------------------------------------------------------------------------------------------
