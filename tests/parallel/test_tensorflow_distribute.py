@@ -92,6 +92,12 @@ def test_parameter_servers(replicas: list[dict[str, Any]]) -> None:
         assert UNSUPPORTED in message, place
 
 
+def test_workers_with_other_channels(workers: list[dict[str, Any]]) -> None:
+    """In a graph, as in `fit`: an error on every worker."""
+    for worker in workers:
+        assert "Shape mismatch in the collective" in worker["other channels"], worker["other channels"]
+
+
 def test_outside_of_replicas(found: list[dict[str, Any]]) -> None:
     """One process has the whole batch there; a worker of several has not."""
     for worker in found:

@@ -134,6 +134,15 @@ def errors_under_servers() -> dict[str, str]:
     return found
 
 
+def other_channels(strategy: tf.distribute.Strategy, worker: int) -> str:
+    """What a graph raises whose packets have another size on each worker; TensorFlow's collectives end with it."""
+    with strategy.scope():
+        layer = SyncBatchNormalization()
+        layer.build((None, 3 + worker))
+    x = tf.ones((4, 3 + worker))
+    return raised(tf.function(lambda: strategy.run(lambda: layer(x, training=True)), autograph=False))
+
+
 def recalibrated(strategy: tf.distribute.Strategy) -> list[Any]:
     """`recalibrate` outside of the replicas of one process, on mirrored variables."""
     with strategy.scope():
@@ -159,7 +168,9 @@ def main() -> None:
             found["fit on one device"] = one_step(tf.distribute.OneDeviceStrategy("CPU:0"))
         found["horovod"] = sorted(name for name in sys.modules if name.startswith("horovod."))
         found["errors"] = errors(strategy)
-        if not config:
+        if config:
+            found["other channels"] = other_channels(strategy, config["task"]["index"])
+        else:
             found["plain"] = warnings_of_plain_layers(strategy)
             found["recalibrated"] = recalibrated(strategy)
             found["servers"] = errors_under_servers()  # connects TensorFlow to another cluster: the last
