@@ -146,6 +146,7 @@ def _allreduce(hvd: Any, framework: str, words: int, ranks: Any) -> Callable[[],
     if framework == "torch":
         import torch
 
+        import hvd_syncbn.torch  # noqa: F401, loads the operators
         from hvd_syncbn.torch_impl import ranks as groups
 
         packet, group = torch.zeros(words, dtype=torch.int64), groups.find(ranks)
