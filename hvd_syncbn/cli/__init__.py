@@ -1,7 +1,7 @@
 """The command line: ``hvd-syncbn doctor | verify | bench | build-horovod | bundle``, one module per command.
 
-Other modules: ``job.py`` starts ``rank.py`` on the ranks of a cluster, for ``verify`` and ``doctor``; ``verify`` runs
-``stacks.py``; ``doctor`` predicts costs with ``cost_model.py`` and ``networks.py``.
+Other modules: ``job.py`` starts ``rank.py`` on the ranks of a launcher, for ``verify`` and ``doctor``, with one of
+``engines.py``; ``verify`` runs ``stacks.py``; ``doctor`` predicts costs with ``cost_model.py`` and ``networks.py``.
 """
 
 from __future__ import annotations

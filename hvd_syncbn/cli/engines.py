@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
+import signal
 import socket
 from typing import Any
 
 from hvd_syncbn import horovod
+
+_PR_SET_PDEATHSIG = 1
 
 
 def find(framework: str, launcher: str, ranks: int) -> Any:
@@ -83,6 +87,7 @@ class Strategy:
             child = os.fork()
             if child == 0:
                 self._index, self._children = index, []
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # it does not outlive worker 0
                 break
             self._children.append(child)
         task = {"type": "worker", "index": self._index}

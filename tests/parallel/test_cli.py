@@ -98,6 +98,20 @@ def test_time_limit_ends_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert eventually(lambda: len(family(mark)) == 0, 10), family(mark)
 
 
+def test_the_other_workers_end_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("tensorflow")
+    monkeypatch.setenv("HVD_SYNCBN_TEST", mark := f"workers {os.getpid()}")
+    command = [sys.executable, "-m", "hvd_syncbn.cli.rank", "replicas", "tensorflow", "100", "multiworker", "3"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        assert eventually(lambda: len(family(mark)) == 3, 60), family(mark)
+        process.kill()
+        process.wait(10)
+        assert eventually(lambda: len(family(mark)) == 0, 10), family(mark)
+    finally:
+        job.end(process)
+
+
 def test_a_host_that_is_not_there() -> None:
     need("torch")
     with pytest.raises(job.JobError, match=r"host nowhere\.invalid cannot be reached by ssh: "):

@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_syncbn.keras import SyncBatchNormalization, convert_sync_batchnorm, recalibrate
+from hvd_syncbn.tensorflow import sync_batch_norm
 
 X = np.random.default_rng(5).standard_normal((12, 6, 3)).astype(np.float32) * np.float32(3) + np.float32(1)
 
@@ -135,12 +136,13 @@ def errors_under_servers() -> dict[str, str]:
 
 
 def other_channels(strategy: tf.distribute.Strategy, worker: int) -> str:
-    """What a graph raises whose packets have another size on each worker; TensorFlow's collectives end with it."""
-    with strategy.scope():
-        layer = SyncBatchNormalization()
-        layer.build((None, 3 + worker))
-    x = tf.ones((4, 3 + worker))
-    return raised(tf.function(lambda: strategy.run(lambda: layer(x, training=True)), autograph=False))
+    """What a graph raises whose packets have another size on each worker; TensorFlow's collectives end with it.
+
+    A function, because the variables of a layer cannot even be created then.
+    """
+    zeros = tf.zeros(3 + worker)
+    normalize = lambda x: sync_batch_norm(x, None, None, zeros, zeros, training=True)  # noqa: E731
+    return raised(tf.function(lambda: strategy.run(normalize, (tf.ones((4, 3 + worker)),)), autograph=False))
 
 
 def recalibrated(strategy: tf.distribute.Strategy) -> list[Any]:
