@@ -67,8 +67,11 @@ def test_verify_with_every_launcher() -> None:
 def test_without_horovod(tmp_path: Path) -> None:
     """What a user has who installs no Horovod: one process of each framework, torchrun, tf.distribute, and `doctor`."""
     need("torch")
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules.update(horovod=None, psutil=None)\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def hide(*names: str) -> None:
+        hidden = ", ".join(f"{name}=None" for name in names)
+        (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update({hidden})\n")
 
     def run(*arguments: str) -> dict[str, Any]:
         command = [*COMMAND, *arguments, "--json"]
@@ -77,6 +80,7 @@ def test_without_horovod(tmp_path: Path) -> None:
         found: dict[str, Any] = json.loads(result.stdout)
         return found
 
+    hide("horovod", "psutil")
     installed = {name for name in horovod.FRAMEWORKS if importlib.util.find_spec(name)}
     found = run("verify")
     assert {result["framework"] for result in found["results"]} == installed and found["equal"]
@@ -85,7 +89,11 @@ def test_without_horovod(tmp_path: Path) -> None:
         if framework in installed:
             found = run("verify", "--launcher", launcher, "-np", "2")
             assert {(result["split"], result["layout"]) for result in found["results"]} == EVERYTHING
+    hide("horovod", "psutil", "tensorflow", "keras")
     found = run("doctor", "--launcher", "torchrun", "-np", "3")
+    assert {"tensorflow", "Horovod"} <= {
+        finding["what"] for finding in found["findings"] if "not installed" in finding["found"]
+    }
     assert found["controller"] == "Gloo of torch.distributed"
     assert [(packet["size"], packet["groups"]) for packet in found["packets"]] == [(2, 1)] * 3 + [(3, 1)] * 3
 
