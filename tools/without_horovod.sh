@@ -6,6 +6,7 @@ set -euo pipefail
 folder=$(realpath -m "$1")
 root=$(realpath "$(dirname "$0")/..")
 python=$folder/venv/bin/python
+mkdir -p "$folder"
 
 [ -x "$python" ] || python3.11 -m venv "$folder/venv"
 "$python" -m pip install -q "$(grep '^torch==' "$root/requirements.txt")"
