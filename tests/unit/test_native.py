@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import pytest
@@ -216,20 +217,28 @@ def test_many_samples_equal_reference(
         native.set_isa(before)
 
 
-@pytest.mark.parametrize("sign", [(1.0, 1.0), (1.0, -1.0)], ids=["same sign", "alternating"])
-@pytest.mark.parametrize("scale", [0, -20, 30])
-def test_full_bins(isa: str, scale: int, sign: tuple[float, float]) -> None:
-    """More samples of the largest and finest values than a bin of the exact sums holds."""
+@cache
+def full_bins(scale: int, sign: tuple[float, float]) -> tuple[NDArray[np.float64], NDArray[np.float64], list[int], list[int]]:
+    """Input, statistics, and the words of both packets by the reference, which is the same for every instruction set."""
     n, c = 4096 + 77, 9
     largest = np.float32(2 - 2**-23) * np.float32(2.0) ** scale
     x = np.empty((n, c, 1))
     x[0::2], x[1::2] = sign[0] * largest, sign[1] * largest
     x[:8] /= 8  # the bins are placed for the first samples
     x[::97] *= 2.0**-12
-    shape = native.shape(n, c, 1, "float32", "channels_first")
-    words = native.forward_packet(shape, storage(x, "float32"), 1e-5).tolist()
-    assert words == protocol.forward_packet(x, 1e-5, "float32").words()
-    statistics = protocol.finish_forward(protocol.forward_packet(x, 1e-5, "float32"), 1e-5)
+    packet = protocol.forward_packet(x, 1e-5, "float32")
+    statistics = protocol.finish_forward(packet, 1e-5)
     stats = np.array([[t.mean for t in statistics], [t.invstd for t in statistics]])
+    return x, stats, packet.words(), protocol.backward_packet(x, x, statistics, None, n).words()
+
+
+@pytest.mark.parametrize("sign", [(1.0, 1.0), (1.0, -1.0)], ids=["same sign", "alternating"])
+@pytest.mark.parametrize("scale", [0, -20, 30])
+def test_full_bins(isa: str, scale: int, sign: tuple[float, float]) -> None:
+    """More samples of the largest and finest values than a bin of the exact sums holds."""
+    x, stats, forward, backward = full_bins(scale, sign)
+    n, c, _ = x.shape
+    shape = native.shape(n, c, 1, "float32", "channels_first")
+    assert native.forward_packet(shape, storage(x, "float32"), 1e-5).tolist() == forward
     words = native.backward_packet(shape, storage(x, "float32"), storage(x, "float32"), stats, None, n).tolist()
-    assert words == protocol.backward_packet(x, x, statistics, None, n).words()
+    assert words == backward
