@@ -2,7 +2,7 @@
 
 Stages, in this order; each needs the build and no other:
     build      the native libraries: the carried ones if they fit this machine, else by CMake; and Horovod
-    test       the bytes of every kernel and of the layer against the CPU's, in 4 processes
+    test       the bytes of every kernel and of the layer against the CPU's, in up to 4 processes
     speed      the kernels beside torch.nn.SyncBatchNorm's, F.batch_norm and a copy of the same bytes; a ResNet-50 step
     ranks      NCCL at size 1, `hvd-syncbn verify` alone and with 2 ranks on one GPU, and 2 GPUs if there are
     sanitize   compute-sanitizer: memcheck, racecheck, synccheck and initcheck

@@ -35,7 +35,7 @@ _FOR_A_BUILD = {
     "nvcc": "the CUDA compiler (its folder on PATH, often /usr/local/cuda/bin)",
 }
 _MACHINE_S = 60.0
-_WORKERS = 4
+_WORKERS = min(4, os.cpu_count() or 1)
 # Without putting the checkout, which has a package without libraries, first on sys.path.
 _PYTEST = ("-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", "-v")
 _SANITIZED = ("memcheck", "racecheck", "synccheck", "initcheck", "memcheck of PyTorch")
@@ -166,7 +166,7 @@ def _install_horovod(stage: Stage, wheel: Path) -> str:
 
 
 def test(stage: Stage) -> Result:
-    """Compare the bytes of every kernel and the layer with the CPU's, in 4 processes; replace one whose GPU context breaks."""
+    """Compare the bytes of every kernel and the layer with the CPU's; replace a process whose GPU context breaks."""
     if missing := look(stage)["missing"]:
         return Result(NOT_RUN, f"this machine lacks the Python modules {', '.join(missing)}")
     log = stage.logs / "test.log"

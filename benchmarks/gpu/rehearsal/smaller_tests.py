@@ -19,7 +19,7 @@ LEFT_OUT = (
     "test_another_call",
     "test_65536_channels",
 )
-AT_MOST = 4
+AT_MOST = 2
 """Cases of a parametrized test."""
 
 
