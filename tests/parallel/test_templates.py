@@ -15,6 +15,7 @@ import pytest
 
 from hvd_syncbn.cli.job import end
 from tests.needs import need
+from tests.parallel import fork_server
 from tests.parallel.job import ROOT, rank_environment
 
 LIMIT = 240.0
@@ -89,11 +90,12 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     framework = request.param
     need(*{"pytorch": ("torch", "horovod.torch"), "keras": ("keras", "horovod.tensorflow")}[framework], "sklearn")
     folder = tmp_path_factory.mktemp(framework)
-    job = [sys.executable, "-m", "tests.parallel.checks.templates", framework, str(folder)]
+    job = ["tests.parallel.checks.templates", framework, str(folder)]
     horovodrun = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", "2"]
-    plain = execute(*horovodrun, "-H", "localhost:2", *job, "plain")
+    forked = fork_server.command({"pytorch": "torch", "keras": "tensorflow"}[framework], rank_environment())
+    plain = execute(*horovodrun, "-H", "localhost:2", *forked, *job, "plain")
     hosts = ["--min-np", "1", "-H", "localhost:1,127.0.0.1:1", "--network-interfaces", "lo"]
-    elastic = execute(*horovodrun, *hosts, *job, "elastic")
+    elastic = execute(*horovodrun, *hosts, sys.executable, "-m", *job, "elastic")
     script = str(ROOT / "examples" / "templates" / f"train_{framework}.py")
     shutil.copytree(folder / "whole" / "0", folder / "alone" / "0")
     alone = execute(sys.executable, script, "--epochs", "2", "--resume", "--out", str(folder / "alone" / "0"), status=0)
