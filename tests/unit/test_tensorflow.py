@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -442,16 +443,7 @@ def test_no_library(built_for: Path) -> None:
         ops.library()
 
 
-def run_python(code: str) -> str:
-    env = {"TF_CPP_MIN_LOG_LEVEL": "3", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 CALL = """
-import sys
-{prepare}
 import numpy as np
 from hvd_syncbn.tensorflow import sync_batch_norm
 v = np.ones(3, "f4")
@@ -462,18 +454,49 @@ try:
 except RuntimeError as error:
     print(error)
 """
+PREPARED = {
+    "no Horovod": 'sys.modules["horovod"] = None',
+    "Horovod without TensorFlow": 'sys.modules["horovod.tensorflow"] = None',
+    "not initialized": "",
+}
+# The processes are forked from one that has imported TensorFlow.
+FORKS = """
+import os, sys, traceback
+import tensorflow
+for code in {codes!r}:
+    if os.fork() == 0:
+        try:
+            exec(code, {{"sys": sys}})
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.wait()[1] == 0
+    print({end!r}, flush=True)
+"""
+
+
+@cache
+def outputs() -> dict[str, str]:
+    """What calls of the layer print, by what a process lacks."""
+    end = "--- end of a process"
+    code = FORKS.format(codes=[f"{prepare}\n{CALL}" for prepare in PREPARED.values()], end=end)
+    env = {"TF_CPP_MIN_LOG_LEVEL": "3", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(PREPARED, done.stdout.split(end), strict=False))
 
 
 @pytest.mark.parametrize(
-    ("prepare", "message"),
+    ("lacks", "message"),
     [
-        ('sys.modules["horovod"] = None', "hvd-syncbn build-horovod"),
-        ('sys.modules["horovod.tensorflow"] = None', "hvd-syncbn build-horovod"),
-        ("", "call `horovod.tensorflow.init()`"),
+        ("no Horovod", "hvd-syncbn build-horovod"),
+        ("Horovod without TensorFlow", "hvd-syncbn build-horovod"),
+        ("not initialized", "call `horovod.tensorflow.init()`"),
     ],
-    ids=["no Horovod", "Horovod without TensorFlow", "not initialized"],
 )
-def test_training_needs_horovod_and_evaluation_does_not(prepare: str, message: str) -> None:
-    shape, text = run_python(CALL.format(prepare=prepare)).strip().split("\n", 1)
+def test_training_needs_horovod_and_evaluation_does_not(lacks: str, message: str) -> None:
+    shape, text = outputs()[lacks].strip().split("\n", 1)
     assert shape == "(2, 3)"
     assert message in text
