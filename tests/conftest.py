@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
 import re
 from collections.abc import Generator
 from pathlib import Path
@@ -13,8 +15,13 @@ import pytest
 # Inductor imports setuptools, which refuses where the standard library's distutils came first.
 import setuptools  # noqa: F401
 
+from tests.parallel.fork_server import GC_THRESHOLD
+
 with contextlib.suppress(ImportError):
     import triton  # noqa: F401  # what PyTorch for CUDA brings crashes at its import if TensorFlow came first
+
+# Inductor would start a process that imports PyTorch, in every process that compiles, to compile kernels in parallel.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (
@@ -55,6 +62,19 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
             report.outcome = "skipped"
             report.longrepr = (str(collector.path), 1, f"Skipped: needs {lacking}")
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Keep the garbage collector from going through the million objects that imports and the collection of tests make."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLD)
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
