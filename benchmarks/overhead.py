@@ -55,14 +55,15 @@ def _kernels(depth: int) -> Step:
         native._pointer(array) for array in (x, dy, y, dx, packet, stats, coefficients)
     )
     gamma, beta, mean, variance, dgamma, dbeta = (native._vector(array) for array in ones)
-    old, new, one, no = ctypes.c_double(0.9), ctypes.c_double(0.1), ctypes.c_int32(1), ctypes.c_int32(0)
+    running = native.Running(mean, variance, 0.9, 0.1, 1)
+    one, no = ctypes.c_int64(1), ctypes.c_int32(0)
 
     def forward() -> None:
         packet.fill(0)
         lib.hvd_syncbn_forward_moments(ref, X, None, begin, moments, PACKET)
         lib.hvd_syncbn_forward_close(ref, eps, one, count, PACKET)
         lib.hvd_syncbn_check_packet(native.FORWARD, PACKET)
-        lib.hvd_syncbn_forward_finish(ref, eps, PACKET, gamma, beta, mean, variance, old, new, one, STATS, COEFFICIENTS)
+        lib.hvd_syncbn_forward_finish(ref, eps, PACKET, gamma, beta, running, STATS, COEFFICIENTS)
         lib.hvd_syncbn_forward_apply(ref, X, None, no, COEFFICIENTS, begin, apply, Y)
 
     def backward() -> None:

@@ -41,8 +41,22 @@ class Shape(ctypes.Structure):
     )
 
 
-class _Vector(ctypes.Structure):
+class Vector(ctypes.Structure):
+    """A per-channel vector; ``dtype`` is a code."""
+
     _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int32))
+
+
+class Running(ctypes.Structure):
+    """Running statistics, and how a batch changes them."""
+
+    _fields_ = (
+        ("mean", Vector),
+        ("var", Vector),
+        ("old_weight", ctypes.c_double),
+        ("new_weight", ctypes.c_double),
+        ("unbiased", ctypes.c_int32),
+    )
 
 
 def find(name: str) -> Path:
@@ -142,10 +156,10 @@ def _pointer(array: NDArray[Any] | None) -> ctypes.c_void_p | None:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def _vector(array: NDArray[Any] | None, dtype: str | None = None) -> _Vector:
+def _vector(array: NDArray[Any] | None, dtype: str | None = None) -> Vector:
     if array is None:
-        return _Vector(None, 0)
-    return _Vector(_pointer(array), DTYPES.index(dtype or array.dtype.name))
+        return Vector(None, 0)
+    return Vector(_pointer(array), DTYPES.index(dtype or array.dtype.name))
 
 
 def empty(shape: Shape) -> NDArray[Any]:
@@ -239,11 +253,7 @@ def forward(
         _pointer(packet),
         _vector(gamma),
         _vector(beta),
-        _vector(running_mean),
-        _vector(running_var),
-        ctypes.c_double(weights[0]),
-        ctypes.c_double(weights[1]),
-        ctypes.c_int32(unbiased),
+        Running(_vector(running_mean), _vector(running_var), *weights, unbiased),
         _pointer(stats),
         _pointer(coefficients),
     )

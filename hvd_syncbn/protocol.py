@@ -462,25 +462,6 @@ def batches_population(total: Packet) -> list[tuple[float, float]]:
     ]
 
 
-def stored_packet(mean: Sequence[float], variance: Sequence[float]) -> Packet:
-    """Return the packet of a batch with these statistics, for a layer that normalizes by stored ones.
-
-    It is the packet of the two values ``mean + std`` and ``mean - std``, whose sums need no square root.
-    """
-    packet = empty_packet(len(mean))
-    packet.count = 2
-    for c, (m, v) in enumerate(zip(mean, variance, strict=True)):
-        fixed_mean, fixed_variance = to_fixed(m), to_fixed(v)
-        if fixed_mean is None or fixed_variance is None or abs(m) >= 2.0**79:  # the square would be out of range
-            packet.nonfinite[c] = 1
-            continue
-        digits, exponent = _dyadic(m)
-        shift = 2 * exponent - LSB_EXP
-        square = digits * digits << shift if shift >= 0 else digits * digits >> -shift
-        packet.a[c], packet.b[c] = 2 * fixed_mean, 2 * (square + fixed_variance)
-    return packet
-
-
 def identity_gamma(variance: float, eps: float, dtype: str = "float32") -> float:
     """Return the gamma that makes a layer with this stored variance the identity; its beta is the stored mean."""
     return round_to(math.sqrt(variance + eps), dtype)

@@ -53,10 +53,6 @@ class Vector(NamedTuple):
     dtype: int = 0
 
 
-class _Vector(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int32))
-
-
 def guarded(like: NDArray[Any], offset: int = 0) -> NDArray[Any]:
     """An array of the same form ``offset`` elements past a 64-byte boundary, between bytes that ``intact`` checks."""
     size = like.nbytes
@@ -84,7 +80,7 @@ def vector(array: NDArray[Any] | None, dtype: str | None = None) -> Vector:
 def _given(argument: Any) -> Any:
     if isinstance(argument, Vector):
         data = None if argument.array is None else _memory.give(argument.array, False)
-        return _Vector(data, argument.dtype)
+        return native.Vector(data, argument.dtype)
     if isinstance(argument, Output):
         return ctypes.c_void_p(_memory.give(argument.array, True))
     return ctypes.c_void_p(_memory.give(argument, False)) if isinstance(argument, np.ndarray) else argument
@@ -121,7 +117,7 @@ def forward_apply(
     x: NDArray[Any],
     residual: NDArray[Any] | None,
     relu: bool,
-    packet: NDArray[np.int64],
+    packet: NDArray[np.int64] | None,
     vectors: tuple[Vector, ...],
     weights: tuple[float, float],
     unbiased: bool,
@@ -129,8 +125,9 @@ def forward_apply(
     y: NDArray[Any],
     stream: ctypes.c_void_p | None = None,
 ) -> NDArray[np.float64]:
-    """Fills ``y`` and returns the stats; ``vectors``: gamma, beta, the running statistics before and after."""
+    """Fills ``y`` and returns the stats; ``vectors``: gamma, beta, running statistics before and after. No packet: frozen."""
     stats = guarded(np.full((2, shape.c), 7.0))
+    gamma, beta, mean, var, *new = vectors
     _call(
         "forward_apply",
         ctypes.byref(shape),
@@ -139,10 +136,10 @@ def forward_apply(
         residual,
         ctypes.c_int32(relu),
         packet,
-        *vectors,
-        ctypes.c_double(weights[0]),
-        ctypes.c_double(weights[1]),
-        ctypes.c_int32(unbiased),
+        gamma,
+        beta,
+        native.Running(_given(mean), _given(var), *weights, unbiased),
+        *new,
         layer.encode(),
         Output(stats),
         Output(y),
@@ -187,7 +184,7 @@ def backward_apply(
     dy: NDArray[Any],
     y: NDArray[Any] | None,
     mask: NDArray[np.uint8] | None,
-    packet: NDArray[np.int64],
+    packet: NDArray[np.int64] | None,
     stats: NDArray[np.float64],
     gamma: Vector,
     layer: str,

@@ -86,3 +86,26 @@ def step(
     if dresidual is not None:
         assert same_bits(dresidual, want_dresidual) and cuda.intact(dresidual)
     assert cuda.failure() == (native.OK, "")
+
+
+def frozen_step(n: int, c: int, s: int, dtype: str, layout: str, seed: int, *, relu: bool, parameter: str) -> None:
+    """Run one training step of a frozen layer by the CUDA kernels and on the CPU, and compare the bytes."""
+    rng = np.random.default_rng(seed)
+    x, dy, residual = (storage(hostile(rng, (n, c, s), dtype), dtype, layout) for _ in range(3))
+    gamma, beta, mean, var = (storage(abs(rng.standard_normal((1, c, 1))), parameter).reshape(c) for _ in range(4))
+    wide = [logical(v, parameter) for v in (gamma, beta, mean, var)]
+    shape = native.shape(n, c, s, dtype, layout)
+    want_y, want_stats = native.forward(shape, x, None, EPS, *wide, residual=residual, relu=relu)
+    y, new_mean, new_var = cuda.guarded(np.zeros_like(want_y)), cuda.guarded(np.zeros_like(mean)), cuda.guarded(var)
+    vectors = [cuda.vector(v, parameter) for v in (gamma, beta, mean, var, new_mean, new_var)]
+    stats = cuda.forward_apply(shape, EPS, x, residual, relu, None, tuple(vectors), (0.9, 0.1), True, "layer", y)
+    assert same_bits(stats, want_stats)
+    assert same_bits(y, want_y) and cuda.intact(y)
+    assert same_bits(new_mean, mean) and same_bits(new_var, var) and cuda.intact(new_mean)
+
+    ys = y if relu else None
+    want_dx, want_dresidual = native.backward(shape, dy, dy, None, stats, wide[0], ys)
+    dx, dresidual = cuda.guarded(np.zeros_like(want_dx)), cuda.guarded(np.zeros_like(want_dx))
+    cuda.backward_apply(shape, dy, dy, ys, None, None, stats, vectors[0], "layer", dx, dresidual)
+    assert same_bits(dx, want_dx) and cuda.intact(dx)
+    assert same_bits(dresidual, want_dresidual) and cuda.intact(dresidual)

@@ -119,12 +119,12 @@ def reference(estimator: str, passes: int = 1) -> list[tuple[Array, Array]]:
                 packet = protocol.forward_packet(inputs, EPS, "float32")
                 totals[layer] = totals[layer] + packet if pooled else protocol.add_batch(totals[layer], packet)
                 mean, variance = (vector.astype(np.float64).tolist() for vector in statistics[layer])
-                by = protocol.stored_packet(mean, variance) if pooled else packet
+                by = protocol.stored_statistics(mean, variance, EPS) if pooled else protocol.finish_forward(packet, EPS)
                 source = RESIDUAL_OF[layer]
                 outputs.append(
                     protocol.apply_forward(
                         inputs,
-                        protocol.finish_forward(by, EPS),
+                        by,
                         "float32",
                         *(vector.astype(np.float64).tolist() for vector in state(layer)[:2]),
                         residual=None if source is None else outputs[source],

@@ -16,6 +16,8 @@ import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.saved_model.save_context import in_save_context
 
+from hvd_syncbn import native
+from hvd_syncbn.running import Running
 from hvd_syncbn.tf_impl import (
     ops,
     ranks,
@@ -121,23 +123,17 @@ def sync_batch_norm(
 
     x, data_format, to_last = _oriented(x, axis)
     residual = residual if residual is None or to_last is None else tf.transpose(residual, to_last)
-    y, new_mean, new_variance = _train(
-        x,
-        gamma,
-        beta,
+    keep = 1.0 if momentum is None else momentum
+    running = Running(
         moving_mean,
         moving_variance,
-        data_format=data_format,
-        weights=(1.0, 0.0) if momentum is None else (momentum, 1.0 - momentum),
-        batches=tf.convert_to_tensor(batches, tf.int64) if averages else None,
-        epsilon=epsilon,
-        mask=mask,
-        residual=residual,
-        relu=activation == "relu",
-        unbiased_variance=unbiased_variance or zero_debias,
-        process_set=process_set,
-        layer=name or "sync_batch_norm",
+        tf.convert_to_tensor(batches, tf.int64) if averages else None,
+        keep,
+        None if averages else 1.0 - keep,
+        unbiased=unbiased_variance or zero_debias,
     )
+    layer, relu = name or "sync_batch_norm", activation == "relu"
+    y, new_mean, new_variance = _train(x, gamma, beta, running, data_format, epsilon, mask, residual, relu, process_set, layer)
     return _as_it_was(y, to_last), new_mean, new_variance
 
 
@@ -150,19 +146,25 @@ def forward_packet(x: Any, epsilon: float, axis: int, mask: Any = None) -> Any:
         return ops.library().hvd_syncbn_forward_moments(x, _optional(mask), _unknown(), **common)
 
 
-def normalize_by(packet: Any, x: Any, gamma: Any, beta: Any, residual: Any, epsilon: float, axis: int, layer: str) -> Any:
-    """`x` normalized by the statistics of a reduced packet, plus the residual."""
+def normalize_by(
+    packet: Any,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    residual: Any,
+    epsilon: float,
+    axis: int,
+    layer: str,
+) -> Any:
+    """`x` normalized by the statistics of a reduced packet, or by the moving ones if that is None, plus the residual."""
     axis = _checked_axis(x, axis)
     residual = None if residual is None else _oriented(tf.cast(residual, x.dtype), axis)[0]
     x, data_format, to_last = _oriented(tf.convert_to_tensor(x), axis)
-    channels = x.shape[1 if data_format == "channels_first" else -1]
-    unused = tf.zeros([channels], next((tensor.dtype for tensor in (gamma, beta) if tensor is not None), tf.float32))
+    running = _unchanged(moving_mean, moving_variance)
     with _clear_errors(layer):
-        y, *_ = ops.library().hvd_syncbn_forward_apply(
-            x, packet, unused, unused, _optional(gamma), _optional(beta), _optional(residual), [], [],
-            relu=False, old_weight=1.0, new_weight=0.0, unbiased_variance=False, layer=layer, group="",
-            data_format=data_format, epsilon_bits=_float64_bits(epsilon),
-        )  # fmt: skip
+        y, *_ = _apply(x, packet, gamma, beta, running, residual, None, False, data_format, epsilon, layer)
     return _as_it_was(y, to_last)
 
 
@@ -197,8 +199,8 @@ def frozen_batch_norm(
 ) -> Any:
     """Training with moving statistics: one pass forward, and one backward unless `gamma` and `beta` learn.
 
-    On a CPU it has the bytes of PyTorch's. Where there are GPUs, where XLA compiles it and where it is exported, it is plain
-    TensorFlow.
+    It has the bytes of PyTorch's. If XLA compiles it, if it is exported, or if there are GPUs and hvd-syncbn was built without
+    CUDA, it is plain TensorFlow.
 
     Args:
         x, gamma, beta, moving_mean, moving_variance, epsilon, axis, residual, activation, name: As those of `sync_batch_norm`.
@@ -211,46 +213,15 @@ def frozen_batch_norm(
     axis = _checked_axis(x, axis)
     gamma, beta, moving_mean, moving_variance = _checked_parameters(x, axis, gamma, beta, moving_mean, moving_variance)
     residual = None if residual is None else tf.convert_to_tensor(residual)
-    if tf.config.list_logical_devices("GPU") or _is_compiled_by_xla() or _is_exported():
+    without_kernel = tf.config.list_logical_devices("GPU") and not native.has_cuda()
+    if without_kernel or _is_compiled_by_xla() or _is_exported():
         gamma, beta = (t if t is None or learns else tf.stop_gradient(t) for t in (gamma, beta))
         return _evaluate(x, axis, gamma, beta, moving_mean, moving_variance, epsilon, residual, activation)
     x, data_format, to_last = _oriented(x, axis)
     residual = residual if residual is None or to_last is None else tf.transpose(residual, to_last)
-    y, _ = ops.library().hvd_syncbn_frozen_apply(
-        x,
-        moving_mean,
-        moving_variance,
-        _optional(gamma),
-        _optional(beta),
-        _optional(residual),
-        relu=activation == "relu",
-        learns=learns,
-        data_format=data_format,
-        epsilon_bits=_float64_bits(epsilon),
-        name=_node_name(name or "frozen"),
-    )
+    running, relu = _unchanged(moving_mean, moving_variance), activation == "relu"
+    y, *_ = _apply(x, None, gamma, beta, running, residual, None, relu, data_format, epsilon, name or "frozen", learns=learns)
     return _as_it_was(y, to_last)
-
-
-@tf.RegisterGradient("HvdSyncbnFrozenApply")
-def _frozen_gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
-    layer = "(frozen)"
-    _refuse_xla_and_export(layer)
-    gammas, betas, residuals = (op.get_attr(name) for name in ("gammas", "betas", "residuals"))
-    x, moving_mean, _, *optional = op.inputs
-    y, stats = op.outputs
-    relu = op.get_attr("relu")
-    common = {"data_format": tf.compat.as_str(op.get_attr("data_format"))}
-    dgamma = dbeta = None
-    if op.get_attr("learns"):
-        _, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(
-            x, dy, stats, [y] * relu, [], _unknown(), U=moving_mean.dtype, layer=layer, group="", **common
-        )
-    dx, masked_dy = ops.library().hvd_syncbn_frozen_backward(
-        dy, stats, optional[:gammas], [y] * relu, residuals=residuals * relu, layer=layer, group="", **common
-    )
-    dresidual = masked_dy if relu else [dy] * residuals
-    return [dx, None, None, *[dgamma] * gammas, *[dbeta] * betas, *dresidual]
 
 
 def _checked_axis(x: Any, axis: int) -> int:
@@ -331,17 +302,12 @@ def _train(
     x: Any,
     gamma: Any,
     beta: Any,
-    moving_mean: Any,
-    moving_variance: Any,
-    *,
+    running: Running,
     data_format: str,
-    weights: tuple[float, float],
-    batches: Any,
     epsilon: float,
     mask: Any,
     residual: Any,
     relu: bool,
-    unbiased_variance: bool,
     process_set: Any,
     layer: str,
 ) -> tuple[Any, Any, Any]:
@@ -351,49 +317,94 @@ def _train(
     with _clear_errors(layer):
         packet = ops.library().hvd_syncbn_forward_moments(x, _optional(mask), _unknown(), **common)
         packet = group.sum(packet, f"{layer}.forward")
-        y, _, new_mean, new_variance = ops.library().hvd_syncbn_forward_apply(
-            x,
-            packet,
-            moving_mean,
-            moving_variance,
-            _optional(gamma),
-            _optional(beta),
-            _optional(residual),
-            _optional(mask),
-            _optional(batches),
-            relu=relu,
-            old_weight=weights[0],
-            new_weight=weights[1],
-            unbiased_variance=unbiased_variance,
-            layer=layer,
-            group=group.key,
-            **common,
+        y, _, new_mean, new_variance = _apply(
+            x, packet, gamma, beta, running, residual, mask, relu, data_format, epsilon, layer, group=group.key
         )
     return y, new_mean, new_variance
 
 
+def _apply(
+    x: Any,
+    packet: Any,
+    gamma: Any,
+    beta: Any,
+    running: Running,
+    residual: Any,
+    mask: Any,
+    relu: bool,
+    data_format: str,
+    epsilon: float,
+    layer: str,
+    group: str = "",
+    learns: bool = True,
+) -> tuple[Any, Any, Any, Any]:
+    """Normalize by a reduced packet, or by the running statistics if that is None."""
+    results: tuple[Any, Any, Any, Any] = ops.library().hvd_syncbn_forward_apply(
+        x,
+        _optional(packet),
+        running.mean,
+        running.var,
+        _optional(gamma),
+        _optional(beta),
+        _optional(residual),
+        _optional(mask),
+        _optional(running.batches),
+        relu=relu,
+        learns=learns,
+        old_weight=running.old_weight,
+        new_weight=running.new_weight or 0.0,
+        unbiased_variance=running.unbiased,
+        layer=layer,
+        group=group,
+        data_format=data_format,
+        epsilon_bits=_float64_bits(epsilon),
+        name=_node_name(layer),
+    )
+    return results
+
+
+def _unchanged(moving_mean: Any, moving_variance: Any) -> Running:
+    """The value for a call that leaves moving statistics unchanged."""
+    return Running(moving_mean, moving_variance, None, 1.0, 0.0, unbiased=False)
+
+
 @tf.RegisterGradient("HvdSyncbnForwardApply")
 def _gradient(op: Any, dy: Any, *_: Any) -> list[Any]:
-    """The layer's gradient: x reaches y through the packet, too, and this is both ways at once."""
-    kinds = ("gammas", "betas", "residuals", "masks", "counts")
-    gammas, betas, residuals, masks, counts = (op.get_attr(name) for name in kinds)
-    x, _, moving_mean, _, *optional = op.inputs
+    """The layer's gradient: x reaches y through the packet, too, and this is both ways at once. A frozen layer has none."""
+    kinds = ("packets", "gammas", "betas", "residuals", "masks", "counts")
+    packets, gammas, betas, residuals, masks, counts = (op.get_attr(name) for name in kinds)
+    x, *others = op.inputs
+    moving_mean, optional = others[packets], others[packets + 2 :]
     gamma, mask = optional[:gammas], optional[gammas + betas + residuals :][:masks]
     y, stats = op.outputs[:2]
     relu = op.get_attr("relu")
     layer, group = (tf.compat.as_str(op.get_attr(name)) for name in ("layer", "group"))
     common = {"data_format": tf.compat.as_str(op.get_attr("data_format")), "name": _node_name(layer)}
     _refuse_xla_and_export(layer)
+    packet = dgamma = dbeta = None
     with _clear_errors(layer):
-        packet, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(
-            x, dy, stats, [y] * relu, mask, _unknown(), U=moving_mean.dtype, layer=layer, group=group, **common
-        )
-        packet = ranks.known(group).sum(packet, f"{layer}.backward")
+        if op.get_attr("learns"):
+            packet, dgamma, dbeta = ops.library().hvd_syncbn_backward_moments(
+                x, dy, stats, [y] * relu, mask, _unknown(), U=moving_mean.dtype, layer=layer, group=group, **common
+            )
+        if packets:
+            packet = ranks.known(group).sum(packet, f"{layer}.backward")
         dx, masked_dy = ops.library().hvd_syncbn_backward_apply(
-            x, dy, packet, stats, gamma, [y] * relu, mask, residuals=residuals * relu, layer=layer, group=group, **common
+            x if packets else dy,  # frozen, dx does not depend on x
+            dy,
+            [packet] * packets,
+            stats,
+            gamma,
+            [y] * relu,
+            mask,
+            residuals=residuals * relu,
+            layer=layer,
+            group=group,
+            **common,
         )
     dresidual = masked_dy if relu else [dy] * residuals
-    return [dx, None, None, None, *[dgamma] * gammas, *[dbeta] * betas, *dresidual, *[None] * (masks + counts)]
+    none = [None] * (packets + 2)
+    return [dx, *none, *[dgamma] * gammas, *[dbeta] * betas, *dresidual, *[None] * (masks + counts)]
 
 
 def _refuse_xla_and_export(layer: str) -> None:

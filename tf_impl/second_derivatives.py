@@ -26,26 +26,18 @@ def _of_parameter_gradients(op: Any, _: Any, *gradients: Any) -> list[Any]:
 
 @tf.RegisterGradient("HvdSyncbnBackwardApply")
 def _of_input_gradients(op: Any, *gradients: Any) -> list[Any]:
-    x, dy, _, stats, *optional = op.inputs
-    gammas, ys, masks = len(op.get_attr("gamma_types")), op.get_attr("ys"), op.get_attr("masks")
-    gamma, y, mask = optional[:gammas], optional[gammas:][:ys], optional[gammas + ys :]
-    with tf.GradientTape() as tape:
-        tape.watch([x, dy, *gamma])
-        dx, _, _, g = _first_derivatives(op, x, dy, gamma, stats, y, mask)
-    found = tape.gradient([dx, g][: len(gradients)], [x, dy, *gamma], [tf.cast(gradient, tf.float64) for gradient in gradients])
-    return [*found[:2], None, None, *found[2:], *[None] * (ys + masks)]
-
-
-@tf.RegisterGradient("HvdSyncbnFrozenBackward")
-def _of_frozen_input_gradients(op: Any, *gradients: Any) -> list[Any]:
-    dy, stats, *optional = op.inputs
     gammas = len(op.get_attr("gamma_types"))
-    gamma, y = optional[:gammas], optional[gammas:]
+    packets, ys, masks = (op.get_attr(name) for name in ("packets", "ys", "masks"))
+    x, dy, *optional = op.inputs
+    stats, *optional = optional[packets:]
+    gamma, y, mask = optional[:gammas], optional[gammas:][:ys], optional[gammas + ys :]
+    inputs = [x, dy, *gamma] if packets else [dy, *gamma]  # frozen, dx does not depend on x
     with tf.GradientTape() as tape:
-        tape.watch([dy, *gamma])
-        dx, _, _, g = _first_derivatives(op, None, dy, gamma, stats, y, [])
-    found = tape.gradient([dx, g][: len(gradients)], [dy, *gamma], [tf.cast(gradient, tf.float64) for gradient in gradients])
-    return [found[0], None, *found[1:], *[None] * len(y)]
+        tape.watch(inputs)
+        dx, _, _, g = _first_derivatives(op, x if packets else None, dy, gamma, stats, y, mask)
+    found = tape.gradient([dx, g][: len(gradients)], inputs, [tf.cast(gradient, tf.float64) for gradient in gradients])
+    dx, ddy, *dgamma = found if packets else [None, *found]
+    return [dx, ddy, *[None] * packets, None, *dgamma, *[None] * (ys + masks)]
 
 
 def _first_derivatives(op: Any, x: Any, dy: Any, gamma: Any, stats: Any, y: list[Any], mask: list[Any]) -> tuple[Any, ...]:

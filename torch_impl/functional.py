@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hvd_syncbn.running import Running
 from hvd_syncbn.torch_impl import ops, ranks
 
 ACTIVATIONS = (None, "relu")
@@ -15,7 +16,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_input(x: Tensor, num_features: int | None, residual: Tensor | None, activation: str | None) -> Tensor | None:
-    """Raises ``ValueError`` or ``TypeError`` for what no rank could normalise; returns the residual in x's dtype."""
+    """Raises ``ValueError`` or ``TypeError`` for an unsupported input; returns the residual in x's dtype."""
     if x.dim() < 2:
         raise ValueError(f"expected an input of at least 2 dimensions. Received: shape {tuple(x.shape)}")
     if x.is_quantized:
@@ -47,26 +48,14 @@ def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batches: Tensor | None,
-    weights: tuple[float, float | None],
-    unbiased: bool,
+    running: Running,
     eps: float,
     residual: Tensor | None,
     activation: str | None,
     process_set: Any,
     name: str,
 ) -> Tensor:
-    """Training-mode normalization over all ranks, for checked inputs.
-
-    Args:
-        batches: the number of batches before this one, int64, which is counted in place.
-        weights: of the old running statistic and of the batch's, before they are rounded to float32: ``(1 - momentum,
-            momentum)`` as PyTorch spells momentum, the other way round as Keras does. ``(1 - momentum, None)`` is Caffe's
-            average, which has no bias at its start; ``(1, None)`` averages over all ``batches``.
-        unbiased: whether the running variance takes ``var * n / (n - 1)`` (PyTorch) or ``var`` (Keras).
-    """
+    """Training-mode normalization over all ranks, for checked inputs. Running statistics and batches change in place."""
     if x.is_cuda and not ops.HAS_CUDA:
         raise RuntimeError(
             f"hvd-syncbn was built without CUDA, and the input is on {x.device}: reinstall it where a CUDA compiler (nvcc) is "
@@ -77,11 +66,7 @@ def normalize(
         weight,
         bias,
         residual,
-        running_mean,
-        running_var,
-        batches,
-        *weights,
-        unbiased,
+        *running,
         eps,
         activation == "relu",
         None if x.is_meta else ranks.key_of(process_set),  # shapes alone need no other rank
@@ -102,9 +87,9 @@ def frozen_batch_norm(
 ) -> Tensor:
     """Training with stored statistics, for checked inputs: one pass forward, and one backward unless a parameter learns.
 
-    On a CPU it has the bytes of TensorFlow's. Elsewhere these are PyTorch's own kernels, one after another.
+    On devices for which hvd-syncbn is built it has the bytes of TensorFlow's. Elsewhere these are PyTorch's own kernels.
     """
-    if x.device.type != "cpu":
+    if not (x.is_cpu or x.is_meta or (x.is_cuda and ops.HAS_CUDA)):
         return local_batch_norm(x, running_mean, running_var, None, weight, bias, False, 0.0, eps, residual, activation)
     y: Tensor = ops.frozen_batch_norm(x, weight, bias, residual, running_mean, running_var, eps, activation == "relu")
     return y
@@ -161,7 +146,7 @@ def sync_batch_norm(
         x: ``(N, C, ...)``, float32, float64, float16 or bfloat16, contiguous or channels last (other strides are copied).
         running_mean, running_var: ``(C,)``, changed in place when training; None keeps none. Evaluation needs them.
         weight, bias: ``(C,)`` or None.
-        training: False normalises by the running statistics, in PyTorch's own kernels and without Horovod.
+        training: False normalizes by the running statistics, in PyTorch's own kernels and without Horovod.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
         residual: shaped as x, added before the activation.
@@ -174,7 +159,7 @@ def sync_batch_norm(
         The output, shaped and laid out as x. Equal in every bit for any number of ranks and any split of the batch.
 
     Raises:
-        TypeError, ValueError: what architecture.md's table of bad input says, on every rank. On a GPU, what only the packets of
+        TypeError, ValueError: an unsupported input or option, on every rank. On a GPU, what only the packets of
             all ranks tell is raised by the next step there; see ``check_device_errors``.
         RuntimeError: training without an initialized Horovod or torch.distributed. Over torch.distributed: another rank failed.
         HorovodInternalError: over Horovod, another rank failed.
@@ -189,18 +174,5 @@ def sync_batch_norm(
             )
     if not training:
         return local_batch_norm(x, running_mean, running_var, None, weight, bias, False, momentum, eps, residual, activation)
-    return normalize(
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        None,
-        (1 - momentum, momentum),
-        True,
-        eps,
-        residual,
-        activation,
-        process_set,
-        name or "sync_batch_norm",
-    )
+    running = Running(running_mean, running_var, None, 1 - momentum, momentum, unbiased=True)
+    return normalize(x, weight, bias, running, eps, residual, activation, process_set, name or "sync_batch_norm")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hvd_syncbn.running import Running
 from hvd_syncbn.torch_impl.functional import ACTIVATIONS, check_input, frozen_batch_norm, local_batch_norm, normalize
 
 _made_by_hand = itertools.count()
@@ -178,23 +179,18 @@ class SyncBatchNorm(BatchNorm):
                 return self._forward_frozen(input, residual)
             return self._normalize_locally(input, residual, activation)
         tracks = self.track_running_stats
-        batches = self.num_batches_tracked if tracks else None
-        old_weight = 1.0 if self.momentum is None else 1 - self.momentum
+        momentum = 0.0 if self.momentum is None else self.momentum
         averages = tracks and (self.zero_debias or self.momentum is None)
-        return normalize(
-            input,
-            self.weight,
-            self.bias,
+        running = Running(
             self.running_mean if tracks else None,
             self.running_var if tracks else None,
-            batches,
-            (old_weight, None if averages else 0.0 if self.momentum is None else self.momentum),
-            True,
-            self.eps,
-            residual,
-            activation,
-            self.process_set,
-            self.collective_name,
+            self.num_batches_tracked if tracks else None,
+            1 - momentum,
+            None if averages else momentum,
+            unbiased=True,
+        )
+        return normalize(
+            input, self.weight, self.bias, running, self.eps, residual, activation, self.process_set, self.collective_name
         )
 
     def _forward_frozen(self, input: Tensor, residual: Tensor | None) -> Tensor:

@@ -84,4 +84,5 @@ backward_apply = torch.ops.hvd_syncbn.backward_apply
 backward_check = torch.ops.hvd_syncbn.backward_check
 allreduce_ = torch.ops.hvd_syncbn.allreduce_
 sync_batch_norm = torch.ops.hvd_syncbn.sync_batch_norm
+frozen_apply = torch.ops.hvd_syncbn.frozen_apply
 frozen_batch_norm = torch.ops.hvd_syncbn.frozen_batch_norm

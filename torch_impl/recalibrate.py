@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.overrides import TorchFunctionMode
 
-from hvd_syncbn import population, protocol
+from hvd_syncbn import population
 from hvd_syncbn.population import Take, Vector, Words
 from hvd_syncbn.torch_impl import ops, ranks
 from hvd_syncbn.torch_impl.freeze import is_frozen
@@ -147,7 +147,6 @@ class _Network:
             )
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
         self.device = devices.pop() if len(devices) == 1 else None
-        self.stored: dict[tuple[int, torch.device], Tensor] = {}
         self.residuals: dict[int, Tensor] = {}
 
     def run(self, batch: Any, take: Take) -> None:
@@ -184,24 +183,20 @@ class _Network:
         reduced = take(index, packet.cpu().numpy())
         if self.init_affine:
             return x.clone() if residual is None else x + residual  # what comes next may work in place
-        by = self._stored(index, x) if reduced is None else torch.from_numpy(reduced).to(x.device)
-        y, _ = ops.forward_apply(x, by, weight, bias, residual, None, None, None, 0.0, 0.0, True, layer.eps, False, layer.name)
-        normalized: Tensor = y
-        return normalized
-
-    def _stored(self, index: int, x: Tensor) -> Tensor:
-        key = index, x.device
-        if key not in self.stored:
-            mean, variance = (vector.double().tolist() for vector in self._tensors(index)[:2])
-            words = protocol.stored_packet(mean, variance).words()
-            self.stored[key] = torch.tensor(words, device=x.device)
-        return self.stored[key]
+        mean, var = self._tensors(index)[:2]
+        y: Tensor
+        if reduced is None:
+            y, _ = ops.frozen_apply(x, mean, var, weight, bias, residual, layer.eps, False)
+        else:
+            packet = torch.from_numpy(reduced).to(x.device)
+            unused = (None, None, None, 0.0, 0.0, True)  # Running
+            y, _ = ops.forward_apply(x, packet, weight, bias, residual, *unused, layer.eps, False, layer.name)
+        return y
 
     def read(self, index: int) -> list[Vector]:
         return [_to_core(tensor) for tensor in self._tensors(index)]
 
     def write(self, index: int, vectors: Sequence[Vector]) -> None:
-        self.stored.clear()
         for tensor, (array, _) in zip(self._tensors(index), vectors, strict=True):
             tensor.copy_(torch.from_numpy(array).view(tensor.dtype))
 

@@ -12,7 +12,7 @@ import pytest
 
 from hvd_syncbn import native, protocol
 from tests import cuda_kernels
-from tests.cuda_steps import step
+from tests.cuda_steps import frozen_step, step
 from tests.gpu.driver import Driver
 
 # One of every form of the moment kernels in either layout, and of the apply kernels: 2-D, 7x7, short and long rows.
@@ -40,6 +40,13 @@ def test_masks(n: int, c: int, s: int, dtype: str, layout: str) -> None:
 def test_weights_and_running_statistics_of_every_type(dtype: str, parameter: str, layout: str) -> None:
     for n, c, s in FORMS:
         step(n, c, s, dtype, layout, c + s, relu=True, parameter=parameter)
+
+
+@pytest.mark.parametrize("layout", native.LAYOUTS)
+@pytest.mark.parametrize("dtype", protocol.DTYPES)
+def test_frozen(dtype: str, layout: str) -> None:
+    for (n, c, s), parameter in itertools.product(FORMS, protocol.DTYPES):
+        frozen_step(n, c, s, dtype, layout, c + s, relu=s % 2 == 1, parameter=parameter)
 
 
 @pytest.mark.parametrize("layout", native.LAYOUTS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvd_syncbn.torch import SyncBatchNorm, check_device_errors, sync_batch_norm
+from hvd_syncbn.torch import SyncBatchNorm, check_device_errors, freeze_batchnorm, sync_batch_norm
 from hvd_syncbn.torch_impl import ops
 from tests.arrays import hostile
 from tests.cuda_kernels import LAG
@@ -268,6 +268,16 @@ def test_a_wrong_packet_changes_no_running_statistic() -> None:
     assert (mean == 3).all() and (var == 4).all()
     with pytest.raises(ValueError, match="disagree"):
         check_device_errors()
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_frozen_layer(layout: str, affine: bool) -> None:
+    layer = freeze_batchnorm(randomize(SyncBatchNorm(33, activation="relu"), 3), affine).train()
+    on_gpu = freeze_batchnorm(SyncBatchNorm(33, activation="relu").cuda(), affine).train()
+    on_gpu.load_state_dict(layer.state_dict())
+    tensors = [in_layout(randn(seed, 6, 33, 14, 14), layout) for seed in range(3)]
+    assert_same(to_cpu(step(on_gpu, *map(to_gpu, tensors))), step(layer, *tensors))
 
 
 def test_one_value_per_channel() -> None:

@@ -18,7 +18,7 @@ from hvd_syncbn import native, protocol
 from tests import cuda_emulator
 from tests import cuda_kernels as cuda
 from tests.arrays import same_bits, storage
-from tests.cuda_steps import EPS, step
+from tests.cuda_steps import EPS, frozen_step, step
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,6 +38,16 @@ def emulated_step(
     """`cuda_steps.step` on a device with so many multiprocessors."""
     cuda_emulator.configure(multiprocessors, seed)
     step(n, c, s, dtype, layout, seed, **options)
+
+
+@pytest.mark.parametrize("layout", native.LAYOUTS)
+@pytest.mark.parametrize("dtype", protocol.DTYPES)
+def test_frozen_step_equals_cpu(dtype: str, layout: str) -> None:
+    """A launch without a packet checks nothing, so it is not counted among those that report."""
+    cuda_emulator.configure(4, 1)
+    for i, (n, c, s) in enumerate([(3, 5, 7), (2, 33, 64), (4, 70, 1), (1, 2, 8200), (0, 3, 2)]):
+        frozen_step(n, c, s, dtype, layout, i, relu=i % 2 == 0, parameter=protocol.DTYPES[i % 4])
+    assert cuda.earlier_failure() == (native.OK, "")
 
 
 def cases() -> list[tuple[int, int, int, str, str]]:
@@ -138,7 +148,7 @@ def test_a_failure_is_told_a_fixed_number_of_launches_later() -> None:
     one_value[1] = 1
     y = np.zeros_like(x)
 
-    def apply(packet: np.ndarray, name: str, stream: ctypes.c_void_p | None = None) -> None:
+    def apply(packet: np.ndarray | None, name: str, stream: ctypes.c_void_p | None = None) -> None:
         none = tuple(cuda.vector(None) for _ in range(6))
         cuda.forward_apply(shape, EPS, x, None, False, packet, none, (0.9, 0.1), True, name, y, stream)
 
@@ -149,6 +159,7 @@ def test_a_failure_is_told_a_fixed_number_of_launches_later() -> None:
     for _ in range(cuda.LAG - 2):
         assert cuda.earlier_failure() == (native.OK, "")
         apply(good, "good")
+        apply(None, "frozen")  # is not counted
     assert cuda.earlier_failure(cuda.CAPTURING) == (native.OK, "")
     assert cuda.earlier_failure() == (native.ONE_VALUE, "first")
     apply(good, "good")

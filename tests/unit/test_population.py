@@ -136,21 +136,21 @@ def test_any_number_of_packets_leaves_room_for_the_ranks() -> None:
 
 
 @pytest.mark.parametrize("dtype", protocol.DTYPES)
-def test_stored_statistics_come_back(dtype: str) -> None:
-    """A layer normalizes by `stored_packet` as by the statistics themselves."""
+def test_stored_statistics(dtype: str) -> None:
+    """Without a packet the layer normalizes by its running statistics, exactly, and leaves them unchanged."""
     rng = np.random.default_rng(5)
-    mean = rounded(rng.standard_normal(40) * 10.0 ** rng.integers(-3, 5, 40), "float32")
-    variance = rounded(rng.standard_normal(40) ** 2 * 10.0 ** rng.integers(-6, 6, 40), "float32")
+    mean = rounded(rng.standard_normal(40) * 10.0 ** rng.integers(-3, 5, 40), "float32").astype(np.float32)
+    variance = rounded(rng.standard_normal(40) ** 2 * 10.0 ** rng.integers(-6, 6, 40), "float32").astype(np.float32)
     mean[:2], variance[2:4] = (0, -0.0), (0, 1e-30)
-    packet = protocol.stored_packet(mean.tolist(), variance.tolist())
-    assert packet.agreed()
-    x = storage(rounded(rng.standard_normal((2, 40, 3)), dtype), dtype)
-    _, stats = native.forward(native.shape(2, 40, 3, dtype), x, np.array(packet.words(), np.int64), EPS)
-    assert same_bits(stats[0], np.where(mean == 0, 0.0, mean))
-    # The variance is the difference of numbers up to 1e14 times as large, in double-double: 106 bits.
-    np.testing.assert_allclose(stats[1], 1 / np.sqrt(variance + EPS), rtol=1e-14)
-    broken = protocol.stored_packet([math.nan, 1.0, 2.0**90, 0.0], [1.0, math.inf, 1.0, -1.0])
-    assert broken.nonfinite == [1, 1, 1, 0]
+    x = rounded(rng.standard_normal((2, 40, 3)), dtype)
+    want = protocol.stored_statistics(mean.tolist(), variance.tolist(), EPS)
+    kept = mean.copy(), variance.copy()
+    y, stats = native.forward(
+        native.shape(2, 40, 3, dtype), storage(x, dtype), None, EPS, running_mean=kept[0], running_var=kept[1]
+    )
+    assert same_bits(stats, np.array([[s.mean for s in want], [s.invstd for s in want]]))
+    assert same_bits(y, storage(protocol.apply_forward(x, want, dtype), dtype))
+    assert same_bits(kept[0], mean) and same_bits(kept[1], variance)
 
 
 def test_average_weights() -> None:

@@ -185,7 +185,7 @@ def test_operators_are_registered_soundly(kind: str) -> None:
     for operator, arguments in (
         (ops.forward_moments, (x, 1e-5, True)),
         (ops.forward_apply, (*tensors, None, 0.9, 0.1, True, 1e-5, True, "name")),
-        (ops.forward_apply, (*tensors, torch.tensor(2), 0.0, 0.0, True, 1e-5, True, "name")),
+        (ops.forward_apply, (*tensors, torch.tensor(2), 0.0, None, True, 1e-5, True, "name")),
         (ops.backward_moments, (x, x.clone(), x.clone(), stats, torch.bfloat16)),
         (ops.backward_apply, (x, x.clone(), x.clone(), back, stats, vector, True, "name")),
         (ops.backward_apply, (x, x.clone(), None, back, stats, None, False, "name")),

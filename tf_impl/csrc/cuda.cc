@@ -44,9 +44,9 @@ class GpuForwardApplyOp : public ForwardApplyOp {
     TF_RETURN_IF_ERROR(Earlier(ctx));
     return Cuda(hvd_syncbn_cuda_forward_apply(
         &arrays.shape, epsilon_, arrays.x->data(), Data<const void>(arrays.residual), relu_,
-        Data<const int64_t>(arrays.packet), Vector(arrays.gamma), Vector(arrays.beta), Vector(arrays.moving_mean),
-        Vector(arrays.moving_variance), Vector(arrays.new_mean), Vector(arrays.new_variance), arrays.old_weight,
-        arrays.new_weight, unbiased_, layer_.c_str(), Data<double>(arrays.stats), arrays.y->data(), StreamOf(ctx)));
+        Data<const int64_t>(arrays.packet), Vector(arrays.gamma), Vector(arrays.beta), arrays.running,
+        Vector(arrays.new_mean), Vector(arrays.new_variance), layer_.c_str(), Data<double>(arrays.stats),
+        arrays.y->data(), StreamOf(ctx)));
   }
 };
 

@@ -175,7 +175,7 @@ class ForwardMomentsOp : public PreparedOp<ForwardMomentsArrays> {
 struct ForwardApplyArrays {
   hvd_syncbn_shape shape;
   const Tensor *x, *packet, *moving_mean, *moving_variance, *gamma, *beta, *residual;
-  double old_weight, new_weight;
+  hvd_syncbn_running running;
   Tensor *y, *stats, *new_mean, *new_variance;
 };
 
@@ -196,7 +196,7 @@ class ForwardApplyOp : public PreparedOp<ForwardApplyArrays> {
 
   Status Prepare(OpKernelContext* ctx, ForwardApplyArrays* to) const override {
     const TensorShape per_channel({to->shape.c});
-    TF_RETURN_IF_ERROR(Input(ctx, "packet", {hvd_syncbn_packet_size(to->shape.c)}, &to->packet));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "packet", {hvd_syncbn_packet_size(to->shape.c)}, &to->packet));
     TF_RETURN_IF_ERROR(Input(ctx, "moving_mean", per_channel, &to->moving_mean));
     TF_RETURN_IF_ERROR(Input(ctx, "moving_variance", per_channel, &to->moving_variance));
     TF_RETURN_IF_ERROR(OptionalInput(ctx, "gamma", per_channel, &to->gamma));
@@ -204,10 +204,10 @@ class ForwardApplyOp : public PreparedOp<ForwardApplyArrays> {
     TF_RETURN_IF_ERROR(OptionalInput(ctx, "residual", to->x->shape(), &to->residual));
     const Tensor* batches;
     TF_RETURN_IF_ERROR(OptionalInput(ctx, "batches", TensorShape(), &batches));
-    to->old_weight = old_weight_;
-    to->new_weight = new_weight_;
+    to->running = {Vector(to->moving_mean), Vector(to->moving_variance), old_weight_, new_weight_, unbiased_};
     if (batches != nullptr) {
-      hvd_syncbn_average_weights(old_weight_, *Data<const int64_t>(batches), &to->old_weight, &to->new_weight);
+      hvd_syncbn_average_weights(old_weight_, *Data<const int64_t>(batches), &to->running.old_weight,
+                                 &to->running.new_weight);
     }
     TF_RETURN_IF_ERROR(ctx->allocate_output("y", to->x->shape(), &to->y));
     TF_RETURN_IF_ERROR(ctx->allocate_output("stats", {2, to->shape.c}, &to->stats));
@@ -257,7 +257,7 @@ class BackwardApplyOp : public PreparedOp<BackwardApplyArrays> {
 
   Status Prepare(OpKernelContext* ctx, BackwardApplyArrays* to) const override {
     TF_RETURN_IF_ERROR(Input(ctx, "dy", to->x->shape(), &to->dy));
-    TF_RETURN_IF_ERROR(Input(ctx, "packet", {hvd_syncbn_packet_size(to->shape.c)}, &to->packet));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "packet", {hvd_syncbn_packet_size(to->shape.c)}, &to->packet));
     TF_RETURN_IF_ERROR(Input(ctx, "stats", {2, to->shape.c}, &to->stats));
     TF_RETURN_IF_ERROR(OptionalInput(ctx, "gamma", TensorShape({to->shape.c}), &to->gamma));
     TF_RETURN_IF_ERROR(OptionalInput(ctx, "y", to->x->shape(), &to->y));

@@ -68,25 +68,28 @@ REGISTER_OP("HvdSyncbnForwardMoments")
       return absl::OkStatus();
     });
 
-// `mask` is used by the gradient. With `batches`, the number of earlier batches, the weights are those of a
+// Without `packet`, for a frozen layer: by the moving statistics, and gamma and beta have gradients only if it
+// `learns`. `mask` is used by the gradient. With `batches`, the number of earlier batches, the weights are those of a
 // zero-debiased average, and new_weight is ignored. `stats` is float64: mean and 1 / standard deviation of each
 // channel.
 REGISTER_OP("HvdSyncbnForwardApply")
     .HVD_SYNCBN_COMMON_ATTRS.Attr("epsilon_bits: int")
     .Attr("U: {half, bfloat16, float, double}")
+    .Attr("packets: int >= 0")
     .Attr("gammas: int >= 0")
     .Attr("betas: int >= 0")
     .Attr("residuals: int >= 0")
     .Attr("masks: int >= 0")
     .Attr("counts: int >= 0")
     .Attr("relu: bool")
+    .Attr("learns: bool = true")
     .Attr("old_weight: float")
     .Attr("new_weight: float")
     .Attr("unbiased_variance: bool")
     .Attr("layer: string")
     .Attr("group: string")
     .Input("x: T")
-    .Input("packet: int64")
+    .Input("packet: packets * int64")
     .Input("moving_mean: U")
     .Input("moving_variance: U")
     .Input("gamma: gammas * U")
@@ -138,7 +141,8 @@ REGISTER_OP("HvdSyncbnBackwardMoments")
     });
 
 REGISTER_OP("HvdSyncbnBackwardApply")
-    .HVD_SYNCBN_COMMON_ATTRS.Attr("gamma_types: list({half, bfloat16, float, double}) >= 0")
+    .HVD_SYNCBN_COMMON_ATTRS.Attr("packets: int >= 0")
+    .Attr("gamma_types: list({half, bfloat16, float, double}) >= 0")
     .Attr("ys: int >= 0")
     .Attr("masks: int >= 0")
     .Attr("residuals: int >= 0")
@@ -146,54 +150,11 @@ REGISTER_OP("HvdSyncbnBackwardApply")
     .Attr("group: string")
     .Input("x: T")
     .Input("dy: T")
-    .Input("packet: int64")
+    .Input("packet: packets * int64")
     .Input("stats: double")
     .Input("gamma: gamma_types")
     .Input("y: ys * T")
     .Input("mask: masks * bool")
-    .Output("dx: T")
-    .Output("dresidual: residuals * T")
-    .SetShapeFn([](InferenceContext* c) {
-      for (int i = 0; i < c->num_outputs(); ++i) c->set_output(i, c->input(0));
-      return absl::OkStatus();
-    });
-
-// For a frozen layer, which has no packet, on CPUs only. If it `learns`, HvdSyncbnBackwardMoments computes the
-// gradients of its parameters.
-REGISTER_OP("HvdSyncbnFrozenApply")
-    .HVD_SYNCBN_COMMON_ATTRS.Attr("epsilon_bits: int")
-    .Attr("U: {half, bfloat16, float, double}")
-    .Attr("gammas: int >= 0")
-    .Attr("betas: int >= 0")
-    .Attr("residuals: int >= 0")
-    .Attr("relu: bool")
-    .Attr("learns: bool")
-    .Input("x: T")
-    .Input("moving_mean: U")
-    .Input("moving_variance: U")
-    .Input("gamma: gammas * U")
-    .Input("beta: betas * U")
-    .Input("residual: residuals * T")
-    .Output("y: T")
-    .Output("stats: double")
-    .SetShapeFn([](InferenceContext* c) {
-      DimensionHandle channels;
-      TF_RETURN_IF_ERROR(Channels(c, &channels));
-      c->set_output(0, c->input(0));
-      c->set_output(1, c->Matrix(2, channels));
-      return absl::OkStatus();
-    });
-
-REGISTER_OP("HvdSyncbnFrozenBackward")
-    .HVD_SYNCBN_COMMON_ATTRS.Attr("gamma_types: list({half, bfloat16, float, double}) >= 0")
-    .Attr("ys: int >= 0")
-    .Attr("residuals: int >= 0")
-    .Attr("layer: string")
-    .Attr("group: string")
-    .Input("dy: T")
-    .Input("stats: double")
-    .Input("gamma: gamma_types")
-    .Input("y: ys * T")
     .Output("dx: T")
     .Output("dresidual: residuals * T")
     .SetShapeFn([](InferenceContext* c) {
@@ -222,9 +183,10 @@ int64_t Unmasked(const hvd_syncbn_shape& shape, const uint8_t* mask) {
   return mask == nullptr ? positions : positions - std::count(mask, mask + positions, 0);
 }
 
-// Returns the error in the header of a reduced packet.
+// Returns the error in the header of a reduced packet. A frozen layer has none.
 Status CheckPacket(int32_t direction, const Tensor& x, const hvd_syncbn_shape& shape, double epsilon,
                    const Tensor* packet, const std::string& layer) {
+  if (packet == nullptr) return absl::OkStatus();
   const int32_t status = hvd_syncbn_check_packet(direction, Data<const int64_t>(packet));
   if (status == HVD_SYNCBN_RANKS_DISAGREE) {
     return Failure(status, layer, "Received on this rank: channels=", shape.c, ", epsilon=", epsilon,
@@ -264,17 +226,19 @@ class CpuForwardApplyOp : public ForwardApplyOp {
   Status Launch(OpKernelContext* ctx, const ForwardApplyArrays& arrays) const override {
     const hvd_syncbn_shape& shape = arrays.shape;
     TF_RETURN_IF_ERROR(CheckPacket(HVD_SYNCBN_FORWARD, *arrays.x, shape, epsilon_, arrays.packet, layer_));
-    const std::string warning = nonfinite_warning(layer_, shape.c, Data<const int64_t>(arrays.packet));
+    const auto* const packet = Data<const int64_t>(arrays.packet);
+    const std::string warning = packet == nullptr ? "" : nonfinite_warning(layer_, shape.c, packet);
     if (!warning.empty()) LOG(WARNING) << "hvd-syncbn: " << warning;
     PreferHugePages(arrays.y);
     std::memcpy(arrays.new_mean->data(), arrays.moving_mean->data(), arrays.moving_mean->TotalBytes());
     std::memcpy(arrays.new_variance->data(), arrays.moving_variance->data(), arrays.moving_variance->TotalBytes());
     Tensor coefficients;
     TF_RETURN_IF_ERROR(Coefficients(ctx, shape, &coefficients));
-    hvd_syncbn_forward_finish(&shape, epsilon_, Data<const int64_t>(arrays.packet), Vector(arrays.gamma),
-                              Vector(arrays.beta), Vector(arrays.new_mean), Vector(arrays.new_variance),
-                              arrays.old_weight, arrays.new_weight, unbiased_, Data<double>(arrays.stats),
-                              coefficients.data());
+    hvd_syncbn_running running = arrays.running;
+    running.mean = Vector(arrays.new_mean);
+    running.var = Vector(arrays.new_variance);
+    hvd_syncbn_forward_finish(&shape, epsilon_, packet, Vector(arrays.gamma), Vector(arrays.beta), running,
+                              Data<double>(arrays.stats), coefficients.data());
     Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
       hvd_syncbn_forward_apply(&shape, arrays.x->data(), Data<const void>(arrays.residual), relu_, coefficients.data(),
                                begin, end, arrays.y->data());
@@ -323,76 +287,6 @@ class CpuBackwardApplyOp : public BackwardApplyOp {
   }
 };
 
-class CpuFrozenApplyOp : public LayerOp {
- public:
-  explicit CpuFrozenApplyOp(OpKernelConstruction* ctx) : LayerOp(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("relu", &relu_));
-  }
-
-  void Compute(OpKernelContext* ctx) override { OP_REQUIRES_OK(ctx, Apply(ctx)); }
-
- private:
-  bool relu_;
-
-  Status Apply(OpKernelContext* ctx) const {
-    const Tensor& x = ctx->input(0);
-    hvd_syncbn_shape shape;
-    TF_RETURN_IF_ERROR(CoreShape(x, &shape));
-    const TensorShape per_channel({shape.c});
-    const Tensor *mean, *variance, *gamma, *beta, *residual;
-    TF_RETURN_IF_ERROR(Input(ctx, "moving_mean", per_channel, &mean));
-    TF_RETURN_IF_ERROR(Input(ctx, "moving_variance", per_channel, &variance));
-    TF_RETURN_IF_ERROR(OptionalInput(ctx, "gamma", per_channel, &gamma));
-    TF_RETURN_IF_ERROR(OptionalInput(ctx, "beta", per_channel, &beta));
-    TF_RETURN_IF_ERROR(OptionalInput(ctx, "residual", x.shape(), &residual));
-    Tensor *y, *stats, coefficients;
-    TF_RETURN_IF_ERROR(ctx->allocate_output("y", x.shape(), &y));
-    TF_RETURN_IF_ERROR(ctx->allocate_output("stats", {2, shape.c}, &stats));
-    TF_RETURN_IF_ERROR(Coefficients(ctx, shape, &coefficients));
-    PreferHugePages(y);
-    hvd_syncbn_forward_finish(&shape, epsilon_, nullptr, Vector(gamma), Vector(beta), Vector(mean), Vector(variance), 0,
-                              0, false, Data<double>(stats), coefficients.data());
-    Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
-      hvd_syncbn_forward_apply(&shape, x.data(), Data<const void>(residual), relu_, coefficients.data(), begin, end,
-                               y->data());
-    });
-    return absl::OkStatus();
-  }
-};
-
-class CpuFrozenBackwardOp : public LayerOp {
- public:
-  using LayerOp::LayerOp;
-
-  void Compute(OpKernelContext* ctx) override { OP_REQUIRES_OK(ctx, Apply(ctx)); }
-
- private:
-  Status Apply(OpKernelContext* ctx) const {
-    const Tensor& dy = ctx->input(0);
-    hvd_syncbn_shape shape;
-    TF_RETURN_IF_ERROR(CoreShape(dy, &shape));
-    const Tensor *stats, *gamma, *y;
-    TF_RETURN_IF_ERROR(Input(ctx, "stats", {2, shape.c}, &stats));
-    TF_RETURN_IF_ERROR(OptionalInput(ctx, "gamma", TensorShape({shape.c}), &gamma));
-    TF_RETURN_IF_ERROR(OptionalInput(ctx, "y", dy.shape(), &y));
-    Tensor *dx, *dresidual = nullptr, coefficients;
-    TF_RETURN_IF_ERROR(ctx->allocate_output(0, dy.shape(), &dx));
-    if (ctx->num_outputs() > 1) TF_RETURN_IF_ERROR(ctx->allocate_output(1, dy.shape(), &dresidual));
-    TF_RETURN_IF_ERROR(Coefficients(ctx, shape, &coefficients));
-    PreferHugePages(dx);
-    PreferHugePages(dresidual);
-    hvd_syncbn_backward_finish(&shape, nullptr, Data<const double>(stats), Vector(gamma), coefficients.data());
-    // The coefficients do not use x, so dy is passed for it.
-    Run(ctx, hvd_syncbn_apply_units(&shape), hvd_syncbn_apply_unit_bytes(&shape), [&](int64_t begin, int64_t end) {
-      hvd_syncbn_backward_apply(&shape, dy.data(), dy.data(), Data<const void>(y), nullptr, coefficients.data(), begin,
-                                end, dx->data(), Data<void>(dresidual));
-    });
-    return absl::OkStatus();
-  }
-};
-
-REGISTER_KERNEL_BUILDER(Name("HvdSyncbnFrozenApply").Device(tensorflow::DEVICE_CPU), CpuFrozenApplyOp);
-REGISTER_KERNEL_BUILDER(Name("HvdSyncbnFrozenBackward").Device(tensorflow::DEVICE_CPU), CpuFrozenBackwardOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardMoments").Device(tensorflow::DEVICE_CPU), CpuForwardMomentsOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnForwardApply").Device(tensorflow::DEVICE_CPU), CpuForwardApplyOp);
 REGISTER_KERNEL_BUILDER(Name("HvdSyncbnBackwardMoments").Device(tensorflow::DEVICE_CPU), CpuBackwardMomentsOp);

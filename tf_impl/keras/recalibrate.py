@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from hvd_syncbn import population, protocol
+from hvd_syncbn import population
 from hvd_syncbn.population import Take, Vector, Words
 from hvd_syncbn.tf_impl.keras import ranks
 from hvd_syncbn.tf_impl.keras.convert import batch_norms
@@ -153,7 +153,6 @@ class _Network:
                 "the model has no batch normalization layer whose moving statistics can be replaced. "
                 + (f"Received: frozen layers {frozen}" if frozen else f"Received: {type(model).__name__}")
             )
-        self.stored: dict[int, Any] = {}
 
     def run(self, batch: Any, take: Take) -> None:
         with contextlib.ExitStack() as watching:
@@ -192,22 +191,14 @@ class _Network:
         reduced = take(index, packet.numpy())
         if self.init_affine:
             return x if residual is None else x + residual
-        by = self._stored(index) if reduced is None else tf.constant(reduced)
-        return functional.normalize_by(by, x, norm.gamma, norm.beta, residual, layer.eps, norm.axis, layer.name)
-
-    def _stored(self, index: int) -> Any:
-        if index not in self.stored:
-            norm = self.norms[index]
-            mean, variance = (v.value.numpy().astype(np.float64).tolist() for v in (norm.moving_mean, norm.moving_variance))
-            words = protocol.stored_packet(mean, variance).words()
-            self.stored[index] = tf.constant(words, tf.int64)
-        return self.stored[index]
+        by = None if reduced is None else tf.constant(reduced)
+        vectors = (norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance)
+        return functional.normalize_by(by, x, *vectors, residual, layer.eps, norm.axis, layer.name)
 
     def read(self, index: int) -> list[Vector]:
         return [_to_core(variable) for variable in self._variables(index)]
 
     def write(self, index: int, vectors: Sequence[Vector]) -> None:
-        self.stored.clear()
         for variable, (array, _) in zip(self._variables(index), vectors, strict=True):
             variable.assign(array.view(variable.value.dtype.as_numpy_dtype))
 

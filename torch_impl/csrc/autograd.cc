@@ -44,11 +44,7 @@ namespace {
 
 // Everything that is not differentiated.
 struct Options {
-  OptionalTensor running_mean, running_var;
-  OptionalTensor batches;  // before this one
-  bool average;            // whether their average has no bias at its start; else by the weights
-  double old_weight, new_weight;
-  bool unbiased;
+  Running running;
   double eps;
   bool relu;
   bool needs_gradient;               // this rank will differentiate: the same on every rank, or an error
@@ -159,11 +155,12 @@ class SyncBatchNorm : public BatchNorm<SyncBatchNorm> {
     const Tensor packet = sum_over_ranks(
         moments.call(x, options.eps, hvd_syncbn_call_number(options.name.c_str(), options.needs_gradient)),
         options.name + ".forward", options.group);
-    auto result = apply.call(x, packet, weight, bias, residual, options.running_mean, options.running_var,
-                             options.average ? options.batches : std::nullopt, options.old_weight, options.new_weight,
-                             options.unbiased, options.eps, options.relu, options.name, options.needs_gradient);
+    const Running& running = options.running;
+    auto result = apply.call(x, packet, weight, bias, residual, running.mean, running.var, running.batches,
+                             running.old_weight, running.new_weight, running.unbiased, options.eps, options.relu,
+                             options.name, options.needs_gradient);
     // Together with the statistics: what comes next may raise, as checkpointing does to stop early.
-    if (options.batches.has_value()) options.batches->add_(1);
+    if (running.batches.has_value()) running.batches->add_(1);
     return result;
   }
 
@@ -200,7 +197,7 @@ class FrozenBatchNorm : public BatchNorm<FrozenBatchNorm> {
                                                       const OptionalTensor& bias, const OptionalTensor& residual,
                                                       const Options& options) {
     static const auto apply = find_operator<decltype(frozen_apply<Cpu>)>("hvd_syncbn::frozen_apply");
-    return apply.call(x, *options.running_mean, *options.running_var, weight, bias, residual, options.eps,
+    return apply.call(x, *options.running.mean, *options.running.var, weight, bias, residual, options.eps,
                       options.relu);
   }
 
@@ -224,19 +221,15 @@ Tensor frozen_batch_norm(const Tensor& x, const OptionalTensor& weight, const Op
                     {"residual", residual},
                     {"running_mean", running_mean},
                     {"running_var", running_var}});
-  Options options = {};
-  options.running_mean = running_mean;
-  options.running_var = running_var;
-  options.eps = eps;
-  options.relu = relu;
+  const Options options{{running_mean, running_var, std::nullopt, 0, 0, false}, eps, relu, false, std::nullopt, ""};
   return FrozenBatchNorm::apply(x, weight, bias, residual, options);
 }
 
 Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& residual, const OptionalTensor& running_mean,
-                       const OptionalTensor& running_var, const OptionalTensor& batches,
-                       std::optional<double> old_weight, std::optional<double> new_weight, bool unbiased, double eps,
-                       bool relu, std::optional<std::string> group, const std::string& name) {
+                       const OptionalTensor& running_var, const OptionalTensor& batches, double old_weight,
+                       std::optional<double> new_weight, bool unbiased, double eps, bool relu,
+                       std::optional<std::string> group, const std::string& name) {
   check_no_transform(name);
   check_devices(x,
                 {{"weight", weight},
@@ -246,13 +239,12 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
                  {"running_var", running_var},
                  {"num_batches_tracked", batches}},
                 name);
-  const bool average = !new_weight.has_value();
-  TORCH_CHECK_VALUE(old_weight.has_value() && (!average || batches.has_value()),
+  TORCH_CHECK_VALUE(new_weight.has_value() || batches.has_value(),
                     "expected two weights, or that of the old statistics and the number of batches");
   const bool needs_gradient = at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) ||
                                                              requires_grad(bias) || requires_grad(residual));
-  const Options options{running_mean, running_var, batches, average,        *old_weight, new_weight.value_or(0),
-                        unbiased,     eps,         relu,    needs_gradient, group,       name};
+  const Options options{
+      {running_mean, running_var, batches, old_weight, new_weight, unbiased}, eps, relu, needs_gradient, group, name};
   return SyncBatchNorm::apply(x, weight, bias, residual, options);
 }
 
@@ -265,7 +257,7 @@ TORCH_LIBRARY_IMPL(hvd_syncbn, FuncTorchBatched, m) { m.impl("sync_batch_norm", 
 TORCH_LIBRARY_FRAGMENT(hvd_syncbn, m) {
   m.def(
       "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? batches, float? old_weight, float? new_weight, bool unbiased, "
+      "Tensor(b!)? running_var, Tensor(c!)? batches, float old_weight, float? new_weight, bool unbiased, "
       "float eps, bool relu, str? group, str name) -> Tensor",
       hvd_syncbn::sync_batch_norm);
   m.def(

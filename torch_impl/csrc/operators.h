@@ -7,7 +7,7 @@
 //   backward_apply(x, dy, y?, packet) -> (dx, dresidual)
 //   backward_check(packet, dweight, dbias) -> (dweight, dbias)   instead, if neither dx nor dresidual is needed
 //
-// For a frozen layer, which has no packet, on CPUs only:
+// For a frozen layer, which has no packet:
 //
 //   frozen_apply(x, ...) -> (y, stats)
 //   frozen_backward(dy, y?) -> (dx, dresidual)             backward_moments returns the gradients of its parameters
@@ -70,7 +70,7 @@ inline void apply(const Input& in, const OptionalTensor& residual, bool relu, co
   });
 }
 
-// Applies the coefficients of backward_finish. `in` may be `dy` if the coefficients do not use x.
+// Applies the coefficients of backward_finish.
 inline void apply_backward(const Input& in, const Tensor& dy, const OptionalTensor& y, const Tensor& scratch,
                            const Tensor& dx, const Tensor& dresidual) {
   const Tensor g = like(in, dy);
@@ -102,12 +102,12 @@ Tensor forward_moments(const Tensor& x, double eps, int64_t call) {
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, const OptionalTensor& weight,
+std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const OptionalTensor& packet, const OptionalTensor& weight,
                                          const OptionalTensor& bias, const OptionalTensor& residual,
                                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                         const OptionalTensor& batches, double old_weight, double new_weight,
-                                         bool unbiased, double eps, bool relu, const std::string& name,
-                                         bool needs_gradient) {
+                                         const OptionalTensor& batches, double old_weight,
+                                         std::optional<double> new_weight, bool unbiased, double eps, bool relu,
+                                         const std::string& name, bool needs_gradient) {
   check_devices(x,
                 {{"packet", packet},
                  {"weight", weight},
@@ -122,24 +122,25 @@ std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const Tensor& packet, 
   if constexpr (Device::kType != at::kMeta) {
     const int64_t* const words = packet_data(in, packet);
     const hvd_syncbn_vector gamma = vector(in, weight), beta = vector(in, bias);
-    const hvd_syncbn_vector mean = vector(in, running_mean), var = vector(in, running_var);
-    const auto [share_of_old, share_of_new] = weights(batches, old_weight, new_weight);
+    const hvd_syncbn_running running =
+        to_core(in, {running_mean, running_var, batches, old_weight, new_weight, unbiased});
     double* const moments = stats.mutable_data_ptr<double>();
     if constexpr (Device::kType == at::kCPU) {
-      raise_failure(hvd_syncbn_check_packet(HVD_SYNCBN_FORWARD, words), name, " This rank has: ", in.shape.c,
-                    " channels, eps ", eps, ", dtype ", x.scalar_type(), ", ", needs_gradient ? "a" : "no",
-                    " gradient needed");
-      const std::string warning = nonfinite_warning(name, in.shape.c, words);
-      if (!warning.empty()) warn(warning);
+      if (words != nullptr) {
+        raise_failure(hvd_syncbn_check_packet(HVD_SYNCBN_FORWARD, words), name, " This rank has: ", in.shape.c,
+                      " channels, eps ", eps, ", dtype ", x.scalar_type(), ", ", needs_gradient ? "a" : "no",
+                      " gradient needed");
+        const std::string warning = nonfinite_warning(name, in.shape.c, words);
+        if (!warning.empty()) warn(warning);
+      }
       Tensor scratch = coefficients(in);
-      hvd_syncbn_forward_finish(&in.shape, eps, words, gamma, beta, mean, var, share_of_old, share_of_new, unbiased,
-                                moments, scratch.mutable_data_ptr());
+      hvd_syncbn_forward_finish(&in.shape, eps, words, gamma, beta, running, moments, scratch.mutable_data_ptr());
       apply(in, residual, relu, scratch, y);
     } else {
       const OptionalTensor added = like(in, residual);
-      device.check(hvd_syncbn_cuda_forward_apply(
-          &in.shape, eps, in.tensor.const_data_ptr(), data(added), relu, words, gamma, beta, mean, var, mean, var,
-          share_of_old, share_of_new, unbiased, name.c_str(), moments, y.mutable_data_ptr(), device.stream()));
+      device.check(hvd_syncbn_cuda_forward_apply(&in.shape, eps, in.tensor.const_data_ptr(), data(added), relu, words,
+                                                 gamma, beta, running, running.mean, running.var, name.c_str(), moments,
+                                                 y.mutable_data_ptr(), device.stream()));
     }
   }
   return {y, stats};
@@ -178,8 +179,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_moments(const Tensor& x, const Tenso
 
 template <class Device>
 std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, const OptionalTensor& y,
-                                          const Tensor& packet, const Tensor& stats, const OptionalTensor& weight,
-                                          bool want_residual, const std::string& name) {
+                                          const OptionalTensor& packet, const Tensor& stats,
+                                          const OptionalTensor& weight, bool want_residual, const std::string& name) {
   check_devices(x, {{"dy", dy}, {"y", y}, {"packet", packet}, {"stats", stats}, {"weight", weight}}, name);
   const Device device(x);
   const Input in = input(x);
@@ -190,7 +191,7 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& x, const Tensor& dy, con
     const double* const moments = stats.const_data_ptr<double>();
     const hvd_syncbn_vector gamma = vector(in, weight);
     if constexpr (Device::kType == at::kCPU) {
-      raise_failure(hvd_syncbn_check_packet(HVD_SYNCBN_BACKWARD, words), name);
+      if (words != nullptr) raise_failure(hvd_syncbn_check_packet(HVD_SYNCBN_BACKWARD, words), name);
       Tensor scratch = coefficients(in);
       hvd_syncbn_backward_finish(&in.shape, words, moments, gamma, scratch.mutable_data_ptr());
       apply_backward(in, dy, y, scratch, dx, dresidual);
@@ -224,37 +225,20 @@ std::tuple<Tensor, Tensor> backward_check(const Tensor& packet, const Tensor& dw
   return {dweight.clone(), dbias.clone()};
 }
 
+// For a frozen layer: without a packet, by its running statistics.
 template <class Device>
 std::tuple<Tensor, Tensor> frozen_apply(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
                                         const OptionalTensor& weight, const OptionalTensor& bias,
                                         const OptionalTensor& residual, double eps, bool relu) {
-  const Device device(x);
-  const Input in = input(x);
-  Tensor stats = empty(x, {2, in.channels}, at::kDouble), y = at::empty_like(in.tensor);
-  if constexpr (Device::kType == at::kCPU) {
-    Tensor scratch = coefficients(in);
-    hvd_syncbn_forward_finish(&in.shape, eps, nullptr, vector(in, weight), vector(in, bias), vector(in, running_mean),
-                              vector(in, running_var), 0, 0, false, stats.mutable_data_ptr<double>(),
-                              scratch.mutable_data_ptr());
-    apply(in, residual, relu, scratch, y);
-  }
-  return {y, stats};
+  return forward_apply<Device>(x, std::nullopt, weight, bias, residual, running_mean, running_var, std::nullopt, 0, 0,
+                               false, eps, relu, "", false);
 }
 
+// dx does not depend on x, so dy is passed for it.
 template <class Device>
 std::tuple<Tensor, Tensor> frozen_backward(const Tensor& dy, const OptionalTensor& y, const Tensor& stats,
                                            const OptionalTensor& weight, bool want_residual) {
-  const Device device(dy);
-  const Input in = input(dy);
-  Tensor dx = at::empty_like(in.tensor),
-         dresidual = want_residual ? at::empty_like(dx) : empty(dy, {0}, dy.scalar_type());
-  if constexpr (Device::kType == at::kCPU) {
-    Tensor scratch = coefficients(in);
-    hvd_syncbn_backward_finish(&in.shape, nullptr, stats.const_data_ptr<double>(), vector(in, weight),
-                               scratch.mutable_data_ptr());
-    apply_backward(in, in.tensor, y, scratch, dx, dresidual);
-  }
-  return {dx, dresidual};
+  return backward_apply<Device>(dy, dy, y, std::nullopt, stats, weight, want_residual, "");
 }
 
 // Registers the operators for tensors of a device.
@@ -265,10 +249,8 @@ void implement(torch::Library& library) {
   library.impl("backward_moments", backward_moments<Device>);
   library.impl("backward_apply", backward_apply<Device>);
   library.impl("backward_check", backward_check<Device>);
-  if constexpr (Device::kType != at::kCUDA) {
-    library.impl("frozen_apply", frozen_apply<Device>);
-    library.impl("frozen_backward", frozen_backward<Device>);
-  }
+  library.impl("frozen_apply", frozen_apply<Device>);
+  library.impl("frozen_backward", frozen_backward<Device>);
 }
 
 }  // namespace hvd_syncbn

@@ -4,14 +4,14 @@
 TORCH_LIBRARY(hvd_syncbn, m) {
   m.def("forward_moments(Tensor x, float eps, int call=0) -> Tensor");
   m.def(
-      "forward_apply(Tensor x, Tensor packet, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? "
-      "running_mean, Tensor(b!)? running_var, Tensor? batches, float old_weight, float new_weight, bool unbiased, "
+      "forward_apply(Tensor x, Tensor? packet, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? "
+      "running_mean, Tensor(b!)? running_var, Tensor? batches, float old_weight, float? new_weight, bool unbiased, "
       "float eps, bool relu, str name, bool needs_gradient=False) -> (Tensor y, Tensor stats)");
   m.def(
       "backward_moments(Tensor x, Tensor dy, Tensor? y, Tensor stats, ScalarType parameter_dtype) -> "
       "(Tensor packet, Tensor dweight, Tensor dbias)");
   m.def(
-      "backward_apply(Tensor x, Tensor dy, Tensor? y, Tensor packet, Tensor stats, Tensor? weight, "
+      "backward_apply(Tensor x, Tensor dy, Tensor? y, Tensor? packet, Tensor stats, Tensor? weight, "
       "bool want_residual, str name) -> (Tensor dx, Tensor dresidual)");
   m.def("backward_check(Tensor packet, Tensor dweight, Tensor dbias, str name) -> (Tensor, Tensor)");
   m.def(

@@ -85,13 +85,23 @@ inline hvd_syncbn_vector vector(const Input& in, const OptionalTensor& tensor) {
   return {tensor->data_ptr(), dtype_code(tensor->scalar_type())};
 }
 
-// Returns the weights of the old running statistics and of the batch's: as given, or, with the number of earlier
-// `batches`, those of a zero-debiased average.
-inline std::pair<double, double> weights(const OptionalTensor& batches, double old_weight, double new_weight) {
-  if (batches.has_value() && batches->defined()) {
-    hvd_syncbn_average_weights(old_weight, batches->item<int64_t>(), &old_weight, &new_weight);
+// Running statistics, and how a batch changes them, as hvd_syncbn_running. Without new_weight, the weights are those of
+// a zero-debiased average over `batches`, the number of batches before this one.
+struct Running {
+  OptionalTensor mean, var, batches;
+  double old_weight;
+  std::optional<double> new_weight;
+  bool unbiased;
+};
+
+inline hvd_syncbn_running to_core(const Input& in, const Running& running) {
+  hvd_syncbn_running core = {vector(in, running.mean), vector(in, running.var), running.old_weight,
+                             running.new_weight.value_or(0), running.unbiased};
+  if (!running.new_weight.has_value()) {
+    hvd_syncbn_average_weights(running.old_weight, running.batches->item<int64_t>(), &core.old_weight,
+                               &core.new_weight);
   }
-  return {old_weight, new_weight};
+  return core;
 }
 
 // A tensor with the name that errors use for it.
@@ -138,10 +148,12 @@ inline int64_t* zeroed(const Tensor& packet) {
   return static_cast<int64_t*>(std::memset(packet.mutable_data_ptr(), 0, packet.nbytes()));
 }
 
-inline const int64_t* packet_data(const Input& in, const Tensor& packet) {
-  TORCH_CHECK_VALUE(packet.numel() == hvd_syncbn_packet_size(in.shape.c), "expected a packet of ", in.shape.c,
-                    " channels. Received: ", packet.numel(), " words");
-  return packet.const_data_ptr<int64_t>();
+// Returns the words of a packet, or null.
+inline const int64_t* packet_data(const Input& in, const OptionalTensor& packet) {
+  if (!packet.has_value()) return nullptr;
+  TORCH_CHECK_VALUE(packet->numel() == hvd_syncbn_packet_size(in.shape.c), "expected a packet of ", in.shape.c,
+                    " channels. Received: ", packet->numel(), " words");
+  return packet->const_data_ptr<int64_t>();
 }
 
 // Returns the memory of a large output.

@@ -59,6 +59,11 @@ HVD_SYNCBN_HD Statistics<double> statistics(const int64_t* packet, int64_t c, in
                     static_cast<double>(packet[1]), eps);
 }
 
+// Of a frozen layer, from its running statistics.
+HVD_SYNCBN_HD Statistics<double> stored_statistics(double mean, double var, double eps) {
+  return {mean, var, 1 / sqrt(var + eps)};
+}
+
 // The weights are float32 values, widened. The result is then rounded once into the buffer. A batch that is not finite
 // is left out.
 HVD_SYNCBN_HD double running(double old_weight, double old, double new_weight, double batch) {

@@ -176,12 +176,10 @@ int64_t hvd_syncbn_nonfinite_channels(int64_t c, const int64_t* packet) {
 }
 
 void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const int64_t* packet,
-                               hvd_syncbn_vector gamma, hvd_syncbn_vector beta, hvd_syncbn_vector running_mean,
-                               hvd_syncbn_vector running_var, double old_weight, double new_weight, int32_t unbiased,
+                               hvd_syncbn_vector gamma, hvd_syncbn_vector beta, hvd_syncbn_running running,
                                double* stats, void* coefficients) {
   const IeeeArithmetic ieee;
-  path().forward_finish(*shape, eps, packet, gamma, beta, running_mean, running_var, old_weight, new_weight, unbiased,
-                        stats, coefficients);
+  path().forward_finish(*shape, eps, packet, gamma, beta, running, stats, coefficients);
 }
 
 void hvd_syncbn_average_weights(double old_weight, int64_t batches, double* weight_of_old, double* weight_of_new) {

@@ -72,12 +72,12 @@ void update(const hvd_syncbn_vector& vector, int64_t begin, int64_t end, double 
 }
 
 // Reads mean and 1 / standard deviation of a frozen layer from its running statistics.
-void stored_statistics(const hvd_syncbn_vector& running_mean, const hvd_syncbn_vector& running_var, double eps,
-                       int64_t begin, int64_t end, double* mean, double* invstd) {
+void read_stored(const hvd_syncbn_running& moving, double eps, int64_t begin, int64_t end, double* mean,
+                 double* invstd) {
   double var[kBlock];
-  read_block(running_mean, begin, end, 0.0, mean);
-  read_block(running_var, begin, end, 1.0, var);
-  for (int64_t i = 0; i < end - begin; ++i) invstd[i] = 1 / sqrt(var[i] + eps);
+  read_block(moving.mean, begin, end, 0.0, mean);
+  read_block(moving.var, begin, end, 1.0, var);
+  for (int64_t i = 0; i < end - begin; ++i) invstd[i] = stored_statistics(mean[i], var[i], eps).invstd;
 }
 
 // Coefficients are stored as consecutive arrays of c values.
@@ -112,15 +112,14 @@ HVD_SYNCBN_INLINE void write_backward_coefficients(int64_t begin, int64_t end, i
 }  // namespace
 
 void forward_finish(const hvd_syncbn_shape& shape, double eps, const int64_t* packet, const hvd_syncbn_vector& gamma,
-                    const hvd_syncbn_vector& beta, const hvd_syncbn_vector& running_mean,
-                    const hvd_syncbn_vector& running_var, double old_weight, double new_weight, int32_t unbiased,
-                    double* stats, void* coefficients) {
+                    const hvd_syncbn_vector& beta, const hvd_syncbn_running& moving, double* stats,
+                    void* coefficients) {
   const int64_t c = shape.c;
-  const double keep = static_cast<float>(old_weight), take = static_cast<float>(new_weight);
+  const double keep = static_cast<float>(moving.old_weight), take = static_cast<float>(moving.new_weight);
   for_blocks(c, [&](int64_t begin, int64_t end) {
     double var[kBlock], g[kBlock], b[kBlock];
     if (packet == nullptr) {
-      stored_statistics(running_mean, running_var, eps, begin, end, stats + begin, stats + c + begin);
+      read_stored(moving, eps, begin, end, stats + begin, stats + c + begin);
     } else {
       const double n = static_cast<double>(packet[1]);
       for_channels(
@@ -140,9 +139,9 @@ void forward_finish(const hvd_syncbn_shape& shape, double eps, const int64_t* pa
             var[i - begin] = s.var;
           });
       if (packet[1] != 0) {
-        update(running_mean, begin, end, keep, take, stats + begin);
-        for (int64_t i = begin; i < end && unbiased; ++i) var[i - begin] = hvd_syncbn::unbiased(var[i - begin], n);
-        update(running_var, begin, end, keep, take, var);
+        update(moving.mean, begin, end, keep, take, stats + begin);
+        for (int64_t i = begin; i < end && moving.unbiased; ++i) var[i - begin] = unbiased(var[i - begin], n);
+        update(moving.var, begin, end, keep, take, var);
       }
     }
     read_block(gamma, begin, end, 1.0, g);

@@ -22,25 +22,24 @@ inline int tile_width(const hvd_syncbn_shape& shape) {
   return tiles < 2 ? kMaxTile : static_cast<int>(((shape.c + tiles - 1) / tiles + 15) / 16 * 16);
 }
 
-#define HVD_SYNCBN_DECLARE_KERNELS(path)                                                                              \
-  namespace path {                                                                                                    \
-  void forward_moments(const hvd_syncbn_shape& shape, const void* x, const uint8_t* mask, int64_t begin, int64_t end, \
-                       int64_t* packet);                                                                              \
-  void backward_moments(const hvd_syncbn_shape& shape, const void* x, const void* dy, const void* y,                  \
-                        const double* stats, int64_t begin, int64_t end, int64_t* packet);                            \
-  void forward_apply(const hvd_syncbn_shape& shape, const void* x, const void* residual, int32_t relu,                \
-                     const void* coefficients, int64_t begin, int64_t end, void* y);                                  \
-  void backward_apply(const hvd_syncbn_shape& shape, const void* x, const void* dy, const void* y,                    \
-                      const uint8_t* mask, const void* coefficients, int64_t begin, int64_t end, void* dx,            \
-                      void* dresidual);                                                                               \
-  void forward_finish(const hvd_syncbn_shape& shape, double eps, const int64_t* packet,                               \
-                      const hvd_syncbn_vector& gamma, const hvd_syncbn_vector& beta,                                  \
-                      const hvd_syncbn_vector& running_mean, const hvd_syncbn_vector& running_var, double old_weight, \
-                      double new_weight, int32_t unbiased, double* stats, void* coefficients);                        \
-  void backward_params(const hvd_syncbn_shape& shape, const int64_t* packet, const double* stats,                     \
-                       const hvd_syncbn_vector& dgamma, const hvd_syncbn_vector& dbeta);                              \
-  void backward_finish(const hvd_syncbn_shape& shape, const int64_t* packet, const double* stats,                     \
-                       const hvd_syncbn_vector& gamma, void* coefficients);                                           \
+#define HVD_SYNCBN_DECLARE_KERNELS(path)                                                                               \
+  namespace path {                                                                                                     \
+  void forward_moments(const hvd_syncbn_shape& shape, const void* x, const uint8_t* mask, int64_t begin, int64_t end,  \
+                       int64_t* packet);                                                                               \
+  void backward_moments(const hvd_syncbn_shape& shape, const void* x, const void* dy, const void* y,                   \
+                        const double* stats, int64_t begin, int64_t end, int64_t* packet);                             \
+  void forward_apply(const hvd_syncbn_shape& shape, const void* x, const void* residual, int32_t relu,                 \
+                     const void* coefficients, int64_t begin, int64_t end, void* y);                                   \
+  void backward_apply(const hvd_syncbn_shape& shape, const void* x, const void* dy, const void* y,                     \
+                      const uint8_t* mask, const void* coefficients, int64_t begin, int64_t end, void* dx,             \
+                      void* dresidual);                                                                                \
+  void forward_finish(const hvd_syncbn_shape& shape, double eps, const int64_t* packet,                                \
+                      const hvd_syncbn_vector& gamma, const hvd_syncbn_vector& beta, const hvd_syncbn_running& moving, \
+                      double* stats, void* coefficients);                                                              \
+  void backward_params(const hvd_syncbn_shape& shape, const int64_t* packet, const double* stats,                      \
+                       const hvd_syncbn_vector& dgamma, const hvd_syncbn_vector& dbeta);                               \
+  void backward_finish(const hvd_syncbn_shape& shape, const int64_t* packet, const double* stats,                      \
+                       const hvd_syncbn_vector& gamma, void* coefficients);                                            \
   }
 
 // Not in the instruction-set paths, because they run a few times per data set, not per step (population.cc).

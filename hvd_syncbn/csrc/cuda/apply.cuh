@@ -152,7 +152,8 @@ __global__ void __launch_bounds__(kApplyThreads, 2) apply(const __grid_constant_
   typename Op::Coefficients* const coefficients = reinterpret_cast<typename Op::Coefficients*>(shared_memory());
   const int64_t tile = blockIdx.x % walk.tiles, first = tile * walk.tile;
   const int split = static_cast<int>(blockIdx.x / walk.tiles);
-  const int32_t status = check_header(Op::kDirection, arguments.report.packet);
+  const int64_t* const packet = arguments.report.packet;  // none of a frozen layer
+  const int32_t status = packet == nullptr ? int32_t{HVD_SYNCBN_OK} : check_header(Op::kDirection, packet);
   for (int i = threadIdx.x; i < walk.tile && first + i < walk.c; i += kApplyThreads) {
     coefficients[i] = arguments.op.finish(walk.c, first + i, status, split == 0);
   }

@@ -29,8 +29,9 @@ __device__ __noinline__ BackwardCoefficients<Value> finish_channel(const Backwar
     return {nan, nan, nan, nan, nan, nan};
   }
   const double invstd = in.stats[c + channel];
-  return backward_coefficients<Value>(in.stats[channel], invstd, read(in.gamma, channel, 1.0),
-                                      gradient_means(in.packet, c, channel, invstd));
+  return backward_coefficients<Value>(
+      in.stats[channel], invstd, read(in.gamma, channel, 1.0),
+      in.packet == nullptr ? GradientMeans<double>{0, 0} : gradient_means(in.packet, c, channel, invstd));
 }
 
 template <class T>

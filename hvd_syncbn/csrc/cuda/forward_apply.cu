@@ -17,9 +17,9 @@ namespace {
 struct ForwardFinish {
   const int64_t* packet;
   double eps;
-  hvd_syncbn_vector gamma, beta, running_mean, running_var, new_running_mean, new_running_var;
-  float old_weight, new_weight;  // docs/protocol.md, 3
-  bool unbiased;
+  hvd_syncbn_vector gamma, beta;
+  hvd_syncbn_running moving;
+  hvd_syncbn_vector new_mean, new_var;
   double* stats;
 };
 
@@ -27,19 +27,21 @@ struct ForwardFinish {
 __device__ __noinline__ Statistics<double> finish_channel(const ForwardFinish& in, int64_t c, int64_t channel,
                                                           int32_t status, bool first) {
   const double nan = canonical_nan<double>();
-  const Statistics<double> s =
-      failed(status) ? Statistics<double>{nan, nan, nan} : statistics(in.packet, c, channel, in.eps);
+  const double old_mean = read(in.moving.mean, channel, 0.0), old_var = read(in.moving.var, channel, 1.0);
+  const Statistics<double> s = failed(status)         ? Statistics<double>{nan, nan, nan}
+                               : in.packet == nullptr ? stored_statistics(old_mean, old_var, in.eps)
+                                                      : statistics(in.packet, c, channel, in.eps);
   if (!first) return s;
   in.stats[channel] = s.mean;
   in.stats[c + channel] = s.invstd;
-  const double old_mean = read(in.running_mean, channel, 0.0), old_var = read(in.running_var, channel, 0.0);
-  if (status == HVD_SYNCBN_OK) {
-    const double var = in.unbiased ? unbiased(s.var, static_cast<double>(in.packet[1])) : s.var;
-    write(in.new_running_mean, channel, running(in.old_weight, old_mean, in.new_weight, s.mean));
-    write(in.new_running_var, channel, running(in.old_weight, old_var, in.new_weight, var));
-  } else if (in.new_running_mean.data != in.running_mean.data) {
-    write(in.new_running_mean, channel, old_mean);
-    write(in.new_running_var, channel, old_var);
+  if (in.packet != nullptr && status == HVD_SYNCBN_OK) {
+    const double keep = static_cast<float>(in.moving.old_weight), take = static_cast<float>(in.moving.new_weight);
+    const double var = in.moving.unbiased ? unbiased(s.var, static_cast<double>(in.packet[1])) : s.var;
+    write(in.new_mean, channel, running(keep, old_mean, take, s.mean));
+    write(in.new_var, channel, running(keep, old_var, take, var));
+  } else if (in.new_mean.data != in.moving.mean.data) {
+    write(in.new_mean, channel, old_mean);
+    write(in.new_var, channel, old_var);
   }
   return s;
 }
@@ -105,22 +107,10 @@ using namespace hvd_syncbn;
 extern "C" int32_t hvd_syncbn_cuda_forward_apply(const hvd_syncbn_shape* shape, double eps, const void* x,
                                                  const void* residual, int32_t relu, const int64_t* packet,
                                                  hvd_syncbn_vector gamma, hvd_syncbn_vector beta,
-                                                 hvd_syncbn_vector running_mean, hvd_syncbn_vector running_var,
-                                                 hvd_syncbn_vector new_running_mean, hvd_syncbn_vector new_running_var,
-                                                 double old_weight, double new_weight, int32_t unbiased,
-                                                 const char* layer, double* stats, void* y, void* stream) {
-  const cuda::ForwardFinish in = {packet,
-                                  eps,
-                                  gamma,
-                                  beta,
-                                  running_mean,
-                                  running_var,
-                                  new_running_mean,
-                                  new_running_var,
-                                  static_cast<float>(old_weight),
-                                  static_cast<float>(new_weight),
-                                  unbiased != 0,
-                                  stats};
+                                                 hvd_syncbn_running running, hvd_syncbn_vector new_mean,
+                                                 hvd_syncbn_vector new_var, const char* layer, double* stats, void* y,
+                                                 void* stream) {
+  const cuda::ForwardFinish in = {packet, eps, gamma, beta, running, new_mean, new_var, stats};
   cuda::Report report = {};
   const cudaError_t error = cuda::make_report(packet, layer, stream, &report);
   if (error != cudaSuccess) return error;

@@ -85,6 +85,7 @@ int32_t take(const Registry& r, int64_t* word, const char** layer) {
 }  // namespace
 
 cudaError_t make_report(const int64_t* packet, const char* layer, void* stream, Report* report) {
+  if (packet == nullptr) return cudaSuccess;
   int device;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -103,7 +104,7 @@ cudaError_t make_report(const int64_t* packet, const char* layer, void* stream, 
 }
 
 cudaError_t close_report(const Report& report, cudaError_t launched, void* stream) {
-  if (launched != cudaSuccess) return launched;
+  if (launched != cudaSuccess || report.packet == nullptr) return launched;
   Registry& r = registry();
   const std::lock_guard<std::mutex> lock(r.mutex);
   Ring* const ring = current_ring(r);

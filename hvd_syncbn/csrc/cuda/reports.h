@@ -7,7 +7,7 @@
 namespace hvd_syncbn {
 namespace cuda {
 
-// The report of the next launch on the current device.
+// The report of the next launch on the current device; none without a packet.
 cudaError_t make_report(const int64_t* packet, const char* layer, void* stream, Report* report);
 
 // After that launch: what it returned, or an error of this.

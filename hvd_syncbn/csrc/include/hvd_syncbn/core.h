@@ -89,6 +89,14 @@ typedef struct {
   int32_t dtype;
 } hvd_syncbn_vector;
 
+// Running statistics, and how a batch changes them: new = f32(old_weight) * old + f32(new_weight) * batch statistic.
+// `unbiased` selects var*n/(n-1) (PyTorch) or var (Keras). The data of mean and var may be NULL.
+typedef struct {
+  hvd_syncbn_vector mean, var;
+  double old_weight, new_weight;
+  int32_t unbiased;
+} hvd_syncbn_running;
+
 // Returns the number of int64 words in a packet of `channels` channels.
 HVD_SYNCBN_API int64_t hvd_syncbn_packet_size(int64_t channels);
 
@@ -132,15 +140,12 @@ HVD_SYNCBN_API int32_t hvd_syncbn_check_packet(int32_t direction, const int64_t*
 HVD_SYNCBN_API int64_t hvd_syncbn_nonfinite_channels(int64_t c, const int64_t* packet);
 
 // Computes from a reduced packet stats (float64 mean[c], invstd[c]) and the coefficients for forward_apply, and updates
-// the running statistics in place: new = f32(old_weight) * old + f32(new_weight) * batch statistic. `unbiased` selects
-// var*n/(n-1) (PyTorch) or var (Keras). running_mean.data and running_var.data may be NULL. An empty global batch does
-// not change the running statistics, nor does a channel that is not finite in the batch.
+// the running statistics in place. An empty global batch does not change them, nor does a channel that is not finite in
+// the batch.
 // packet: NULL for a frozen layer, which is normalized by its running statistics and does not change them.
 HVD_SYNCBN_API void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const int64_t* packet,
                                               hvd_syncbn_vector gamma, hvd_syncbn_vector beta,
-                                              hvd_syncbn_vector running_mean, hvd_syncbn_vector running_var,
-                                              double old_weight, double new_weight, int32_t unbiased, double* stats,
-                                              void* coefficients);
+                                              hvd_syncbn_running running, double* stats, void* coefficients);
 
 // Computes the weights of a zero-debiased average (Caffe's) for hvd_syncbn_forward_finish: s = old_weight * s + 1 with
 // every batch; the batch's weight is 1 / s and that of the old statistics 1 - 1 / s. With old_weight 1 all batches have

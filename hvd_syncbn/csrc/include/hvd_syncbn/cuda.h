@@ -35,13 +35,16 @@ HVD_SYNCBN_API int32_t hvd_syncbn_cuda_forward_moments(const hvd_syncbn_shape* s
                                                        void* stream);
 
 // Computes from a reduced packet y = relu?(normalized x + residual?); stats, float64 mean[c], invstd[c]; and the
-// running statistics as hvd_syncbn_forward_finish does, from running_* to new_running_* (which may be the same memory).
-// layer: the name that hvd_syncbn_cuda_failure returns.
-HVD_SYNCBN_API int32_t hvd_syncbn_cuda_forward_apply(
-    const hvd_syncbn_shape* shape, double eps, const void* x, const void* residual, int32_t relu, const int64_t* packet,
-    hvd_syncbn_vector gamma, hvd_syncbn_vector beta, hvd_syncbn_vector running_mean, hvd_syncbn_vector running_var,
-    hvd_syncbn_vector new_running_mean, hvd_syncbn_vector new_running_var, double old_weight, double new_weight,
-    int32_t unbiased, const char* layer, double* stats, void* y, void* stream);
+// running statistics as hvd_syncbn_forward_finish does, from `running` to new_mean and new_var (which may be the same
+// memory). layer: the name that hvd_syncbn_cuda_failure returns.
+// packet: NULL for a frozen layer, which is normalized by its running statistics and does not change them. Such a
+// launch checks nothing and is not counted.
+HVD_SYNCBN_API int32_t hvd_syncbn_cuda_forward_apply(const hvd_syncbn_shape* shape, double eps, const void* x,
+                                                     const void* residual, int32_t relu, const int64_t* packet,
+                                                     hvd_syncbn_vector gamma, hvd_syncbn_vector beta,
+                                                     hvd_syncbn_running running, hvd_syncbn_vector new_mean,
+                                                     hvd_syncbn_vector new_var, const char* layer, double* stats,
+                                                     void* y, void* stream);
 
 // Writes this rank's closed packet, dgamma and dbeta (whose data may be NULL). y: NULL, or the output if the fused
 // activation is relu. mask: only for the count of unmasked positions; every dy is summed.
@@ -50,7 +53,8 @@ HVD_SYNCBN_API int32_t hvd_syncbn_cuda_backward_moments(const hvd_syncbn_shape* 
                                                         int64_t* packet, hvd_syncbn_vector dgamma,
                                                         hvd_syncbn_vector dbeta, void* stream);
 
-// Computes dx and, unless it is NULL, dresidual from a reduced packet.
+// Computes dx and, unless it is NULL, dresidual from a reduced packet. packet: NULL for a frozen layer, where dx does
+// not depend on x.
 HVD_SYNCBN_API int32_t hvd_syncbn_cuda_backward_apply(const hvd_syncbn_shape* shape, const void* x, const void* dy,
                                                       const void* y, const uint8_t* mask, const int64_t* packet,
                                                       const double* stats, hvd_syncbn_vector gamma, const char* layer,
