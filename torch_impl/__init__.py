@@ -1,4 +1,5 @@
-"""The PyTorch adapter: operators (csrc/, ops.py), autograd (functional.py), the module (module.py), conversion (convert.py).
+"""The PyTorch adapter: operators and autograd (csrc/), checks (functional.py), the module (module.py), conversion (convert.py).
 
-It owns tensors, threads, gradients and module conventions; every number comes from the core. ``hvd_syncbn.torch`` is its face.
+It owns tensors, threads, gradients and module conventions; every number comes from the core. Import ``hvd_syncbn.torch``, not
+this.
 """

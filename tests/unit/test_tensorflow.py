@@ -198,7 +198,7 @@ def test_gradient_of_a_masked_step() -> None:
 
 
 def test_mean_far_from_zero() -> None:
-    """mean/std = 1e4, where TensorFlow's one-pass formula in float32 is off by 915 (facts.md)."""
+    """mean/std = 1e4, where TensorFlow's one-pass formula in float32 is off by 915."""
     x = (np.random.default_rng(0).standard_normal((64, 8, 8, 4)) + 1e4).astype(np.float32)
     ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
     y = sync_batch_norm(x, ones, zeros, zeros, ones, training=True, epsilon=0.0)[0]
