@@ -1,4 +1,7 @@
-"""A layer's packets do not wait for Horovod's cycle (patch 0019): no timing, as a cycle is a second here."""
+"""Neither a layer's packets (patch 0019) nor a thread that waits (patches 0039 and 0041) wait for Horovod's cycle.
+
+No timing, as a cycle is a second here.
+"""
 
 from __future__ import annotations
 
@@ -14,3 +17,10 @@ def test_layers_do_not_wait_for_the_cycle(framework: str) -> None:
     job = run(f"{framework}_cycle", 2, HOROVOD_CYCLE_TIME=str(1000 * CYCLE_SECONDS))
     # 20 packets, each of which would wait for a cycle of its own.
     assert max(job.values("check_layers_do_not_wait_for_the_cycle")) < 10 * CYCLE_SECONDS
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_waiting_threads_do_not_wait_for_the_cycle(framework: str) -> None:
+    job = run(f"{framework}_cycle", 2, HOROVOD_CYCLE_TIME=str(1000 * CYCLE_SECONDS))
+    # 30 collectives, each of which would wait for a cycle of its own.
+    assert max(job.values("check_waiting_threads_do_not_wait_for_the_cycle")) < 10 * CYCLE_SECONDS

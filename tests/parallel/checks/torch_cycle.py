@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import horovod.torch as hvd
 import torch
 
 from hvd_syncbn.torch import SyncBatchNorm
@@ -19,4 +20,14 @@ def check_layers_do_not_wait_for_the_cycle() -> float:
     start = time.monotonic()
     for _ in range(STEPS):
         layer(x).sum().backward()
+    return time.monotonic() - start
+
+
+def check_waiting_threads_do_not_wait_for_the_cycle() -> float:
+    """Seconds that STEPS of each collective took, in a thread that waits for it."""
+    start = time.monotonic()
+    for _ in range(STEPS):
+        assert hvd.allreduce(torch.ones(3), name="sum", op=hvd.Sum).tolist() == [hvd.size()] * 3
+        assert hvd.broadcast(torch.tensor([hvd.rank()]), 1, name="copy").tolist() == [1]
+        assert hvd.allgather(torch.tensor([hvd.rank()]), name="all").tolist() == list(range(hvd.size()))
     return time.monotonic() - start
