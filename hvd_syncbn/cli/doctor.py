@@ -22,7 +22,7 @@ from rich.text import Text
 
 from hvd_syncbn import __version__, horovod_build
 from hvd_syncbn.cli import job
-from hvd_syncbn.cli.packets import ENOUGH_RANKS, Cluster, measure
+from hvd_syncbn.cli.packets import ENOUGH_RANKS, STAGES, Cluster, advice, measure
 
 DESCRIPTION = "Check the installation and print how to fix problems; with -np, measure packets between ranks."
 
@@ -260,10 +260,13 @@ def run(args: argparse.Namespace) -> int:
         if hosts is not None and any(finding.fix for finding in findings):
             failure = "the installation has problems. Fix them first"
         elif hosts is not None:
-            framework = next(iter(horovod_build.framework_versions()))
+            framework = "torch" if args.launcher == "torchrun" else next(iter(horovod_build.framework_versions()))
+
+            def note(text: str) -> None:
+                status.update(f"Measuring: {text}")
+
             try:
-                update = lambda text: status.update(f"Measuring: {text}")  # noqa: E731
-                cluster = measure(framework, hosts, args.time_limit, update, args.launcher)
+                cluster = measure(framework, hosts, args.time_limit, note, args.launcher)
             except job.JobError as error:
                 failure = str(error)
     if args.json:
@@ -301,10 +304,42 @@ def _as_json(cluster: Cluster) -> dict[str, Any]:
         "hosts": cluster.hosts,
         "controller": cluster.controller,
         "packets": [packet._asdict() | {"model_seconds": cluster.model(packet)} for packet in cluster.packets],
+        "breakdowns": [breakdown._asdict() for breakdown in cluster.breakdowns],
         "links": {"across" if across else "inside": link._asdict() for across, link in cluster.links.items()},
         "step_seconds": cluster.steps(),
         "group_size": cluster.group_size(),
     }
+
+
+_STAGE_LABELS = {
+    "call": "call: until the packet is enqueued",
+    "cycle": "cycle: until the cycle begins",
+    "agreement": "agreement: until all ranks have it",
+    "sum": "sum: until it is summed",
+    "return": "return: until the caller has the result",
+}
+
+
+def _show_breakdowns(console: Console, cluster: Cluster) -> None:
+    """Print the stages of a packet among all ranks, and what makes the slowest stage faster."""
+    if cluster.controller == "torch.distributed":
+        return
+    if not cluster.breakdowns:
+        console.print("The stages of a packet were not recorded: NCCL completes it later, or Horovod is an older build.")
+        return
+    table = Table(title="Stages of a packet among all ranks, microseconds, median (99th percentile)", title_justify="left")
+    table.add_column("stage")
+    for breakdown in cluster.breakdowns:
+        table.add_column(f"{breakdown.bytes / 1e3:.0f} kB", justify="right")
+    for stage in STAGES:
+        cells = (breakdown.stages[stage] for breakdown in cluster.breakdowns)
+        table.add_row(_STAGE_LABELS[stage], *(f"{1e6 * middle:.1f} ({1e6 * late:.0f})" for middle, late in cells))
+    shares = (f"{100 * breakdown.ran_by_caller:.0f} %" for breakdown in cluster.breakdowns)
+    table.add_row("packets that the waiting thread ran itself", *shares)
+    console.print(table)
+    for breakdown in cluster.breakdowns:
+        size = f"{breakdown.bytes / 1e3:.0f} kB"
+        console.print(f"Slowest stage at {size}: {breakdown.slowest()}: {advice(cluster, breakdown)}", soft_wrap=True)
 
 
 def show_cluster(cluster: Cluster) -> None:
@@ -323,6 +358,7 @@ def show_cluster(cluster: Cluster) -> None:
         times = f"{1e3 * packet.seconds:.2f}", f"{1e3 * model:.2f}", f"{model / packet.seconds:.2f}"
         table.add_row(label, f"{packet.bytes / 1e3:.0f}", *times)
     console.print(table)
+    _show_breakdowns(console, cluster)
     for across, link in cluster.links.items():
         console.print(
             f"{'Between hosts' if across else 'Inside a host'}: wait {1e6 * link.wait:.0f} us, "

@@ -31,12 +31,33 @@ class Packet(NamedTuple):
     seconds: float
 
 
+STAGES = ("call", "cycle", "agreement", "sum", "return")
+"""The stages of an allreduce, one after the other: until it is enqueued, until the cycle begins that runs it, until the ranks
+have agreed on it, until it is summed, and until the caller has the result."""
+
+
+class Breakdown(NamedTuple):
+    """The seconds of a packet's stages among all ranks: stage -> [median, 99th percentile] over the packets of every rank.
+
+    ``ran_by_caller`` is the share of packets that the waiting thread ran itself.
+    """
+
+    bytes: int
+    stages: dict[str, list[float]]
+    ran_by_caller: float
+
+    def slowest(self) -> str:
+        """Return the stage with the largest median."""
+        return max(self.stages, key=lambda stage: self.stages[stage][0])
+
+
 class Cluster(NamedTuple):
     """All measurements, with the host of every rank and what sums them: Gloo, MPI, or Gloo of torch.distributed."""
 
     hosts: list[str]
     controller: str
     packets: list[Packet]
+    breakdowns: list[Breakdown]
 
     @property
     def links(self) -> dict[bool, Link]:
@@ -80,6 +101,28 @@ def group_size(steps: dict[int, float]) -> int | None:
     return None
 
 
+def advice(cluster: Cluster, breakdown: Breakdown) -> str:
+    """Return what the slowest stage of a packet consists of, and what makes it faster."""
+    stage = breakdown.slowest()
+    if stage == "call":
+        return "the framework's call until the packet is enqueued. No setting of Horovod changes it."
+    if stage in ("cycle", "return") and breakdown.ran_by_caller < 0.5:
+        return (
+            "Horovod's thread runs the cycle, so that two threads have to be woken. The waiting thread runs it itself only "
+            "over Gloo without GPU operations: start with horovodrun --gloo, and unset HOROVOD_AUTOTUNE."
+        )
+    if stage == "cycle":
+        return "another cycle was running when the packet was enqueued. Other collectives at the same time cause this."
+    if stage == "return":
+        return "the framework's code after the callback. No setting of Horovod changes it."
+    if stage == "sum":
+        return "the sum over the ranks. It takes less time in smaller groups (process_set=groups(n).mine)."
+    wait = "the ranks wait for the slowest one. Give each rank a core to spare, and do not pin it to one core"
+    if len(set(cluster.hosts)) == 1:
+        return f"{wait}."
+    return f"{wait}; between hosts a message and its answer take at least the time that ping shows."
+
+
 def measure(
     framework: str,
     hosts: Sequence[job.Host],
@@ -102,6 +145,7 @@ def measure(
     ranks = sum(host.slots for host in hosts)
     about: job.Report = {}
     packets: list[Packet] = []
+    breakdowns: list[Breakdown] = []
 
     def take(report: job.Report) -> None:
         if "hosts" in report:
@@ -109,6 +153,8 @@ def measure(
         elif "seconds" in report:
             packets.append(Packet(**report))
             note(f"packet of {packets[-1].bytes / 1e3:.0f} kB among {packets[-1].size} ranks")
+        elif "stages" in report:
+            breakdowns.append(Breakdown(**report))
 
     note(f"starting {ranks} ranks")
     job.run("packets", framework, list(hosts), limit=limit, launcher=launcher, report=take)
@@ -118,4 +164,4 @@ def measure(
         dynamic = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
         job.run("grouped packets", framework, list(hosts), limit=limit, launcher=launcher, report=take, environment=dynamic)
     packets.sort(key=lambda packet: (packet.size, not packet.neighbours, packet.bytes))
-    return Cluster(about["hosts"], about["controller"], packets)
+    return Cluster(about["hosts"], about["controller"], packets, breakdowns)

@@ -5,6 +5,8 @@ Rank 0 prints the reports. Tasks take ``horovod.<framework>``, or another engine
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
 import os
 import signal
@@ -21,6 +23,7 @@ import numpy as np
 from hvd_syncbn import __version__, native, vectors
 from hvd_syncbn.cli import engines
 from hvd_syncbn.cli.job import MARK
+from hvd_syncbn.cli.packets import STAGES
 from hvd_syncbn.cli.stacks import LAYOUTS, Stack, gpu, tensorflow_stack, tensorflow_step, torch_stack
 
 PACKET_CHANNELS = (64, 2048, 16384)
@@ -28,6 +31,7 @@ PACKET_CHANNELS = (64, 2048, 16384)
 
 _WARM_UP = 5
 _ROUNDS = (7, 200)  # minimum, maximum
+_ROUNDS_OF_STAGES = (20, 1000)
 _SECONDS_PER_PACKET = 1.0
 
 
@@ -167,10 +171,55 @@ def _seconds(hvd: Any, framework: str, words: int, ranks: Any) -> float:
         allreduce()
         return time.perf_counter() - start
 
-    slow = max(hvd.allgather_object(min(map(once, range(_WARM_UP))), name="hvd_syncbn.doctor.rounds"))
-    least, most = _ROUNDS
-    rounds = min(most, max(least, int(_SECONDS_PER_PACKET / slow)))
+    rounds = _rounds(hvd, once, _ROUNDS)
     return max(hvd.allgather_object(statistics.median(map(once, range(rounds))), name="hvd_syncbn.doctor.seconds"))
+
+
+def _rounds(hvd: Any, once: Callable[[], float], limits: tuple[int, int]) -> int:
+    """Return how often to measure a call that takes `once()` seconds, the same number on every rank."""
+    fastest = min(once() for _ in range(_WARM_UP))
+    slow = max(hvd.allgather_object(fastest, name="hvd_syncbn.doctor.rounds"))
+    least, most = limits
+    return min(most, max(least, int(_SECONDS_PER_PACKET / slow)))
+
+
+def _stages(hvd: Any, framework: str, words: int) -> None:
+    """Report the stages of a packet among all ranks, if the installed Horovod records them (patch 0042)."""
+    if isinstance(hvd, engines.Distributed):
+        return
+    library = hvd.mpi_ops._basics.MPI_LIB_CTYPES
+    if not hasattr(library, "horovod_record_stages"):
+        return
+    allreduce = _allreduce(hvd, framework, words, hvd.global_process_set)
+    moments = (ctypes.c_int64 * (len(STAGES) - 1))()
+    found: list[list[float]] = []
+    by_caller: list[int] = []
+
+    def once() -> float:
+        start = time.monotonic_ns()
+        allreduce()
+        end = time.monotonic_ns()
+        ran_by_caller = library.horovod_last_stages(moments)
+        if ran_by_caller >= 0:  # -1: asynchronous completion, whose end Horovod does not see
+            # A cycle may have begun before the packet was enqueued.
+            in_order = itertools.accumulate([start, *moments, end], max)
+            found.append([1e-9 * (b - a) for a, b in itertools.pairwise(in_order)])
+            by_caller.append(ran_by_caller)
+        return 1e-9 * (end - start)
+
+    library.horovod_record_stages(True)
+    rounds = _rounds(hvd, once, _ROUNDS_OF_STAGES)
+    found.clear()
+    by_caller.clear()
+    for _ in range(rounds):
+        once()
+    library.horovod_record_stages(False)
+    everyone = hvd.allgather_object((found, by_caller), name="hvd_syncbn.doctor.stages")
+    rows = np.array([row for stages, _ in everyone for row in stages])
+    if len(rows) == 0:
+        return
+    stages = {name: np.quantile(rows[:, i], [0.5, 0.99]).tolist() for i, name in enumerate(STAGES)}
+    report(hvd, bytes=8 * words, stages=stages, ran_by_caller=float(np.mean([x for _, own in everyone for x in own])))
 
 
 def packets(hvd: Any, framework: str) -> None:
@@ -182,6 +231,8 @@ def packets(hvd: Any, framework: str) -> None:
         controller = "MPI" if hvd.mpi_built() and hvd.mpi_enabled() else "Gloo"
     report(hvd, hosts=hosts, controller=controller)
     _measure(hvd, framework, [list(range(hvd.size()))], hosts, hvd.global_process_set)
+    for channels in PACKET_CHANNELS[:2]:
+        _stages(hvd, framework, native.packet_size(channels))
 
 
 def grouped_packets(hvd: Any, framework: str) -> None:

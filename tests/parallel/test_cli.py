@@ -162,9 +162,17 @@ def test_doctor_measures_two_ranks() -> None:
     hvd = horovod.load(next(name for name in horovod.FRAMEWORKS if importlib.util.find_spec(name)))
     controller = "MPI" if hvd.mpi_built() and shutil.which("mpirun") else "Gloo"  # what horovodrun takes by itself
     assert (len(found["hosts"]), found["controller"], found["group_size"]) == (2, controller, None)
+    assert [breakdown["bytes"] for breakdown in found["breakdowns"]] == sizes[:2]
+    for breakdown in found["breakdowns"]:
+        assert tuple(breakdown["stages"]) == packets.STAGES
+        assert all(0 <= middle <= late < 60 for middle, late in breakdown["stages"].values())
+        assert (breakdown["ran_by_caller"] > 0.5) == (controller == "Gloo")  # patch 0039
 
 
-def test_packets_inside_groups() -> None:
+@pytest.mark.parametrize("launcher", ["horovodrun", "torchrun"])
+def test_packets_inside_groups(launcher: str) -> None:
     need("torch")
-    found = packets.measure("torch", [job.Host("localhost", 3)], 240).packets
+    cluster = packets.measure("torch", [job.Host("localhost", 3)], 240, launcher=launcher)
+    assert (cluster.controller == "torch.distributed") == (launcher == "torchrun")
+    found = cluster.packets
     assert [(packet.size, packet.groups) for packet in found] == [(2, 1)] * 3 + [(3, 1)] * 3

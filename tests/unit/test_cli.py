@@ -368,7 +368,7 @@ class TestDoctorOnRanks:
                 seconds = cost_model.ring(len(groups[0]), size, self.LINK)
                 neighbours = groups[0] == list(range(len(groups[0])))
                 found.append(packets.Packet(len(groups[0]), len(groups), neighbours, spans, int(size), seconds))
-        return packets.Cluster(hosts, controller, found)
+        return packets.Cluster(hosts, controller, found, [])
 
     def test_layouts(self) -> None:
         assert rank.layouts(["a", "a"]) == []
@@ -409,6 +409,45 @@ class TestDoctorOnRanks:
         assert found["group_size"] == 8
         assert found["links"]["inside"] == pytest.approx(self.LINK._asdict(), rel=1e-6)
         assert len(found["packets"]) == len(cluster.packets)
+
+    @pytest.mark.parametrize(
+        ("slowest", "ran_by_caller", "hosts", "text"),
+        [
+            ("call", 1.0, ["a", "a"], "the framework's call until the packet is enqueued"),
+            ("cycle", 0.0, ["a", "a"], "start with horovodrun --gloo"),
+            ("cycle", 1.0, ["a", "a"], "another cycle was running"),
+            ("agreement", 1.0, ["a", "a"], "Give each rank a core to spare"),
+            ("agreement", 1.0, ["a", "b"], "the time that ping shows"),
+            ("sum", 1.0, ["a", "a"], "less time in smaller groups"),
+            ("return", 0.0, ["a", "a"], "start with horovodrun --gloo"),
+            ("return", 1.0, ["a", "a"], "the framework's code after the callback"),
+        ],
+    )
+    @pytest.mark.usefixtures("healthy")
+    def test_stages_of_a_packet(
+        self,
+        slowest: str,
+        ran_by_caller: float,
+        hosts: list[str],
+        text: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        stages = {stage: [4e-6 if stage == slowest else 1e-6, 5e-5] for stage in packets.STAGES}
+        cluster = self.cluster(hosts)._replace(breakdowns=[packets.Breakdown(9000, stages, ran_by_caller)])
+        monkeypatch.setattr(doctor, "measure", lambda *_: cluster)
+        status, out = run(capsys, "doctor", "-np", "2")
+        assert status == 0
+        assert "4.0 (50)" in out and f"{100 * ran_by_caller:.0f} %" in out
+        assert f"Slowest stage at 9 kB: {slowest}: " in out and text in out
+
+    @pytest.mark.usefixtures("healthy")
+    def test_a_horovod_that_records_no_stages(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(doctor, "measure", lambda *_: self.cluster(["a", "a"]))
+        status, out = run(capsys, "doctor", "-np", "2")
+        assert status == 0 and "The stages of a packet were not recorded" in out
 
     @pytest.mark.usefixtures("healthy")
     def test_a_job_that_fails(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

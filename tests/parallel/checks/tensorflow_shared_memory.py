@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tests.parallel.shared.segments import segments, sums_where_memory_is_short
+from tests.parallel.shared.stages import stages_are_recorded
 
 SIZES = (1, 127, 8192, 40000, 300001)  # elements: below and above each size from which the ranks exchange in another way
 DTYPES = (tf.uint8, tf.int32, tf.int64, tf.float16, tf.float32, tf.float64)
@@ -46,6 +47,11 @@ def check_branches_in_another_order() -> None:
 
     for i in range(50):
         assert branches(tf.constant([i, 1]))[0] == 36 * i * hvd.size()
+
+
+def check_stages_are_recorded() -> None:
+    """The times of an allreduce's stages (patch 0042) are in order, and between those of the call; none while this is off."""
+    stages_are_recorded(hvd, lambda: hvd.allreduce(tf.ones(3), name="hvd_syncbn.stages", op=hvd.Sum))
 
 
 def check_join() -> int:

@@ -8,6 +8,7 @@ import horovod.torch as hvd
 import torch
 
 from tests.parallel.shared.segments import segments, sums_where_memory_is_short
+from tests.parallel.shared.stages import stages_are_recorded
 
 SIZES = (1, 127, 8192, 40000, 300001)  # elements: below and above each size from which the ranks exchange in another way
 DTYPES = (torch.int32, torch.int64, torch.float16, torch.float32, torch.float64)
@@ -66,6 +67,11 @@ def check_results_come_without_a_waiting_thread() -> None:
         while not hvd.poll(handle):
             pass
         assert hvd.synchronize(handle)[0] == hvd.size()
+
+
+def check_stages_are_recorded() -> None:
+    """The times of an allreduce's stages (patch 0042) are in order, and between those of the call; none while this is off."""
+    stages_are_recorded(hvd, lambda: hvd.allreduce(torch.ones(3), name="hvd_syncbn.stages", op=hvd.Sum))
 
 
 def check_join() -> int:
