@@ -61,7 +61,7 @@ lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy hvd_syncbn benchmarks
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard $(addprefix tests/,cuda_emulator/*.h cuda_emulator/*.cc horovod_native/*.cc))
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard $(addprefix tests/,cuda_emulator/*.h cuda_emulator/*.cc horovod_native/*.h horovod_native/*.cc))
 
 clean:
 	rm -rf $(VENV) $(LAUNCHERS) build site

@@ -10,12 +10,9 @@
 // stale FOLDER: whether ranks start beside files of earlier processes, of which they remove some
 
 #include <fcntl.h>
-#include <pthread.h>
 #include <signal.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -23,13 +20,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "gloo/math.h"
 #include "horovod/common/gloo/shared_memory.h"
+#include "ranks.h"
 
 using horovod::common::SharedMemory;
 using Clock = std::chrono::steady_clock;
@@ -37,26 +34,14 @@ using std::chrono::milliseconds;
 
 namespace {
 
-// What the processes have before they share memory: pages of their parent.
-struct Parent {
-  pthread_barrier_t barrier;
-  char bytes[512];
-  int votes;
-  int mapped;
-  int wrong;
-  int cases;
-};
-
-Parent* parent;
-
 SharedMemory::Link link(int rank, int size, const std::function<void(void*)>& received = {}) {
   SharedMemory::Link result;
   result.broadcast = [=](void* data, size_t bytes) {
     if (rank == 0) {
-      memcpy(parent->bytes, data, bytes);
+      memcpy(parent->bytes[0], data, bytes);
     }
     pthread_barrier_wait(&parent->barrier);
-    memcpy(data, parent->bytes, bytes);
+    memcpy(data, parent->bytes[0], bytes);
     if (received) {
       received(data);
     }
@@ -69,102 +54,12 @@ SharedMemory::Link link(int rank, int size, const std::function<void(void*)>& re
   return result;
 }
 
-// Runs a function in a process per rank. Returns their statuses, as of waitpid().
-std::vector<int> run(int size, const std::function<void(int rank)>& body) {
-  pthread_barrierattr_t attributes;
-  pthread_barrierattr_init(&attributes);
-  pthread_barrierattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
-  pthread_barrier_init(&parent->barrier, &attributes, size);
-  std::vector<pid_t> children;
-  for (int rank = 0; rank < size; ++rank) {
-    children.push_back(fork());
-    if (children.back() == 0) {
-      alarm(50);
-      body(rank);
-      fflush(stdout);
-      _exit(0);
-    }
-  }
-  std::vector<int> statuses(size);
-  for (int rank = 0; rank < size; ++rank) {
-    waitpid(children[rank], &statuses[rank], 0);
-  }
-  return statuses;
-}
-
-void check(bool is_right) {
-  __atomic_fetch_add(&parent->cases, 1, __ATOMIC_SEQ_CST);
-  __atomic_fetch_add(&parent->wrong, !is_right, __ATOMIC_SEQ_CST);
-}
-
-template <typename T>
-T value(int rank, size_t i) {
-  const auto bits = static_cast<uint32_t>((i * 2654435761u) ^ ((rank + 1) * 40503u)) >> 7;
-  return static_cast<T>(static_cast<double>(bits % 97) / (std::numeric_limits<T>::is_integer ? 1 : 8));
-}
-
-template <>
-bool value<bool>(int rank, size_t i) {
-  return (i >> rank) % 2 == 1;
-}
-
-template <>
-gloo::float16 value<gloo::float16>(int rank, size_t i) {
-  return gloo::cpu_float2half_rn(value<float>(rank, i));
-}
-
-template <typename T>
-void reduce(SharedMemory& shared, int rank, int size, SharedMemory::ReduceFunction function, size_t elements) {
-  std::unique_ptr<T[]> own(new T[elements]), expected(new T[elements]), other(new T[elements]);
-  for (size_t i = 0; i < elements; ++i) {
-    own[i] = value<T>(rank, i);
-    expected[i] = value<T>(0, i);
-  }
-  for (int r = 1; r < size; ++r) {
-    for (size_t i = 0; i < elements; ++i) {
-      other[i] = value<T>(r, i);
-    }
-    function(expected.get(), expected.get(), other.get(), elements);
-  }
-  shared.Allreduce(own.get(), elements, sizeof(T), function);
-  check(memcmp(own.get(), expected.get(), elements * sizeof(T)) == 0);
-}
-
-template <typename T>
-void reduce(SharedMemory& shared, int rank, int size) {
-  for (const size_t bytes : {0, 8, 32 * 1024, 32 * 1024 + 8, 256 * 1024, 256 * 1024 + 8}) {
-    reduce<T>(shared, rank, size, &gloo::sum<T>, bytes / sizeof(T));
-  }
-  const SharedMemory::ReduceFunction functions[] = {&gloo::min<T>, &gloo::max<T>, &gloo::product<T>};
-  for (const auto function : functions) {
-    reduce<T>(shared, rank, size, function, 1001);
-  }
-}
-
 void reductions(int size, const std::string& folder) {
   run(size, [&](int rank) {
     auto shared = SharedMemory::Connect(link(rank, size), rank, size, 1, milliseconds(20000), folder);
     check(shared != nullptr);
-    reduce<uint8_t>(*shared, rank, size);
-    reduce<int8_t>(*shared, rank, size);
-    reduce<uint16_t>(*shared, rank, size);
-    reduce<int16_t>(*shared, rank, size);
-    reduce<int32_t>(*shared, rank, size);
-    reduce<int64_t>(*shared, rank, size);
-    reduce<gloo::float16>(*shared, rank, size);
-    reduce<float>(*shared, rank, size);
-    reduce<double>(*shared, rank, size);
-    reduce<bool>(*shared, rank, size);
-    reduce<int64_t>(*shared, rank, size, &gloo::sum<int64_t>, 100001);
-    // Many in a row, with and without spinning: a buffer that is written too early shows.
-    for (int i = 0; i < 2000; ++i) {
-      std::unique_ptr<SharedMemory::Spin> spin(i % 2 ? new SharedMemory::Spin : nullptr);
-      int64_t sum = i * (rank + 1);
-      shared->Allreduce(&sum, 1, sizeof(sum), &gloo::sum<int64_t>);
-      if (sum != static_cast<int64_t>(i) * size * (size + 1) / 2) {
-        check(false);
-      }
-    }
+    reduce_everything(*shared, rank, size, order_of_ranks(size));
+    reduce<int64_t>(*shared, rank, size, order_of_ranks(size), &gloo::sum<int64_t>, 100001);
     for (const size_t bytes : {size_t{0}, size_t{5}, size_t{256 * 1024 - 8}, size_t{600000}}) {
       const auto text = [&](int r) { return std::string(r % 2 ? bytes / 2 : bytes, static_cast<char>('a' + r)); };
       const auto own = text(rank);
@@ -270,8 +165,7 @@ void stale(const std::string& folder) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  parent =
-      static_cast<Parent*>(mmap(nullptr, sizeof(Parent), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+  share();
   const std::vector<std::string> words(arguments + 1, arguments + count);
   if (words.at(0) == "reductions") {
     reductions(std::stoi(words.at(1)), words.at(2));

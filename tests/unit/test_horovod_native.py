@@ -26,7 +26,7 @@ COMMON = (
 )
 SOURCES = [f"horovod/common/{name}.cc" for name in (*COMMON, "stall_inspector", "tensor_queue", "thread_pool", "timeline")]
 SOURCES += [f"horovod/common/{name}.cc" for name in ("utils/env_parser", "ops/gpu_operations", "ops/cuda_operations")]
-SOURCES += ["horovod/common/gloo/shared_memory.cc"]
+SOURCES += [f"horovod/common/gloo/{name}.cc" for name in ("shared_memory", "host_tree")]
 SOURCES += [f"horovod/common/optim/{name}.cc" for name in ("bayesian_optimization", "gaussian_process")]
 # Compiled together, as most of their time is that of headers that they share; Eigen's are only in the second.
 UNITS = {
@@ -170,3 +170,51 @@ def test_files_of_processes_that_died_are_removed(programs: Path, tmp_path: Path
     """Not those that are locked, recent, or another program's."""
     assert run(programs / "ranks_share_memory", "stale", tmp_path) == ["0 of 2 wrong"]
     assert {path.name for path in tmp_path.iterdir()} == {"another-old", "horovod-1-locked", "horovod-1-new"}
+
+
+@pytest.mark.parametrize(("hosts", "ranks"), [(2, 1), (3, 1), (5, 1), (2, 2), (3, 2)])
+def test_reductions_between_hosts(programs: Path, hosts: int, ranks: int, tmp_path: Path) -> None:
+    """Every type and operation, at all sizes, has the bytes of one process that adds in the same order."""
+    (line,) = run(programs / "hosts_exchange", "reductions", str(hosts), str(ranks), tmp_path)
+    assert re.fullmatch(rf"{hosts} hosts of {ranks}: 0 of [1-9]\d\d wrong", line)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("hosts", "ranks"), [(2, 1), (4, 1), (3, 2)])
+@pytest.mark.parametrize("how", ["killed", "left", "stopped"])
+def test_ranks_of_other_hosts_get_an_error_within_a_second(
+    programs: Path, hosts: int, ranks: int, how: str, tmp_path: Path
+) -> None:
+    lines = run(programs / "hosts_exchange", "ends", how, str(hosts), str(ranks), tmp_path)
+    assert len(lines) == hosts * ranks - 1
+    ended = "has died|has left|has died or left|Connection reset by peer|Broken pipe"
+    reason = ended if how != "stopped" else f"timed out after 400 ms|{ended}"
+    for line in lines:
+        assert re.fullmatch(rf"rank \d: failed: .*({reason}).*, within a second", line)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("first", "hosts", "ranks"), [(0, 2, 1), (1, 2, 1), (0, 3, 1), (2, 3, 1), (4, 5, 1), (0, 3, 2), (5, 3, 2)]
+)
+def test_one_rank_begins_and_the_others_follow(programs: Path, first: int, hosts: int, ranks: int, tmp_path: Path) -> None:
+    """Ranks that have nothing to say learn that they are awaited (patch 0040), also those beyond a power of two."""
+    (line,) = run(programs / "hosts_exchange", "begins", str(first), str(hosts), str(ranks), tmp_path)
+    assert re.fullmatch(r"0 of [1-9]\d+ wrong", line)
+
+
+def test_hosts_that_cannot_connect_agree(programs: Path) -> None:
+    assert run(programs / "hosts_exchange", "falls_back", "3") == ["0 of 3 ranks are connected"]
+
+
+def test_tensors_of_other_sizes_are_an_error(programs: Path) -> None:
+    lines = run(programs / "hosts_exchange", "differs")
+    assert len(lines) == 2 and all("failed: " in line for line in lines)
+    text = r"expected message 1 of (16|24) bytes from the host of rank \d. Received: message 1 of (16|24) bytes."
+    assert any(re.search(text, line) for line in lines)
+
+
+@pytest.mark.parametrize(("hosts", "messages"), [(2, 1), (3, 3), (4, 2), (8, 3), (48, 7), (64, 6)])
+def test_messages_grow_with_the_logarithm_of_hosts(programs: Path, hosts: int, messages: int) -> None:
+    """However many ranks each host has; Gloo's ring takes 2 x 511 one after another for 64 hosts of 8."""
+    assert run(programs / "hosts_exchange", "messages", str(hosts)) == [f"{hosts} hosts: {messages} messages, 0 wrong"]
