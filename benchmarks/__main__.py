@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import accuracy, cost_model, goals, jobs, kernels, layer, overhead, plots, settings, synchronized
+from benchmarks import accuracy, cost_model, goals, jobs, kernels, latency, layer, overhead, plots, settings, synchronized
 from benchmarks import measure as m
 from benchmarks.jobs import Job, Outcome
 from hvd_syncbn import __version__, native
@@ -70,6 +70,7 @@ def plan(quick: bool) -> list[Job]:
             if framework == "tensorflow" and not quick:
                 title = f"{name}'s own strategy, {ranks} ranks"
                 found.append(Job(title, framework, cases, ranks, strategy=True, environment=settings.SHORT_CYCLE))
+    found += latency.jobs(quick, has_mpi())
     if not quick:
         cases = [settings.packets_case(31)]
         found.append(Job("PyTorch, 3 ranks", "torch", cases, 3, environment=settings.SHORT_CYCLE))
@@ -109,6 +110,7 @@ def collect(outcomes: list[Outcome]) -> dict[str, list[m.Record]]:
         "synchronized": synchronized.rows(outcomes, "synchronized"),
         "network": synchronized.rows(outcomes, "network"),
         "ddp": synchronized.rows(outcomes, "ddp"),
+        "latency": latency.rows(outcomes),
         "packets": settings.packet_rows(outcomes),
         "training": settings.training_rows(outcomes),
         "accuracy": accuracy.rows(outcomes),
@@ -136,6 +138,7 @@ def tables(results: dict[str, list[m.Record]]) -> Iterable[Any]:
     if results["ddp"]:
         yield synchronized.table("Forward and backward of a ResNet-50 in DistributedDataParallel", results["ddp"])
     yield from synchronized.failures(results["synchronized"] + results["network"] + results["ddp"])
+    yield latency.table(results["latency"])
     if results["training"]:
         yield settings.table(results["packets"], results["training"])
     if points(results["packets"]):

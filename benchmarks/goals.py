@@ -7,11 +7,9 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from benchmarks import kernels, layer, settings, synchronized
+from benchmarks import kernels, latency, layer, settings, synchronized
 from benchmarks import measure as m
 from benchmarks.measure import Record
-
-PACKETS = {8: 0.05, 512: 0.08, 2048: 0.15}  # ms of a packet by its channels: 1, 70 and 280 kB
 
 
 class Found(NamedTuple):
@@ -46,6 +44,40 @@ def _layer(
         and row["shape"] in wanted
         and column in row
     ]
+
+
+def _packets(rows: list[Record]) -> list[Goal]:
+    """Return the goals of a packet without a layer, with nothing set."""
+
+    def where(row: Record) -> str:
+        return f"{row['job']}, {row['bytes'] / 1e3:.3g} kB"
+
+    one_host = [row for row in rows if latency.MEMORY in row["ms"] and latency.PACKET in row["ms"]]
+    found = []
+    for channels, goal in latency.GOALS.items():
+        values = [Found(where(r), r["ms"][latency.PACKET].middle) for r in one_host if r["channels"] == channels]
+        found.append(Goal(f"2 ranks: ms per packet of {channels} channels", goal, False, values))
+    values = [Found(where(row), row["tail ms"][latency.PACKET]) for row in one_host]
+    found.append(Goal("2 ranks: ms per packet, 99th percentile", latency.TAIL_GOAL, False, values))
+
+    def times_bare(row: Record, bare: str, overhead: float) -> Found:
+        return Found(where(row), max(0.0, row["ms"][latency.PACKET].middle - overhead) / row["ms"][bare].middle)
+
+    values = [times_bare(row, latency.MEMORY, latency.OVERHEAD) for row in one_host]
+    text = f"2 ranks: packet less {1e3 * latency.OVERHEAD:g} us, x bare exchange through shared memory"
+    found.append(Goal(text, latency.BARE_GOAL, False, values))
+    two_hosts = [row for row in rows if row["hosts"] > 1 and {latency.PACKET, latency.ROUND_TRIP} <= row["ms"].keys()]
+    values = [times_bare(row, latency.ROUND_TRIP, 0.0) for row in two_hosts if row["channels"] == min(latency.CHANNELS)]
+    found.append(Goal("2 hosts: smallest packet, x bare round trip over a socket", latency.BARE_GOAL, False, values))
+    values = [Found(where(row), row["ms"][latency.PACKET].middle) for row in rows if row["ranks"] == 3]
+    found.append(Goal("3 ranks: ms per packet", latency.SHARED_CORES_GOAL, False, values))
+    values = [
+        Found(where(row), row["ms"][latency.SET].middle / row["ms"][latency.PACKET].middle)
+        for row in rows
+        if {latency.SET, latency.PACKET} <= row["ms"].keys()
+    ]
+    found.append(Goal("4 ranks: packet of one of 4 process sets, x that of all ranks", latency.SETS_GOAL, False, values))
+    return found
 
 
 def goals(results: dict[str, list[Record]]) -> list[Goal]:
@@ -84,16 +116,23 @@ def goals(results: dict[str, list[Record]]) -> list[Goal]:
             if peer in row["ratio"]
         ]
         found.append(Goal(f"2 ranks, {name}: a peer's time, x ours", 1.0, True, values))
-    for row in results["packets"]:
-        if row["setting"] in settings.DEFAULTS and row["channels"] in PACKETS:
-            text = f"2 ranks, nothing set: ms per packet of {row['channels']} channels"
-            found.append(Goal(text, PACKETS[row["channels"]], False, [Found(row["setting"], row["ms"].middle)]))
+    found += _packets(results["latency"])
     values = [
         Found(f"{m.FRAMEWORKS[row['framework']]} over {row['over']}", row["ms"]["ours"].middle / row["ms"]["local"].middle)
         for row in results["network"]
         if {"ours", "local"} <= row["ms"].keys()
     ]
     found.append(Goal("2 ranks, ResNet-50 on small images: x local layers", 1.25, False, values))
+    values = [
+        Found(f"{m.FRAMEWORKS[row['framework']]} over {row['over']}", 1 / row["ratio"]["horovod"].middle)
+        for row in results["network"]
+        if "horovod" in row["ratio"]
+    ]
+    found.append(Goal("2 ranks, ResNet-50 on small images: x Horovod's own layers", 1.0, False, values))
+    steps = {row["setting"]: row["ms"]["ours"].middle for row in results["training"] if row["setting"] in settings.DEFAULTS}
+    if len(steps) == len(settings.DEFAULTS):
+        gloo, mpi = (steps[name] for name in settings.DEFAULTS)
+        found.append(Goal("2 ranks, ResNet-50's training step: x its time over MPI", 1.0, False, [Found("Gloo", gloo / mpi)]))
     values = [Found(r["direction"], r["overhead us"].middle) for r in results["overhead"] if r["framework"] == "torch"]
     found.append(Goal("PyTorch: us per call outside of the kernels", 40.0, False, values))
     values = [

@@ -39,6 +39,10 @@ class Job:
     strategy: bool = False
     """Whether the ranks also create TensorFlow's MultiWorkerMirroredStrategy."""
     environment: dict[str, str] = field(default_factory=dict)
+    sets: bool = False
+    """Whether each of four ranks is also in two of four process sets of two ranks."""
+    hosts: int = 1
+    """Hosts, made of network namespaces, with equally many ranks each."""
     controller: str = "gloo"
     """Horovod's controller: "gloo" or "mpi"."""
     limit: float = 300
@@ -63,14 +67,14 @@ class Outcome:
 
 def run(job: Job, advance: Callable[[int], None]) -> Outcome:
     """Run a job, end it at its time limit, and call `advance` with the number of newly finished cases."""
-    with tempfile.TemporaryDirectory(prefix="hvd-syncbn-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="hvd-syncbn-bench-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps(asdict(job) | {"ports": free_ports(job.ranks * job.strategy)}))
-        command = [sys.executable, "-m", "benchmarks.worker", name]
-        if job.ranks > 1:
-            horovodrun = str(Path(sys.executable).parent / "horovodrun")
-            # As many slots as ranks, because horovodrun starts one process per slot.
-            command = [horovodrun, f"--{job.controller}", "-np", str(job.ranks), "-H", f"localhost:{job.ranks}", *command]
+        try:
+            command = _command(job, name, stack)
+        except RuntimeError as missing:  # this machine cannot have several hosts
+            advance(len(job.cases))
+            return Outcome(job, [], str(missing), 0.0)
         environment = os.environ | {
             "OMP_NUM_THREADS": str(job.threads),
             "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -103,6 +107,31 @@ def run(job: Job, advance: Callable[[int], None]) -> Outcome:
         if error is None and len(records) < len(job.cases):
             error = f"{len(job.cases) - len(records)} cases are missing"
         return Outcome(job, records, error, time.monotonic() - start)
+
+
+def _command(job: Job, folder: str, stack: contextlib.ExitStack) -> list[str]:
+    """Return the command that starts a job; `stack` takes its hosts down.
+
+    Raises:
+        RuntimeError: this machine cannot have several hosts.
+    """
+    command = [sys.executable, "-m", "benchmarks.worker", folder]
+    if job.ranks == 1:
+        return command
+    launcher = [str(Path(sys.executable).parent / "horovodrun"), f"--{job.controller}", "-np", str(job.ranks)]
+    # As many slots as ranks, because horovodrun starts one process per slot.
+    if job.hosts == 1:
+        return [*launcher, "-H", f"localhost:{job.ranks}", *command]
+    from tests.cluster.hosts import Hosts
+
+    hosts = stack.enter_context(Hosts(job.hosts))
+    slots = ",".join(f"{host}:{job.ranks // job.hosts}" for host in hosts.names)
+    return hosts.command(hosts.names[0], [*launcher, "-H", slots, *command])
+
+
+def first_address() -> str:
+    """Return the address of rank 0's host for the other ranks: horovodrun starts rank 0 where it runs itself."""
+    return os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
 
 
 def free_ports(count: int) -> list[int]:

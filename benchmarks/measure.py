@@ -52,6 +52,9 @@ class Framework(Protocol):
     def allreduce(self, words: int, engine: str = "horovod") -> Step:
         """Return an allreduce of int64 words without a layer, once for each direction, by one of `engines`."""
 
+    def set_allreduce(self, words: int) -> Step:
+        """Return the same in one of four process sets, if the job has them."""
+
     def network(self, name: str, images: int, size: int) -> Step:
         """Return forward and backward of a ResNet-50 with a contestant's batch norm layers."""
 
@@ -115,6 +118,9 @@ def spread(values: list[float]) -> Spread:
         return Spread(values[0], values[0], values[0])
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return Spread(low, middle, high)
+
+
+SETS = [[0, 1], [2, 3], [0, 2], [1, 3]]  # the process sets of four ranks
 
 
 def number(value: float) -> str:

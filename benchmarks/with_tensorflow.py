@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from benchmarks.measure import EPS, Step, timed
+from benchmarks.measure import EPS, SETS, Step, timed
 from hvd_syncbn.cli.networks import EXPANSION, STEM, resnet
 from hvd_syncbn.keras import SyncBatchNormalization
 
@@ -79,15 +79,20 @@ class TensorFlow:
     layout = "channels last"
     depth = 20
 
-    def __init__(self, ranks: int, threads: int, ports: list[int]) -> None:
-        """Initialize Horovod and, with `ports` (one for each rank), create a `MultiWorkerMirroredStrategy`."""
+    def __init__(self, ranks: int, threads: int, ports: list[int], sets: bool) -> None:
+        """Initialize Horovod, with `sets` also the process sets SETS.
+
+        With `ports` (one for each rank), create a `MultiWorkerMirroredStrategy`.
+        """
         self.threads = threads
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(2 if ranks > 1 else 1)
         alone = [hvd.ProcessSet([rank]) for rank in range(ranks)] if ranks > 1 else []  # every rank must register every set
-        hvd.init(process_sets=alone)
+        pairs = [hvd.ProcessSet(pair) for pair in SETS] if sets else []
+        hvd.init(process_sets=[*alone, *pairs])
         self.rank = hvd.rank()
         self._alone = alone[self.rank] if alone else None
+        self._pair = next((pair for pair in pairs if pair.included()), None)
         self._strategy = None
         self.synchronized: tuple[str, ...] = ("ours alone", "ours", "local", "one round", "two rounds", "horovod")
         if ports:
@@ -135,14 +140,10 @@ class TensorFlow:
         return self._step(name, _Chain([self.layer(name) for _ in range(self.depth)]), x, dy)
 
     def allreduce(self, words: int, engine: str = "horovod") -> Step:
-        packet = tf.zeros(words, tf.int64)
+        return _allreduce(words, "bare", hvd.global_process_set)
 
-        @tf.function(autograph=False)
-        def reduce() -> Any:
-            return hvd.allreduce(packet, name=f"hvd_syncbn.bare.{words}", op=hvd.Sum)
-
-        once = timed(reduce)
-        return lambda: once() + once()
+    def set_allreduce(self, words: int) -> Step:
+        return _allreduce(words, "set", self._pair)
 
     def network(self, name: str, images: int, size: int) -> Step:
         x = tf.constant(_random(0, (images, 3, size, size), "channels last"))
@@ -218,6 +219,17 @@ class TensorFlow:
             y = layers.ReLU()(unit(y, block.channels, 3, block.stride))
             y = layers.ReLU()(layers.Add()([unit(y, wide, 1), shortcut]))
         return kind.Model(inputs, y)
+
+
+def _allreduce(words: int, name: str, process_set: Any) -> Step:
+    packet = tf.zeros(words, tf.int64)
+
+    @tf.function(autograph=False)
+    def reduce() -> Any:
+        return hvd.allreduce(packet, name=f"hvd_syncbn.{name}.{words}", op=hvd.Sum, process_set=process_set)
+
+    once = timed(reduce)
+    return lambda: once() + once()
 
 
 def _variables(model: Any, x: Any) -> list[Any]:

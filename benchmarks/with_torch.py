@@ -17,8 +17,8 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.jobs import free_ports
-from benchmarks.measure import EPS, Step, timed
+from benchmarks.jobs import first_address, free_ports
+from benchmarks.measure import EPS, SETS, Step, timed
 from hvd_syncbn.cli.networks import EXPANSION, STEM, Block, resnet
 from hvd_syncbn.torch import SyncBatchNorm
 
@@ -112,16 +112,18 @@ class Torch:
     layout = "channels first"
     depth = 20
 
-    def __init__(self, ranks: int, threads: int, ports: list[int]) -> None:
-        """Initialize Horovod; `ports` are only used by TensorFlow's strategy."""
+    def __init__(self, ranks: int, threads: int, ports: list[int], sets: bool) -> None:
+        """Initialize Horovod, with `sets` also the process sets SETS; `ports` are only used by TensorFlow's strategy."""
         self.threads = threads
         torch.set_num_threads(threads)
         alone = [hvd.ProcessSet([rank]) for rank in range(ranks)] if ranks > 1 else []  # every rank must register every set
-        hvd.init(process_sets=alone)
+        pairs = [hvd.ProcessSet(pair) for pair in SETS] if sets else []
+        hvd.init(process_sets=[*alone, *pairs])
         self.rank = hvd.rank()
         self._alone = alone[self.rank] if alone else None
+        self._pair = next((pair for pair in pairs if pair.included()), None)
         if ranks > 1:
-            address = hvd.broadcast_object(f"tcp://127.0.0.1:{free_ports(1)[0]}")
+            address = hvd.broadcast_object(f"tcp://{first_address()}:{free_ports(1)[0]}")
             dist.init_process_group("gloo", init_method=address, rank=self.rank, world_size=ranks)
         self._token = torch.zeros(1)
         self._layers = 0
@@ -162,6 +164,11 @@ class Torch:
             bare = timed(lambda: group.allreduce([packet]).wait())
             return lambda: bare() + bare()
         once = timed(lambda: hvd.allreduce_(packet, name=f"hvd_syncbn.bare.{words}", op=hvd.Sum))
+        return lambda: once() + once()
+
+    def set_allreduce(self, words: int) -> Step:
+        packet = torch.zeros(words, dtype=torch.int64)
+        once = timed(lambda: hvd.allreduce_(packet, name=f"hvd_syncbn.set.{words}", op=hvd.Sum, process_set=self._pair))
         return lambda: once() + once()
 
     def network(self, name: str, images: int, size: int) -> Step:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import accuracy, kernels, layer, overhead, settings, soak, synchronized
+from benchmarks import accuracy, kernels, latency, layer, overhead, settings, soak, synchronized
 from benchmarks.measure import Framework, Record
 from hvd_syncbn.progress import launched_rank
 
@@ -21,6 +21,7 @@ MEASURE: dict[str, Callable[..., Record]] = {
     "network": synchronized.measure_network,
     "ddp": synchronized.measure_ddp,
     "packets": settings.measure_packets,
+    "latency": latency.measure,
     "training": settings.measure_training,
     "accuracy": accuracy.measure,
     "overhead": overhead.measure,
@@ -29,14 +30,14 @@ MEASURE: dict[str, Callable[..., Record]] = {
 }
 
 
-def _framework(name: str, ranks: int, threads: int, ports: list[int]) -> Framework:
+def _framework(name: str, ranks: int, threads: int, ports: list[int], sets: bool) -> Framework:
     if name == "torch":
         from benchmarks.with_torch import Torch
 
-        return Torch(ranks, threads, ports)
+        return Torch(ranks, threads, ports, sets)
     from benchmarks.with_tensorflow import TensorFlow
 
-    return TensorFlow(ranks, threads, ports)
+    return TensorFlow(ranks, threads, ports, sets)
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     if job["pin"]:
         os.sched_setaffinity(0, cores[: job["threads"]] if job["ranks"] == 1 else {cores[rank % len(cores)]})
     with open(folder / f"{rank}.jsonl", "w", buffering=1) as log:
-        framework = _framework(job["framework"], job["ranks"], job["threads"], job["ports"])
+        framework = _framework(job["framework"], job["ranks"], job["threads"], job["ports"], job["sets"])
         for case in job["cases"]:
             options, start = dict(case), time.monotonic()
             record = MEASURE[options.pop("kind")](framework, **options)

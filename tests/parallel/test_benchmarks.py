@@ -2,10 +2,23 @@
 
 from pathlib import Path
 
-from benchmarks import jobs, plots
+from benchmarks import jobs, latency, plots
 from benchmarks.__main__ import collect, tables
 from benchmarks.goals import goals
 from benchmarks.jobs import Job
+
+SECTIONS = (
+    "layer",
+    "kernels",
+    "exact sums",
+    "overhead",
+    "memory",
+    "synchronized",
+    "network",
+    "packets",
+    "training",
+    "accuracy",
+)
 
 
 def run(job: Job) -> jobs.Outcome:
@@ -29,6 +42,7 @@ def test_from_job_to_pictures(tmp_path: Path) -> None:
     together = [
         {"kind": "synchronized", "shape": shape, "rounds": 2},
         {"kind": "packets", "channels": (8, 64), "rounds": 2},
+        *latency.cases(2, latency.PACKET, latency.MEMORY, latency.SOCKET, latency.ROUND_TRIP),
         {"kind": "accuracy", "mean": 1e4},
     ]
     outcomes = [run(Job("1", "torch", alone, limit=60)), run(Job("2", "torch", together, 2, limit=60))]
@@ -41,7 +55,19 @@ def test_from_job_to_pictures(tmp_path: Path) -> None:
         assert all(found[text].met(value) for _, value in found[text].found)
     # Horovod's own layer in PyTorch is for GPUs: a result, not an end.
     assert "expected input tensor to be on GPU" in results["synchronized"][0]["errors"]["horovod"]
+    assert [row["channels"] for row in results["latency"]] == list(latency.CHANNELS)
+    for row in results["latency"]:
+        assert row["ms"].keys() == {latency.PACKET, latency.MEMORY, latency.SOCKET, latency.ROUND_TRIP}
+    assert found["2 ranks: ms per packet of 8 channels"].found
     assert {path.name for path in plots.draw(results, tmp_path)} == {"layer.png", "synchronized.png", "accuracy.png"}
+
+
+def test_packets_of_process_sets() -> None:
+    outcome = run(Job("1", "torch", latency.cases(2, latency.PACKET, latency.SET), 4, limit=120, sets=True))
+    rows = latency.rows([outcome])
+    assert all(row["ms"].keys() == {latency.PACKET, latency.SET} for row in rows)
+    text = "4 ranks: packet of one of 4 process sets, x that of all ranks"
+    assert len({goal.text: goal for goal in goals({name: [] for name in SECTIONS} | {"latency": rows})}[text].found) == 3
 
 
 def test_a_job_that_fails_says_why() -> None:
