@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 HERE = Path(__file__).parent
@@ -63,6 +64,15 @@ def library() -> ctypes.CDLL:
 def configure(multiprocessors: int, seed: int) -> None:
     """Sets how many multiprocessors the device says it has, and where the order of threads and blocks starts."""
     library().cuda_emulator_set(ctypes.c_int(multiprocessors), ctypes.c_uint64(seed))
+
+
+def prefetched() -> NDArray[np.uint64]:
+    """The addresses that the last launch prefetched."""
+    library().cuda_emulator_prefetched.restype = ctypes.c_int64
+    count = library().cuda_emulator_prefetched(None, ctypes.c_int64(0))
+    addresses = np.zeros(count, np.uint64)
+    library().cuda_emulator_prefetched(ctypes.c_void_p(addresses.ctypes.data), ctypes.c_int64(count))
+    return addresses
 
 
 class Memory:

@@ -90,6 +90,8 @@ struct Machine {
   int multiprocessors = 4;
   uint64_t seed = 0;
 
+  std::vector<const void*> prefetched;  // by the last launch
+
   // Of the block that runs.
   dim3 block, block_size, grid_size;
   std::vector<Fiber> fibers;
@@ -175,6 +177,8 @@ struct Machine {
 
 inline unsigned char* shared_memory() { return Machine::get().shared.data(); }
 
+inline void prefetch(const void* address) { Machine::get().prefetched.push_back(address); }
+
 inline cudaError_t launch(const std::function<void()>& kernel, int64_t blocks, int threads, size_t shared_bytes,
                           void*) {
   Machine& m = Machine::get();
@@ -187,6 +191,7 @@ inline cudaError_t launch(const std::function<void()>& kernel, int64_t blocks, i
   std::iota(block_order.begin(), block_order.end(), 0);
   std::shuffle(block_order.begin(), block_order.end(), random);
   m.kernel = kernel;
+  m.prefetched.clear();
   m.block_size = {static_cast<unsigned>(threads), 1, 1};
   m.grid_size = {static_cast<unsigned>(blocks), 1, 1};
   m.shared.resize(shared_bytes);

@@ -189,3 +189,30 @@ def test_an_empty_global_batch_changes_no_running_statistic() -> None:
     assert same_bits(new_mean, mean) and same_bits(new_var, var)
     assert same_bits(stats, native.forward(shape, x, packet, EPS)[1])
     assert cuda.failure() == (native.OK, "")
+
+
+@pytest.mark.parametrize("layout", native.LAYOUTS)
+@pytest.mark.parametrize(("n", "c", "s"), [(0, 5, 3), (130, 33, 1), (9, 70, 49), (3, 33, 100), (2, 5, 4097), (1, 5, 9000)])
+def test_apply_prefetches_inside_its_inputs(n: int, c: int, s: int, layout: str) -> None:
+    """Once per address, in all inputs alike, and in the last sample, which comes first."""
+    cuda_emulator.configure(2, n)
+    rng = np.random.default_rng(s)
+    shape = native.shape(n, c, s, "float32", layout)
+    x, dy, residual = (cuda.guarded(storage(rng.standard_normal((n, c, s)), "float32", layout)) for _ in range(3))
+    packet = cuda.forward_moments(shape, x, None, EPS)
+    y, dx = cuda.guarded(np.zeros_like(x)), cuda.guarded(np.zeros_like(x))
+    vectors = tuple(cuda.vector(None) for _ in range(6))
+    stats = cuda.forward_apply(shape, EPS, x, residual, True, packet, vectors, (0.9, 0.1), True, "layer", y)
+    found = [(cuda_emulator.prefetched(), (x, residual))]
+    cuda.backward_apply(shape, x, dy, y, None, packet, stats, cuda.vector(None), "layer", dx, None)
+    found.append((cuda_emulator.prefetched(), (x, dy, y)))
+    cuda.failure()  # of a forward packet where a backward one belongs
+    for addresses, arrays in found:
+        assert len(np.unique(addresses)) == len(addresses)
+        inside = [np.sort(addresses[(addresses >= a.ctypes.data) & (addresses < a.ctypes.data + a.nbytes)]) for a in arrays]
+        assert sum(map(len, inside)) == len(addresses)
+        for array, own in zip(arrays, inside, strict=True):
+            assert len(own) > 0 or n == 0
+            assert same_bits(own - array.ctypes.data, inside[0] - arrays[0].ctypes.data)
+            if n:
+                assert int(own[-1]) >= array.ctypes.data + array.nbytes - array.nbytes // n

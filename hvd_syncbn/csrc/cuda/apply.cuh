@@ -2,12 +2,15 @@
 //   kDirection                             HVD_SYNCBN_FORWARD or HVD_SYNCBN_BACKWARD
 //   Coefficients, finish(channel, first)   what it needs of a channel, from the reduced packet; first: this block alone
 //                                          writes what there is one of per channel
+//   prefetch(i)                            starts the loads of offset i into the second-level cache
 //   load<kWidth>(i, row)                   kWidth elements from offset i; row: their position, for a mask
 //   compute(loaded, e, k, &results)        the e-th of them
 //   store(i, results)
 //
-// One block finishes a tile of channels into shared memory and applies them to one of `splits` ranges of items. Two
-// forms:
+// A block finishes a tile of channels into shared memory and applies them to one of `splits` shares of its items. Its
+// threads take turn() items at a time, and the blocks of a tile take turns, as in moments.cuh, but from the last block
+// and the last item to the first: what the launch before read last may still be in the second-level cache. A block's
+// first loads are prefetched before it finishes its channels. Two forms:
 //   Runs<kWidth>    channels first. An item is a sample's run of the tile's rows, which lie side by side, or a part of
 //                   it where a row is long.
 //   Lines<kWidth>   channels last, and 2-D input. An item is a position; a thread stays on kWidth channels and keeps
@@ -30,10 +33,17 @@ struct ApplyWalk {
   int64_t n, c, s;
   int64_t items;  // of a tile
   int64_t tiles;
-  int tile;  // channels
+  int64_t turns;  // of a tile: its items, `turn` at a time
+  int tile;       // channels
   int splits;
   int chunks;           // of a run
   unsigned row_factor;  // Runs: row = offset in the run * row_factor / 2^32
+};
+
+// A block's turns: last, last - splits, ..., down to 0.
+struct Turns {
+  int64_t last;
+  int splits;
 };
 
 // ---- Runs
@@ -44,26 +54,39 @@ struct Runs {
   static constexpr int kChunk = 8192;  // elements, at most, of an item where the run is one row
 
   template <class Op>
+  __host__ __device__ static int64_t turn(int) {
+    return 1;
+  }
+
+  template <class Op>
+  __device__ static void prefetch(const ApplyWalk& walk, const Op& op, int64_t first, Turns turns) {
+    if (turns.last < 0) return;
+    const Item item = item_at(walk, first, turns.last);
+#pragma unroll
+    for (int u = 0; u < kApplyBatch; ++u) {
+      const int at = (threadIdx.x + u * kApplyThreads) * kWidth;
+      if (at < item.length) op.prefetch(item.offset + at);
+    }
+  }
+
+  template <class Op>
   __device__ static void walk(const ApplyWalk& walk, const Op& op, const typename Op::Coefficients* coefficients,
-                              int64_t first, int64_t begin, int64_t end) {
-    const int64_t channels = walk.c - first < walk.tile ? walk.c - first : walk.tile;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t n = walk.chunks == 1 ? item : static_cast<unsigned>(item) / static_cast<unsigned>(walk.chunks);
-      const int64_t base = (item - n * walk.chunks) * kChunk;
-      const int64_t rest = channels * walk.s - base;
-      const int length = static_cast<int>(walk.chunks > 1 && rest > kChunk ? kChunk : rest);
-      const int64_t offset = (n * walk.c + first) * walk.s + base;
-      for (int i = threadIdx.x * kWidth; i < length; i += kApplyBatch * kApplyThreads * kWidth) {
+                              int64_t first, Turns turns) {
+    for (int64_t turn = turns.last; turn >= 0; turn -= turns.splits) {
+      const Item item = item_at(walk, first, turn);
+      for (int i = threadIdx.x * kWidth; i < item.length; i += kApplyBatch * kApplyThreads * kWidth) {
         typename Op::template Loaded<kWidth> loaded[kApplyBatch];
 #pragma unroll
         for (int u = 0; u < kApplyBatch; ++u) {
           const int at = i + u * kApplyThreads * kWidth;
-          if (at < length) loaded[u] = op.template load<kWidth>(offset + at, n * walk.s + base + column(walk, at));
+          if (at < item.length) {
+            loaded[u] = op.template load<kWidth>(item.offset + at, item.position + column(walk, at));
+          }
         }
 #pragma unroll
         for (int u = 0; u < kApplyBatch; ++u) {
           const int at = i + u * kApplyThreads * kWidth;
-          if (at >= length) break;
+          if (at >= item.length) break;
           const int row = row_of(walk, at);
           const int64_t left = walk.s - column(walk, at);  // in this row
           typename Op::template Results<kWidth> results;
@@ -77,13 +100,26 @@ struct Runs {
               op.compute(loaded[u], e, coefficients[e < left ? row : row + 1], &results);
             }
           }
-          op.store(offset + at, results);
+          op.store(item.offset + at, results);
         }
       }
     }
   }
 
  private:
+  struct Item {
+    int64_t offset, position;  // of its first element: in memory, and among the positions of a channel
+    int length;                // elements
+  };
+
+  static __device__ Item item_at(const ApplyWalk& walk, int64_t first, int64_t item) {
+    const int64_t channels = walk.c - first < walk.tile ? walk.c - first : walk.tile;
+    const int64_t n = walk.chunks == 1 ? item : static_cast<unsigned>(item) / static_cast<unsigned>(walk.chunks);
+    const int64_t base = (item - n * walk.chunks) * kChunk;
+    const int64_t rest = channels * walk.s - base;
+    const int length = static_cast<int>(walk.chunks > 1 && rest > kChunk ? kChunk : rest);
+    return {(n * walk.c + first) * walk.s + base, n * walk.s + base, length};
+  }
   static __device__ int row_of(const ApplyWalk& walk, int at) {
     return static_cast<int>(static_cast<uint64_t>(at) * walk.row_factor >> 32);
   }
@@ -96,33 +132,64 @@ template <int kWidth>
 struct Lines {
   static constexpr int kMaxColumns = 32;
 
+  // Accesses in flight that fit the registers beside the coefficients.
+  template <class Op>
+  static constexpr int kBatch = kWidth * sizeof(typename Op::Coefficients) > 128 ? kApplyBatch / 2 : kApplyBatch;
+
+  template <class Op>
+  __host__ __device__ static int64_t turn(int tile) {
+    return kBatch<Op> * (kApplyThreads / (tile / kWidth));
+  }
+
+  template <class Op>
+  __device__ static void prefetch(const ApplyWalk& walk, const Op& op, int64_t first, Turns turns) {
+    const Place place = place_of(walk);
+    if (place.row >= place.rows || first + place.column >= walk.c || turns.last < 0) return;
+#pragma unroll
+    for (int u = 0; u < kBatch<Op>; ++u) {
+      const int64_t at = turns.last * turn<Op>(walk.tile) + place.row + u * place.rows;
+      if (at < walk.items) op.prefetch(at * walk.c + first + place.column);
+    }
+  }
+
   template <class Op>
   __device__ static void walk(const ApplyWalk& walk, const Op& op, const typename Op::Coefficients* coefficients,
-                              int64_t first, int64_t begin, int64_t end) {
-    const int columns = walk.tile / kWidth, rows = kApplyThreads / columns;
-    const int row = threadIdx.x / columns, column = (threadIdx.x - row * columns) * kWidth;
-    if (row >= rows || first + column >= walk.c) return;
+                              int64_t first, Turns turns) {
+    const Place place = place_of(walk);
+    const int rows = place.rows, column = place.column;
+    if (place.row >= rows || first + column >= walk.c) return;
     typename Op::Coefficients k[kWidth];
-    constexpr int kBatch = sizeof(k) > 128 ? kApplyBatch / 2 : kApplyBatch;  // what fits the registers
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) k[e] = coefficients[column + e];
-    for (int64_t item = begin + row; item < end; item += kBatch * rows) {
-      typename Op::template Loaded<kWidth> loaded[kBatch];
+    const int64_t step = turns.splits * turn<Op>(walk.tile);
+    for (int64_t item = turns.last * turn<Op>(walk.tile) + place.row; item >= 0; item -= step) {
+      typename Op::template Loaded<kWidth> loaded[kBatch<Op>];
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kBatch<Op>; ++u) {
         const int64_t at = item + u * rows;
-        if (at < end) loaded[u] = op.template load<kWidth>(at * walk.c + first + column, at);
+        if (at < walk.items) loaded[u] = op.template load<kWidth>(at * walk.c + first + column, at);
       }
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kBatch<Op>; ++u) {
         const int64_t at = item + u * rows;
-        if (at >= end) break;
+        if (at >= walk.items) break;
         typename Op::template Results<kWidth> results;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) op.compute(loaded[u], e, k[e], &results);
         op.store(at * walk.c + first + column, results);
       }
     }
+  }
+
+ private:
+  struct Place {
+    int row, rows;  // a thread's position among those that the block takes at once
+    int column;     // its first channel in the tile
+  };
+
+  static __device__ Place place_of(const ApplyWalk& walk) {
+    const int columns = walk.tile / kWidth, row = threadIdx.x / columns;
+    return {row, kApplyThreads / columns, static_cast<int>(threadIdx.x - row * columns) * kWidth};
   }
 };
 
@@ -150,8 +217,10 @@ template <class Form, class Op>
 __global__ void __launch_bounds__(kApplyThreads, 2) apply(const __grid_constant__ ApplyArguments<Op> arguments) {
   const ApplyWalk& walk = arguments.walk;
   typename Op::Coefficients* const coefficients = reinterpret_cast<typename Op::Coefficients*>(shared_memory());
-  const int64_t tile = blockIdx.x % walk.tiles, first = tile * walk.tile;
-  const int split = static_cast<int>(blockIdx.x / walk.tiles);
+  const int64_t block = walk.tiles * walk.splits - 1 - blockIdx.x, first = block % walk.tiles * walk.tile;
+  const int split = static_cast<int>(block / walk.tiles);
+  const Turns turns = {walk.turns - 1 - (walk.turns - 1 - split) % walk.splits, walk.splits};
+  Form::prefetch(walk, arguments.op, first, turns);
   const int64_t* const packet = arguments.report.packet;  // none of a frozen layer
   const int32_t status = packet == nullptr ? int32_t{HVD_SYNCBN_OK} : check_header(Op::kDirection, packet);
   for (int i = threadIdx.x; i < walk.tile && first + i < walk.c; i += kApplyThreads) {
@@ -161,15 +230,14 @@ __global__ void __launch_bounds__(kApplyThreads, 2) apply(const __grid_constant_
     *static_cast<volatile int64_t*>(arguments.report.word) = arguments.report.layer * kReportLayer + status;
   }
   __syncthreads();
-  Form::walk(walk, arguments.op, coefficients, first, walk.items * split / walk.splits,
-             walk.items * (split + 1) / walk.splits);
+  Form::walk(walk, arguments.op, coefficients, first, turns);
 }
 
 // ---- The launch
 
 template <class Form, class Op>
-cudaError_t launch_apply_form(ApplyWalk walk, int tile, int64_t items, int64_t items_at_once, const Op& op,
-                              const Report& report, void* stream) {
+cudaError_t launch_apply_form(ApplyWalk walk, int tile, int64_t items, const Op& op, const Report& report,
+                              void* stream) {
   // A few waves: enough to even out, and each block long enough to be worth its finish.
   constexpr int kBlocksPerMultiprocessor = 16;
   int sms = 0;
@@ -178,9 +246,9 @@ cudaError_t launch_apply_form(ApplyWalk walk, int tile, int64_t items, int64_t i
   walk.tile = tile > 0 ? tile : 1;
   walk.tiles = ceil_div(walk.c, walk.tile) > 1 ? ceil_div(walk.c, walk.tile) : 1;
   walk.items = items;
+  walk.turns = ceil_div(items, Form::template turn<Op>(walk.tile));
   int64_t splits = ceil_div(int64_t{kBlocksPerMultiprocessor} * sms, walk.tiles);
-  const int64_t useful = ceil_div(items, items_at_once);
-  if (splits > useful) splits = useful;
+  if (splits > walk.turns) splits = walk.turns;
   if (splits < 1) splits = 1;
   walk.splits = static_cast<int>(splits);
   return launch(apply<Form, Op>, walk.tiles * splits, kApplyThreads, walk.tile * sizeof(typename Op::Coefficients),
@@ -197,19 +265,18 @@ cudaError_t launch_width(const hvd_syncbn_shape& shape, const Op& op, const Repo
   if (shape.layout == HVD_SYNCBN_CHANNELS_LAST || shape.s <= 1) {
     const int64_t columns = ceil_div(shape.c, kWidth), tiles = ceil_div(columns, Lines<kWidth>::kMaxColumns);
     const int tile = static_cast<int>(tiles == 0 ? 1 : ceil_div(columns, tiles)) * kWidth;
-    const int64_t at_once = int64_t{kApplyBatch} * kApplyThreads * kWidth / tile;
-    return launch_apply_form<Lines<kWidth>>(walk, tile, shape.n * shape.s, at_once, op, report, stream);
+    return launch_apply_form<Lines<kWidth>>(walk, tile, shape.n * shape.s, op, report, stream);
   }
   using Form = Runs<kWidth>;
   if (shape.s >= Form::kRun) {
     walk.chunks = static_cast<int>(ceil_div(shape.s, Form::kChunk));
-    return launch_apply_form<Form>(walk, 1, shape.n * walk.chunks, 1, op, report, stream);
+    return launch_apply_form<Form>(walk, 1, shape.n * walk.chunks, op, report, stream);
   }
   // Tiles start on a boundary, too.
   const int64_t rows = ceil_div(ceil_div(Form::kRun, shape.s), kWidth) * kWidth;
   const int64_t most = shape.c < kApplyThreads ? shape.c : kApplyThreads;
   walk.row_factor = static_cast<unsigned>((uint64_t{1} << 32) / shape.s + 1);
-  return launch_apply_form<Form>(walk, static_cast<int>(rows < most ? rows : most), shape.n, 1, op, report, stream);
+  return launch_apply_form<Form>(walk, static_cast<int>(rows < most ? rows : most), shape.n, op, report, stream);
 }
 
 // Picks wide accesses where every one of them is aligned.

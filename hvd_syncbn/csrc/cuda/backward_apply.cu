@@ -61,6 +61,11 @@ struct BackwardApply {
     Pack<T, kWidth> dx, dresidual;
   };
 
+  __device__ void prefetch(int64_t i) const {
+    cuda::prefetch(x + i);
+    cuda::prefetch(dy + i);
+    if (y != nullptr) cuda::prefetch(y + i);
+  }
   template <int kWidth>
   __device__ Loaded<kWidth> load(int64_t i, int64_t row) const {
     Loaded<kWidth> loaded;

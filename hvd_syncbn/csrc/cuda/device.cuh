@@ -42,6 +42,15 @@ __device__ inline int64_t fresh(const int64_t* word) {
   return static_cast<int64_t>(__ldcg(reinterpret_cast<const long long*>(word)));
 }
 
+// Starts a read of the line of this address into the second-level cache. No register waits for it.
+__device__ inline void prefetch(const void* address) {
+#if defined(__CUDACC__)
+  asm volatile("prefetch.L2 [%0];" : : "l"(address));
+#else
+  cuda_emulator::prefetch(address);
+#endif
+}
+
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // kWidth elements that travel in one access of up to 16 bytes.

@@ -69,6 +69,10 @@ struct ForwardApply {
   template <int kWidth>
   using Results = Pack<T, kWidth>;
 
+  __device__ void prefetch(int64_t i) const {
+    cuda::prefetch(x + i);
+    if (residual != nullptr) cuda::prefetch(residual + i);
+  }
   template <int kWidth>
   __device__ Loaded<kWidth> load(int64_t i, int64_t) const {
     Loaded<kWidth> loaded;

@@ -6,7 +6,9 @@
 //   terms.term(element, mean)     {a, d}: the moments grow by a and a*d
 //   Terms::kArrays, kUsesMean     arrays of an element that are kept; whether terms use the mean
 //
-// One block sums a tile of channels over one of `splits` ranges of items. Four forms, by the way a piece lies:
+// A block sums a tile of channels over one of `splits` shares of its items. Its threads take `turn` items at a time,
+// and the blocks of a tile take turns, so that a launch goes through memory once, from the first sample to the last.
+// Four forms, by the way a piece lies:
 //   Rows<kWidth>   channels first, pieces of more than 64 positions. An item is a piece of the tile's one channel, read
 //                  by 32 / kWidth threads, a lane of the canonical order for each element of an access.
 //   Planes         channels first, short pieces. An item is a sample; runs of up to 128 rows are copied to shared
@@ -32,6 +34,7 @@ struct Walk {
   int64_t tiles;
   int pieces;  // of a row
   int tile;    // channels
+  int turn;    // items that a block's threads sum at a time
   int splits;
 };
 
@@ -52,8 +55,9 @@ struct Moments {
   }
 };
 
-struct Range {
-  int64_t begin, end;
+// A block's items: `turn` of them from begin, from begin + step, ..., all below end.
+struct Share {
+  int64_t begin, end, step;
 };
 
 // ---- Rows
@@ -64,7 +68,7 @@ struct Rows {
   static constexpr int kGroups = kMomentThreads / kGroup;  // pieces at a time
 
   template <class Terms>
-  __device__ static int sum(const Walk& walk, const Terms& terms, double mean, int64_t channel, Range range,
+  __device__ static int sum(const Walk& walk, const Terms& terms, double mean, int64_t channel, Share share,
                             ThreadSums* sums, unsigned char*) {
     // Loads in flight before the first is used: 32 to 64 bytes of a thread.
     constexpr int kBatch = kWidth == 1 || sizeof(typename Terms::Type) == 2 ? 8 : 4;
@@ -72,10 +76,10 @@ struct Rows {
     Moments kept;
     bool keeps = false;
     int round = 0;
-    for (int64_t base = range.begin; base < range.end; base += kGroups, ++round) {
+    for (int64_t base = share.begin; base < share.end; base += share.step, ++round) {
       const unsigned item = static_cast<unsigned>(base + group);
       Moments lanes[kWidth];
-      if (item < range.end) {
+      if (item < share.end) {
         const unsigned n = item / static_cast<unsigned>(walk.pieces);
         const int64_t position = static_cast<int64_t>(item - n * walk.pieces) * kPiece;
         const int length = static_cast<int>(walk.s - position < kPiece ? walk.s - position : kPiece);
@@ -115,9 +119,9 @@ struct Rows {
       // Splitting a value into limbs takes many instructions: each thread keeps a piece, then all split at once.
       if (round % kGroup == thread) {
         kept = lanes[0];
-        keeps = item < range.end;
+        keeps = item < share.end;
       }
-      if (round % kGroup == kGroup - 1 || base + kGroups >= range.end) {
+      if (round % kGroup == kGroup - 1 || base + share.step >= share.end) {
         if (keeps) {
           sums->deposit(kMomentA, kept.a);
           sums->deposit(kMomentB, kept.b);
@@ -213,19 +217,17 @@ struct Planes {
   }
 
   template <class Terms>
-  __device__ static int sum(const Walk& walk, const Terms& terms, double mean, int64_t first, Range range,
+  __device__ static int sum(const Walk& walk, const Terms& terms, double mean, int64_t first, Share share,
                             ThreadSums* sums, unsigned char* shared) {
     using Element = typename Terms::Element;
     constexpr int kBatch = sizeof(Element) < 8 ? 8 : 4;
     Element* const stage = reinterpret_cast<Element*>(shared);
     const int s = static_cast<int>(walk.s), between = pitch(walk.s), t = threadIdx.x;
     const int channels = static_cast<int>(walk.c - first < walk.tile ? walk.c - first : walk.tile);
-    // Samples follow one another in memory only where the tile holds all channels.
-    const int samples = walk.tile == walk.c ? rows(walk.s, sizeof(Element)) / walk.tile : 1;
     const int row_step = kMomentThreads / s, column_step = kMomentThreads - row_step * s;
     ShortPieceSums piece_sums;
-    for (int64_t n = range.begin; n < range.end; n += samples) {
-      const int staged = static_cast<int>(range.end - n < samples ? range.end - n : samples) * channels;
+    for (int64_t n = share.begin; n < share.end; n += share.step) {
+      const int staged = static_cast<int>(share.end - n < walk.turn ? share.end - n : walk.turn) * channels;
       const int64_t offset = (n * walk.c + first) * walk.s;
       int row = t / s, column = t - row * s;
       for (int i = t; i < staged * s; i += kBatch * kMomentThreads) {
@@ -257,7 +259,7 @@ struct Planes {
       __syncthreads();
     }
     piece_sums.flush(sums);
-    return samples * walk.tile;
+    return walk.turn * walk.tile;
   }
 };
 
@@ -268,13 +270,14 @@ struct Columns {
   static constexpr int64_t kSharedFold = 2 * kMomentThreads * sizeof(Moments);
 
   template <class Terms>
-  __device__ static int sum(const Walk& walk, const Terms& terms, double mean, int64_t first, Range range,
+  __device__ static int sum(const Walk& walk, const Terms& terms, double mean, int64_t first, Share share,
                             ThreadSums* sums, unsigned char* shared) {
     const int warp = threadIdx.x / 32;
     const int64_t channel = first + threadIdx.x % 32;
     // Two buffers: while one warp folds the sums of an item, the others are at the next.
     Moments* const fold = reinterpret_cast<Moments*>(shared);
-    for (int64_t item = range.begin; item < range.end; ++item) {
+    int round = 0;
+    for (int64_t item = share.begin; item < share.end; item += share.step, ++round) {
       const unsigned n = static_cast<unsigned>(item) / static_cast<unsigned>(walk.pieces);
       const int64_t position = static_cast<int64_t>(static_cast<unsigned>(item) - n * walk.pieces) * kPiece;
       const int length = static_cast<int>(walk.s - position < kPiece ? walk.s - position : kPiece);
@@ -299,10 +302,10 @@ struct Columns {
 #pragma unroll
         for (int k = 0; k < w; ++k) lanes[k].add(lanes[k + w]);
       }
-      Moments* const buffer = fold + (item & 1) * kMomentThreads;
+      Moments* const buffer = fold + (round & 1) * kMomentThreads;
       buffer[threadIdx.x] = lanes[0];
       __syncthreads();
-      if (warp == item % kWarps) {
+      if (warp == round % kWarps) {
         const Moments* const rest = buffer + threadIdx.x % 32;
         Moments sum[kWarps];
 #pragma unroll
@@ -324,33 +327,34 @@ struct Columns {
 // ---- Cells
 
 struct Cells {
+  static constexpr int kBatch = 8;  // 2-D: loads of a thread in flight
+
   template <class Terms>
-  __device__ static int sum(const Walk& walk, const Terms& terms, double mean, int64_t first, Range range,
+  __device__ static int sum(const Walk& walk, const Terms& terms, double mean, int64_t first, Share share,
                             ThreadSums* sums, unsigned char*) {
-    constexpr int kBatch = 8;
     const int64_t channel = first + threadIdx.x % 32;
     const int s = static_cast<int>(walk.s);
     if (channel >= walk.c) return kMomentThreads;
     ShortPieceSums piece_sums;
-    int64_t n = range.begin + threadIdx.x / 32;
+    int64_t n = share.begin + threadIdx.x / 32;
     if (s == 1) {
-      for (; n < range.end; n += kBatch * kWarps) {
+      for (; n < share.end; n += share.step) {
         typename Terms::template Loaded<1> loaded[kBatch];
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
           const int64_t row = n + u * kWarps;
-          if (row < range.end) loaded[u] = terms.template load<1>(row * walk.c + channel, row);
+          if (row < share.end) loaded[u] = terms.template load<1>(row * walk.c + channel, row);
         }
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
-          if (n + u * kWarps >= range.end) break;
+          if (n + u * kWarps >= share.end) break;
           Moments moments;
           moments.add(terms.term(terms.element(loaded[u], 0), mean));
           piece_sums.add(moments, sums);
         }
       }
     } else {
-      for (; n < range.end; n += kWarps) {
+      for (; n < share.end; n += share.step) {
         const int64_t row = n * s;
         piece_sums.add(short_piece(s,
                                    [&](int i) {
@@ -401,8 +405,8 @@ __global__ void __launch_bounds__(kMomentThreads, 4)
   ThreadSums sums(limbs);
   const int64_t channel = first + (walk.tile == 1 ? 0 : threadIdx.x % walk.tile);
   const double mean = Terms::kUsesMean && channel < walk.c ? closing.stats[channel] : 0.0;
-  const Range range = {walk.items * split / walk.splits, walk.items * (split + 1) / walk.splits};
-  const int columns = Form::sum(walk, arguments.terms, mean, first, range, &sums, shared + kSumsBytes);
+  const Share share = {int64_t{split} * walk.turn, walk.items, int64_t{walk.splits} * walk.turn};
+  const int columns = Form::sum(walk, arguments.terms, mean, first, share, &sums, shared + kSumsBytes);
   if (walk.items >= kValuesWithoutCarry) sums.carry();
   publish(closing, limbs, columns, walk.tile, walk.c, first, walk.splits);
 }
@@ -410,15 +414,16 @@ __global__ void __launch_bounds__(kMomentThreads, 4)
 // ---- The launch
 
 template <class Form, class Terms>
-cudaError_t launch_form(Walk walk, int tile, int64_t items, int64_t items_at_once, int64_t form_bytes, int devices_sms,
+cudaError_t launch_form(Walk walk, int tile, int64_t items, int turn, int64_t form_bytes, int devices_sms,
                         const Terms& terms, const Closing& closing, void* stream) {
   // A few blocks for every multiprocessor, each with work for all its threads.
   constexpr int kBlocksPerMultiprocessor = 8;
   walk.tile = tile;
   walk.tiles = ceil_div(walk.c, tile) > 1 ? ceil_div(walk.c, tile) : 1;
   walk.items = items;
+  walk.turn = turn;
   int64_t splits = ceil_div(int64_t{kBlocksPerMultiprocessor} * devices_sms, walk.tiles);
-  const int64_t useful = ceil_div(items, items_at_once);
+  const int64_t useful = ceil_div(items, turn);
   if (splits > useful) splits = useful;
   if (splits > kMaxSplits) splits = kMaxSplits;
   if (splits < 1) splits = 1;
@@ -446,8 +451,8 @@ cudaError_t launch_moments(const hvd_syncbn_shape& shape, bool wide, const Terms
   const bool innermost = (shape.layout == HVD_SYNCBN_CHANNELS_LAST && shape.c > 1) || shape.s <= 1;
   if (innermost) {
     if (shape.s <= kShortPiece) {
-      const int64_t at_once = shape.s == 1 ? 8 * kWarps : kWarps;
-      return launch_form<Cells>(walk, 32, shape.s == 0 ? 0 : shape.n, at_once, 0, sms, terms, closing, stream);
+      const int turn = shape.s == 1 ? Cells::kBatch * kWarps : kWarps;
+      return launch_form<Cells>(walk, 32, shape.s == 0 ? 0 : shape.n, turn, 0, sms, terms, closing, stream);
     }
     return launch_form<Columns>(walk, 32, pieces, 1, Columns::kSharedFold, sms, terms, closing, stream);
   }
@@ -455,6 +460,7 @@ cudaError_t launch_moments(const hvd_syncbn_shape& shape, bool wide, const Terms
     const int rows = Planes::rows(shape.s, sizeof(typename Terms::Element));
     const int tile = shape.c < rows ? static_cast<int>(shape.c > 0 ? shape.c : 1) : rows;
     const int64_t bytes = int64_t{rows} * Planes::pitch(shape.s) * sizeof(typename Terms::Element);
+    // Samples follow one another in memory only where the tile holds all channels.
     return launch_form<Planes>(walk, tile, shape.n, tile == shape.c ? rows / tile : 1, bytes, sms, terms, closing,
                                stream);
   }
