@@ -61,9 +61,21 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(kernels()))
 
 
-def configure(multiprocessors: int, seed: int) -> None:
-    """Sets how many multiprocessors the device says it has, and where the order of threads and blocks starts."""
-    library().cuda_emulator_set(ctypes.c_int(multiprocessors), ctypes.c_uint64(seed))
+def configure(multiprocessors: int, seed: int, resident: int = 4) -> None:
+    """Sets the multiprocessors, the blocks that each runs at a time, and where the order of threads and blocks starts."""
+    library().cuda_emulator_set(ctypes.c_int(multiprocessors), ctypes.c_int(resident), ctypes.c_uint64(seed))
+
+
+def blocks() -> int:
+    """Blocks of the last launch."""
+    library().cuda_emulator_blocks.restype = ctypes.c_int64
+    return int(library().cuda_emulator_blocks())
+
+
+def occupancy_calls() -> int:
+    """How often the kernels have asked the runtime for an occupancy."""
+    library().cuda_emulator_occupancy_calls.restype = ctypes.c_int64
+    return int(library().cuda_emulator_occupancy_calls())
 
 
 def prefetched() -> NDArray[np.uint64]:

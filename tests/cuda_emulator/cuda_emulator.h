@@ -86,11 +86,21 @@ struct Fiber {
 };
 
 struct Machine {
-  // Of the emulated device; tests set them.
-  int multiprocessors = 4;
+  // Every device that tests have set; the current one is another than those before.
+  struct Device {
+    int multiprocessors, resident;
+    bool operator==(const Device& other) const {
+      return multiprocessors == other.multiprocessors && resident == other.resident;
+    }
+  };
+  std::vector<Device> devices = {{4, 4}};
+  int device = 0;
   uint64_t seed = 0;
 
-  std::vector<const void*> prefetched;  // by the last launch
+  // Of the last launch.
+  int64_t blocks = 0;
+  std::vector<const void*> prefetched;
+  int64_t occupancy_calls = 0;
 
   // Of the block that runs.
   dim3 block, block_size, grid_size;
@@ -110,6 +120,11 @@ struct Machine {
   static Machine& get() {
     static Machine machine;
     return machine;
+  }
+
+  void use(const Device& wanted) {
+    device = static_cast<int>(std::find(devices.begin(), devices.end(), wanted) - devices.begin());
+    if (device == static_cast<int>(devices.size())) devices.push_back(wanted);
   }
 
   void yield() {
@@ -191,6 +206,7 @@ inline cudaError_t launch(const std::function<void()>& kernel, int64_t blocks, i
   std::iota(block_order.begin(), block_order.end(), 0);
   std::shuffle(block_order.begin(), block_order.end(), random);
   m.kernel = kernel;
+  m.blocks = blocks;
   m.prefetched.clear();
   m.block_size = {static_cast<unsigned>(threads), 1, 1};
   m.grid_size = {static_cast<unsigned>(blocks), 1, 1};
@@ -245,11 +261,17 @@ T __ldcg(const T* from) {
 // ---- The host's side
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = cuda_emulator::Machine::get().device;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  *value = cuda_emulator::Machine::get().multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int device) {
+  *value = cuda_emulator::Machine::get().devices[device].multiprocessors;
+  return cudaSuccess;
+}
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  cuda_emulator::Machine& m = cuda_emulator::Machine::get();
+  ++m.occupancy_calls;
+  *blocks = m.devices[m.device].resident;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {

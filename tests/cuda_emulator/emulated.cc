@@ -5,9 +5,18 @@
 #include "forward_moments.cu"
 #include "reports.cu"
 
-extern "C" __attribute__((visibility("default"))) void cuda_emulator_set(int multiprocessors, uint64_t seed) {
-  cuda_emulator::Machine::get().multiprocessors = multiprocessors;
+extern "C" __attribute__((visibility("default"))) void cuda_emulator_set(int multiprocessors, int resident,
+                                                                         uint64_t seed) {
+  cuda_emulator::Machine::get().use({multiprocessors, resident});
   cuda_emulator::Machine::get().seed = seed;
+}
+
+// Blocks of the last launch; and how often the occupancy of a kernel was asked for.
+extern "C" __attribute__((visibility("default"))) int64_t cuda_emulator_blocks() {
+  return cuda_emulator::Machine::get().blocks;
+}
+extern "C" __attribute__((visibility("default"))) int64_t cuda_emulator_occupancy_calls() {
+  return cuda_emulator::Machine::get().occupancy_calls;
 }
 
 // Addresses that the last launch prefetched, up to `most` of them into `addresses`; returns how many there were.

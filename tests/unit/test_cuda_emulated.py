@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import shutil
 
 import numpy as np
@@ -28,6 +29,12 @@ pytestmark = [
 CHANNELS = (1, 3, 5, 33, 70, 300)
 POSITIONS = (1, 2, 7, 31, 32, 33, 49, 64, 65, 100, 4096, 4097, 8200)
 SAMPLES = (1, 3, 40, 0)
+LAUNCHES = [
+    *((n, c, s, "channels_first") for n, c, s in ((1, 1, 9000), (40, 1, 2048), (70, 3, 100), (2, 40, 1100), (1, 150, 100))),
+    *((n, c, s, "channels_first") for n, c, s in ((1, 5, 49), (700, 3, 9), (9, 300, 49), (1, 2000, 4), (3, 200, 64))),
+    *((n, c, s, "channels_last") for n, c, s in ((1, 3, 9000), (40, 33, 70), (3, 900, 65), (2, 100, 1100), (30, 40, 49))),
+    *((n, c, 1, "channels_last") for n, c in ((5, 1), (5, 2000), (3000, 5), (900, 64), (77, 333))),
+]
 # Elements of a case: so many blocks take a second.
 MOST = 60_000
 
@@ -216,3 +223,68 @@ def test_apply_prefetches_inside_its_inputs(n: int, c: int, s: int, layout: str)
             assert same_bits(own - array.ctypes.data, inside[0] - arrays[0].ctypes.data)
             if n:
                 assert int(own[-1]) >= array.ctypes.data + array.nbytes - array.nbytes // n
+
+
+def fewest_splits(tiles: int, turns: int, wave: int) -> int:
+    """The rule of csrc/cuda/device.cuh, by trying every number of splits."""
+    most = min(turns, max(8 * wave // tiles, 1))
+    times = {splits: -(-tiles * splits // wave) * -(-turns // splits) for splits in range(1, most + 1)}
+    for splits, time in times.items():
+        if 16 * tiles * turns >= 15 * time * wave:
+            return splits
+    return min(times, key=lambda splits: times[splits], default=1)
+
+
+# Few and many tiles; few and many items: channels first in pieces and in planes; channels last in pieces and by position.
+@pytest.mark.parametrize("resident", [4, 5, 7])
+@pytest.mark.parametrize(("n", "c", "s", "layout"), LAUNCHES)
+def test_launches_are_whole_waves(n: int, c: int, s: int, layout: str, resident: int) -> None:
+    multiprocessors = 3
+    cuda_emulator.configure(multiprocessors, n, resident)
+    wave = multiprocessors * resident
+    rng = np.random.default_rng(c)
+    shape = native.shape(n, c, s, "float32", layout)
+    x, dy = (storage(rng.standard_normal((n, c, s)), "float32", layout) for _ in range(2))
+    packet = cuda.forward_moments(shape, x, None, EPS)
+    assert same_bits(packet, native.forward_packet(shape, x, EPS))
+    pieces = -(-s // protocol.PIECE)
+    if layout == "channels_last" or s == 1:
+        tiles, turns = -(-c // 32), -(-n // (32 if s == 1 else 4)) if s <= 64 else n * pieces
+    elif s <= 64:
+        rows = min(128, (47 * 1024 - 17 * 129 * 8 - 24) // ((s | 1) * 4))
+        tiles, turns = (1, -(-n // (rows // c))) if c < rows else (-(-c // rows), n)
+    else:
+        threads = 8 if s % 4 == 0 and n * pieces * c * 8 >= 256 * multiprocessors else 32
+        tiles, turns = c, -(-n * pieces // (128 // threads))
+    assert cuda_emulator.blocks() == tiles * fewest_splits(tiles, turns, wave)
+
+    y, dx = np.zeros_like(x), np.zeros_like(x)
+    vectors = tuple(cuda.vector(None) for _ in range(6))
+    stats = cuda.forward_apply(shape, EPS, x, None, False, packet, vectors, (0.9, 0.1), True, "layer", y)
+    want_y, _ = native.forward(shape, x, packet, EPS)
+    assert same_bits(y, want_y)
+    forward_blocks = cuda_emulator.blocks()
+    back = cuda.backward_moments(shape, x, dy, None, None, stats, cuda.vector(None), cuda.vector(None))
+    cuda.backward_apply(shape, x, dy, None, None, back, stats, cuda.vector(None), "layer", dx, None)
+    assert same_bits(dx, native.backward(shape, x, dy, back, stats)[0])
+    if layout == "channels_last" or s == 1:
+        width = 4 if c % 4 == 0 else 1
+        columns = -(-c // width)
+        tile = -(-columns // -(-columns // 32))
+        tiles, turns = -(-columns // tile), -(-n * s // (4 * (256 // tile)))
+    elif s >= 4096:
+        tiles, turns = c, n * -(-s // 8192)
+    else:
+        width = 4 if c * s % 4 == 0 and s >= 4 else 1
+        rows = math.ceil(math.ceil(4096 / s) / width) * width
+        tiles, turns = -(-c // min(rows, c, 256)), n
+    assert forward_blocks == tiles * fewest_splits(tiles, turns, wave)
+    assert cuda_emulator.blocks() == forward_blocks
+
+    # The same launch once more, on the same device and then on another one.
+    calls = cuda_emulator.occupancy_calls()
+    cuda.forward_moments(shape, x, None, EPS)
+    assert cuda_emulator.occupancy_calls() == calls
+    cuda_emulator.configure(multiprocessors, n, resident + 10 * n + 1000 * c + 7)
+    cuda.forward_moments(shape, x, None, EPS)
+    assert cuda_emulator.occupancy_calls() == calls + 1

@@ -238,21 +238,17 @@ __global__ void __launch_bounds__(kApplyThreads, 2) apply(const __grid_constant_
 template <class Form, class Op>
 cudaError_t launch_apply_form(ApplyWalk walk, int tile, int64_t items, const Op& op, const Report& report,
                               void* stream) {
-  // A few waves: enough to even out, and each block long enough to be worth its finish.
-  constexpr int kBlocksPerMultiprocessor = 16;
-  int sms = 0;
-  const cudaError_t error = multiprocessors(&sms);
-  if (error != cudaSuccess) return error;
   walk.tile = tile > 0 ? tile : 1;
+  const int64_t bytes = walk.tile * sizeof(typename Op::Coefficients);
+  int64_t wave;
+  const cudaError_t error = wave_blocks(reinterpret_cast<const void*>(&apply<Form, Op>), kApplyThreads, bytes, &wave);
+  if (error != cudaSuccess) return error;
   walk.tiles = ceil_div(walk.c, walk.tile) > 1 ? ceil_div(walk.c, walk.tile) : 1;
   walk.items = items;
   walk.turns = ceil_div(items, Form::template turn<Op>(walk.tile));
-  int64_t splits = ceil_div(int64_t{kBlocksPerMultiprocessor} * sms, walk.tiles);
-  if (splits > walk.turns) splits = walk.turns;
-  if (splits < 1) splits = 1;
-  walk.splits = static_cast<int>(splits);
-  return launch(apply<Form, Op>, walk.tiles * splits, kApplyThreads, walk.tile * sizeof(typename Op::Coefficients),
-                stream, ApplyArguments<Op>{walk, op, report});
+  walk.splits = static_cast<int>(choose_splits(walk.tiles, walk.turns, wave));
+  return launch(apply<Form, Op>, walk.tiles * walk.splits, kApplyThreads, bytes, stream,
+                ApplyArguments<Op>{walk, op, report});
 }
 
 template <int kWidth, class Op>

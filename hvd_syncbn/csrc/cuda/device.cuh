@@ -5,6 +5,11 @@
 #ifndef HVD_SYNCBN_CUDA_DEVICE_CUH_
 #define HVD_SYNCBN_CUDA_DEVICE_CUH_
 
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #else
@@ -97,6 +102,56 @@ inline cudaError_t multiprocessors(int* count) {
   int device;
   const cudaError_t error = cudaGetDevice(&device);
   return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
+// Blocks of a kernel that the current device runs at a time. The runtime is asked once per kernel, device and number of
+// shared bytes.
+inline cudaError_t wave_blocks(const void* kernel, int threads, int64_t shared_bytes, int64_t* blocks) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int64_t>, int64_t> known;
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& wave = known[std::make_tuple(kernel, device, shared_bytes)];
+  if (wave == 0) {
+    int sms, resident;
+    error = multiprocessors(&sms);
+    if (error != cudaSuccess) return error;
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared_bytes);
+    if (error != cudaSuccess) return error;
+    wave = int64_t{sms} * std::max(resident, 1);
+  }
+  *blocks = wave;
+  return cudaSuccess;
+}
+
+// Splits of `tiles` tiles of `turns` turns each, where `wave` blocks run at a time.
+//
+// The model: blocks run in whole waves, and a block takes as long as it has turns. So a launch takes
+// ceil(tiles * splits / wave) * ceil(turns / splits), and at best tiles * turns / wave. Chosen are the fewest splits,
+// as every block has work besides its turns, for which 15/16 of the time is used; or, where none of up to kMostWaves
+// waves does it, those that use it best. The model has not been measured: blocks do not really wait for the end of a
+// wave, and those that run alone get more of the memory's bandwidth.
+inline int64_t choose_splits(int64_t tiles, int64_t turns, int64_t wave) {
+  constexpr int64_t kMostWaves = 8;
+  const int64_t most = std::min(turns, std::max(kMostWaves * wave / tiles, int64_t{1}));
+  int64_t best = 1, best_time = ceil_div(tiles, wave) * turns;
+  // Fewer splits fill less than 15/16 of one wave, in more time.
+  int64_t splits = std::min({ceil_div(15 * wave, 16 * tiles), std::max(wave / tiles, int64_t{1}), most});
+  while (splits >= 1 && splits <= most) {
+    const int64_t each = ceil_div(turns, splits);
+    splits = ceil_div(turns, each);  // more of the same time per block use less of it
+    const int64_t time = ceil_div(tiles * splits, wave) * each;
+    if (16 * tiles * turns >= 15 * time * wave) return splits;
+    if (time < best_time) {
+      best = splits;
+      best_time = time;
+    }
+    if (each == 1) break;
+    splits = ceil_div(turns, each - 1);
+  }
+  return best;
 }
 
 template <class Arguments>

@@ -3,8 +3,8 @@
 //
 // Bytes: x (and the residual) are read once, y is written once, n*c*s elements each; 136 bytes of packet and a few
 // vectors per channel and block. The blocks of the first split write the stats and the running statistics.
-// Geometry: 256 threads; channel tiles x splits, about 16 blocks per multiprocessor; see apply.cuh for what a block
-// does in each layout.
+// Geometry: 256 threads; channel tiles x splits, in whole waves (device.cuh); see apply.cuh for what a block does in
+// each layout.
 #include "../common/elementwise.h"
 #include "../include/hvd_syncbn/cuda.h"
 #include "apply.cuh"

@@ -1,8 +1,8 @@
 // Forward moments: sum x and sum x^2 of every piece, in float64, added exactly to the packet.
 //
 // Bytes: x is read once, n*c*s elements; the packet, 136 bytes per channel, is set to zero, added to once per block,
-// and closed by the last block of each channel tile. Geometry: 128 threads; channel tiles x splits, about 8 blocks per
-// multiprocessor; see moments.cuh for what a block does in each layout.
+// and closed by the last block of each channel tile. Geometry: 128 threads; channel tiles x splits, in
+// whole waves (device.cuh); see moments.cuh for what a block does in each layout.
 #include "../include/hvd_syncbn/cuda.h"
 #include "moments.cuh"
 

@@ -414,21 +414,19 @@ __global__ void __launch_bounds__(kMomentThreads, 4)
 // ---- The launch
 
 template <class Form, class Terms>
-cudaError_t launch_form(Walk walk, int tile, int64_t items, int turn, int64_t form_bytes, int devices_sms,
-                        const Terms& terms, const Closing& closing, void* stream) {
-  // A few blocks for every multiprocessor, each with work for all its threads.
-  constexpr int kBlocksPerMultiprocessor = 8;
+cudaError_t launch_form(Walk walk, int tile, int64_t items, int turn, int64_t form_bytes, const Terms& terms,
+                        const Closing& closing, void* stream) {
+  const int64_t bytes = kSumsBytes + form_bytes;
+  int64_t wave;
+  const cudaError_t error =
+      wave_blocks(reinterpret_cast<const void*>(&moments<Form, Terms>), kMomentThreads, bytes, &wave);
+  if (error != cudaSuccess) return error;
   walk.tile = tile;
   walk.tiles = ceil_div(walk.c, tile) > 1 ? ceil_div(walk.c, tile) : 1;
   walk.items = items;
   walk.turn = turn;
-  int64_t splits = ceil_div(int64_t{kBlocksPerMultiprocessor} * devices_sms, walk.tiles);
-  const int64_t useful = ceil_div(items, turn);
-  if (splits > useful) splits = useful;
-  if (splits > kMaxSplits) splits = kMaxSplits;
-  if (splits < 1) splits = 1;
-  walk.splits = static_cast<int>(splits);
-  return launch(moments<Form, Terms>, walk.tiles * splits, kMomentThreads, kSumsBytes + form_bytes, stream,
+  walk.splits = static_cast<int>(std::min(choose_splits(walk.tiles, ceil_div(items, turn), wave), kMaxSplits));
+  return launch(moments<Form, Terms>, walk.tiles * walk.splits, kMomentThreads, bytes, stream,
                 MomentsArguments<Terms>{walk, terms, closing});
 }
 
@@ -452,23 +450,22 @@ cudaError_t launch_moments(const hvd_syncbn_shape& shape, bool wide, const Terms
   if (innermost) {
     if (shape.s <= kShortPiece) {
       const int turn = shape.s == 1 ? Cells::kBatch * kWarps : kWarps;
-      return launch_form<Cells>(walk, 32, shape.s == 0 ? 0 : shape.n, turn, 0, sms, terms, closing, stream);
+      return launch_form<Cells>(walk, 32, shape.s == 0 ? 0 : shape.n, turn, 0, terms, closing, stream);
     }
-    return launch_form<Columns>(walk, 32, pieces, 1, Columns::kSharedFold, sms, terms, closing, stream);
+    return launch_form<Columns>(walk, 32, pieces, 1, Columns::kSharedFold, terms, closing, stream);
   }
   if (shape.s <= kShortPiece) {
     const int rows = Planes::rows(shape.s, sizeof(typename Terms::Element));
     const int tile = shape.c < rows ? static_cast<int>(shape.c > 0 ? shape.c : 1) : rows;
     const int64_t bytes = int64_t{rows} * Planes::pitch(shape.s) * sizeof(typename Terms::Element);
     // Samples follow one another in memory only where the tile holds all channels.
-    return launch_form<Planes>(walk, tile, shape.n, tile == shape.c ? rows / tile : 1, bytes, sms, terms, closing,
-                               stream);
+    return launch_form<Planes>(walk, tile, shape.n, tile == shape.c ? rows / tile : 1, bytes, terms, closing, stream);
   }
   // Where pieces are few, more threads have to share each of them.
   if (wide && pieces * shape.c * Rows<kWidth>::kGroup >= int64_t{256} * sms) {
-    return launch_form<Rows<kWidth>>(walk, 1, pieces, Rows<kWidth>::kGroups, 0, sms, terms, closing, stream);
+    return launch_form<Rows<kWidth>>(walk, 1, pieces, Rows<kWidth>::kGroups, 0, terms, closing, stream);
   }
-  return launch_form<Rows<1>>(walk, 1, pieces, Rows<1>::kGroups, 0, sms, terms, closing, stream);
+  return launch_form<Rows<1>>(walk, 1, pieces, Rows<1>::kGroups, 0, terms, closing, stream);
 }
 
 // Elements of an access of the moment kernels.
