@@ -61,9 +61,17 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(kernels()))
 
 
-def configure(multiprocessors: int, seed: int, resident: int = 4) -> None:
-    """Sets the multiprocessors, the blocks that each runs at a time, and where the order of threads and blocks starts."""
-    library().cuda_emulator_set(ctypes.c_int(multiprocessors), ctypes.c_int(resident), ctypes.c_uint64(seed))
+def configure(multiprocessors: int, seed: int, resident: int = 4, shared_kib: int = 64) -> None:
+    """Sets the device, and where the order of threads and blocks starts.
+
+    Args:
+        multiprocessors: how many it has.
+        seed: where the order starts.
+        resident: blocks of any kernel that a multiprocessor runs at a time.
+        shared_kib: shared memory of a multiprocessor.
+    """
+    settings = map(ctypes.c_int, (multiprocessors, resident, 1024 * shared_kib))
+    library().cuda_emulator_set(*settings, ctypes.c_uint64(seed))
 
 
 def blocks() -> int:

@@ -17,9 +17,11 @@
 
 #include <algorithm>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -48,7 +50,12 @@ struct Event;
 }
 using cudaEvent_t = cuda_emulator::Event*;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-enum { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum { cudaHostAllocMapped = 2, cudaEventDisableTiming = 2 };
 enum cudaStreamCaptureMode {
   cudaStreamCaptureModeGlobal,
@@ -88,12 +95,14 @@ struct Fiber {
 struct Machine {
   // Every device that tests have set; the current one is another than those before.
   struct Device {
-    int multiprocessors, resident;
+    int multiprocessors, resident, shared_bytes;
     bool operator==(const Device& other) const {
-      return multiprocessors == other.multiprocessors && resident == other.resident;
+      return multiprocessors == other.multiprocessors && resident == other.resident &&
+             shared_bytes == other.shared_bytes;
     }
   };
-  std::vector<Device> devices = {{4, 4}};
+  std::vector<Device> devices = {{4, 4, 64 * 1024}};
+  std::map<std::pair<const void*, int>, int> shared_limits;  // by kernel and device, where one has opted in
   int device = 0;
   uint64_t seed = 0;
 
@@ -194,10 +203,12 @@ inline unsigned char* shared_memory() { return Machine::get().shared.data(); }
 
 inline void prefetch(const void* address) { Machine::get().prefetched.push_back(address); }
 
-inline cudaError_t launch(const std::function<void()>& kernel, int64_t blocks, int threads, size_t shared_bytes,
-                          void*) {
+inline cudaError_t launch(const void* function, const std::function<void()>& kernel, int64_t blocks, int threads,
+                          size_t shared_bytes, void*) {
   Machine& m = Machine::get();
-  if (blocks < 1 || blocks > 0x7fffffff || threads < 1 || threads > 1024 || shared_bytes > 48 * 1024) {
+  const auto limit = m.shared_limits.find({function, m.device});
+  const int most = limit == m.shared_limits.end() ? 48 * 1024 : limit->second;
+  if (blocks < 1 || blocks > 0x7fffffff || threads < 1 || threads > 1024 || shared_bytes > static_cast<size_t>(most)) {
     return cudaErrorInvalidValue;
   }
   std::mt19937_64 random(m.seed++);
@@ -264,8 +275,17 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = cuda_emulator::Machine::get().device;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int device) {
-  *value = cuda_emulator::Machine::get().devices[device].multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const auto& properties = cuda_emulator::Machine::get().devices[device];
+  *value = attribute == cudaDevAttrMultiProcessorCount                ? properties.multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? properties.shared_bytes
+                                                                      : properties.shared_bytes - 1024;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  cuda_emulator::Machine& m = cuda_emulator::Machine::get();
+  if (value > m.devices[m.device].shared_bytes - 1024) return cudaErrorInvalidValue;
+  m.shared_limits[{kernel, m.device}] = value;
   return cudaSuccess;
 }
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {

@@ -6,8 +6,8 @@
 #include "reports.cu"
 
 extern "C" __attribute__((visibility("default"))) void cuda_emulator_set(int multiprocessors, int resident,
-                                                                         uint64_t seed) {
-  cuda_emulator::Machine::get().use({multiprocessors, resident});
+                                                                         int shared_bytes, uint64_t seed) {
+  cuda_emulator::Machine::get().use({multiprocessors, resident, shared_bytes});
   cuda_emulator::Machine::get().seed = seed;
 }
 

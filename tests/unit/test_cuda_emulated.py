@@ -288,3 +288,31 @@ def test_launches_are_whole_waves(n: int, c: int, s: int, layout: str, resident:
     cuda_emulator.configure(multiprocessors, n, resident + 10 * n + 1000 * c + 7)
     cuda.forward_moments(shape, x, None, EPS)
     assert cuda_emulator.occupancy_calls() == calls + 1
+
+
+@pytest.mark.parametrize("dtype", protocol.DTYPES)
+@pytest.mark.parametrize(("n", "c", "s"), [(3, 264, 49), (2, 136, 9), (5, 16, 49), (1, 133, 49), (2, 264, 64), (3, 24, 33)])
+def test_planes_with_more_shared_memory(n: int, c: int, s: int, dtype: str) -> None:
+    """Of an H100 and of an A100: more rows than fit 48 KiB. The first launch again after one that needs less."""
+    for shared_kib in (228, 164):
+        for positions in (s, 17, s):
+            cuda_emulator.configure(3, c, shared_kib=shared_kib)
+            step(n, c, positions, dtype, "channels_first", s, relu=n % 2 == 0)
+
+
+def test_rows_follow_the_shared_memory() -> None:
+    """Backward, float64, 7x7: 38 rows of a tile in 47 KiB, 74 in a third of an H100's multiprocessor."""
+    shape = native.shape(1, 400, 49, "float64")
+    x = np.ones((1, 400, 49))
+    for shared_kib, rows in ((64, 38), (100, 38), (228, 72)):
+        cuda_emulator.configure(1, 0, shared_kib=shared_kib)
+        cuda.backward_moments(shape, x, x, None, None, np.ones((2, 400)), cuda.vector(None), cuda.vector(None))
+        assert cuda_emulator.blocks() == -(-400 // rows)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("n", "c", "s"), [(2, 64, 65), (1, 66, 1100), (3, 130, 100), (1, 2, 2049), (2, 34, 196)])
+def test_two_channels_per_thread(n: int, c: int, s: int, dtype: str) -> None:
+    """Of 16-bit types, channels last, and one where accesses are not aligned or there is a mask."""
+    for options in ({}, {"relu": True}, {"misaligned": True}, {"masked": True}):
+        emulated_step(n, c, s, dtype, "channels_last", s, multiprocessors=1, **options)

@@ -47,11 +47,8 @@ struct BackwardTerms {
 template <class T>
 cudaError_t run(const hvd_syncbn_shape& shape, const void* x, const void* dy, const void* y, const Closing& closing,
                 void* stream) {
-  constexpr int kWidth = kMomentWidth<T>;
-  constexpr int kBytes = kWidth * sizeof(T);
-  const bool wide = shape.s % kWidth == 0 && aligned(x, kBytes) && aligned(dy, kBytes) && aligned(y, kBytes);
   const BackwardTerms<T> terms = {static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<const T*>(y)};
-  return launch_moments<kWidth>(shape, wide, terms, closing, stream);
+  return launch_moments(shape, widest_access({x, dy, y}), terms, closing, stream);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #define HVD_SYNCBN_CUDA_DEVICE_CUH_
 
 #include <algorithm>
+#include <initializer_list>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -24,8 +25,8 @@ namespace cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// Shared memory that a launch asks for at most: of the 48 KiB that it may have on every device without opting in, the
-// rest is left to what a kernel declares.
+// Shared memory that a launch may have on every device without opting in; the rest of 48 KiB is left to what a kernel
+// declares.
 constexpr int64_t kSharedBytes = 47 * 1024;
 
 __device__ inline unsigned char* shared_memory() {
@@ -97,11 +98,30 @@ __device__ inline void store_pack(T* to, const Pack<T, kWidth>& pack) {
 
 inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
-// Multiprocessors of the current device.
-inline cudaError_t multiprocessors(int* count) {
+// Bytes of the widest access, up to 16, for which all of the arrays are aligned; an absent array is.
+inline int64_t widest_access(std::initializer_list<const void*> arrays) {
+  uintptr_t bits = 16;
+  for (const void* array : arrays) bits |= reinterpret_cast<uintptr_t>(array);
+  return static_cast<int64_t>(bits & (~bits + 1));
+}
+
+inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
   int device;
   const cudaError_t error = cudaGetDevice(&device);
-  return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  return error != cudaSuccess ? error : cudaDeviceGetAttribute(value, attribute, device);
+}
+
+// Multiprocessors of the current device.
+inline cudaError_t multiprocessors(int* count) { return device_attribute(cudaDevAttrMultiProcessorCount, count); }
+
+// Shared memory that a launch may have at most on the current device: a third of a multiprocessor's, so that three
+// blocks run at a time, less what is reserved of it and what a kernel declares.
+inline cudaError_t most_shared_bytes(int64_t* bytes) {
+  int block = 0, multiprocessor = 0;
+  cudaError_t error = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &block);
+  if (error == cudaSuccess) error = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &multiprocessor);
+  *bytes = std::max(kSharedBytes, std::min<int64_t>(block - 1024, multiprocessor / 3 - 2048));
+  return error;
 }
 
 // Blocks of a kernel that the current device runs at a time. The runtime is asked once per kernel, device and number of
@@ -118,6 +138,14 @@ inline cudaError_t wave_blocks(const void* kernel, int threads, int64_t shared_b
     int sms, resident;
     error = multiprocessors(&sms);
     if (error != cudaSuccess) return error;
+    if (shared_bytes > kSharedBytes) {
+      int64_t most;
+      error = most_shared_bytes(&most);
+      if (error != cudaSuccess) return error;
+      // Not of shared_bytes: it would be the limit of other launches of the kernel, too.
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
+      if (error != cudaSuccess) return error;
+    }
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared_bytes);
     if (error != cudaSuccess) return error;
     wave = int64_t{sms} * std::max(resident, 1);
@@ -163,7 +191,8 @@ cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_
                           dim3(static_cast<unsigned>(threads)), parameters, shared_bytes,
                           static_cast<cudaStream_t>(stream));
 #else
-  return cuda_emulator::launch([&] { kernel(arguments); }, blocks, threads, shared_bytes, stream);
+  return cuda_emulator::launch(
+      reinterpret_cast<const void*>(kernel), [&] { kernel(arguments); }, blocks, threads, shared_bytes, stream);
 #endif
 }
 

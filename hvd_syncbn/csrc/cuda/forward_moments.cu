@@ -40,9 +40,8 @@ struct ForwardTerms {
 
 template <class T>
 cudaError_t run(const hvd_syncbn_shape& shape, const void* x, const Closing& closing, void* stream) {
-  constexpr int kWidth = kMomentWidth<T>;
-  const bool wide = closing.mask == nullptr && shape.s % kWidth == 0 && aligned(x, kWidth * sizeof(T));
-  return launch_moments<kWidth>(shape, wide, ForwardTerms<T>{static_cast<const T*>(x), closing.mask}, closing, stream);
+  const int64_t access = closing.mask == nullptr ? widest_access({x}) : sizeof(T);
+  return launch_moments(shape, access, ForwardTerms<T>{static_cast<const T*>(x), closing.mask}, closing, stream);
 }
 
 }  // namespace

@@ -4,17 +4,18 @@
 //   terms.load<kWidth>(i, row)    kWidth elements from offset i, as they lie in memory; row: their position, for a mask
 //   terms.element(loaded, e)      the e-th of them, masked
 //   terms.term(element, mean)     {a, d}: the moments grow by a and a*d
-//   Terms::kArrays, kUsesMean     arrays of an element that are kept; whether terms use the mean
+//   Terms::kUsesMean              whether terms use the mean
 //
 // A block sums a tile of channels over one of `splits` shares of its items. Its threads take `turn` items at a time,
 // and the blocks of a tile take turns, so that a launch goes through memory once, from the first sample to the last.
 // Four forms, by the way a piece lies:
 //   Rows<kWidth>   channels first, pieces of more than 64 positions. An item is a piece of the tile's one channel, read
 //                  by 32 / kWidth threads, a lane of the canonical order for each element of an access.
-//   Planes         channels first, short pieces. An item is a sample; runs of up to 128 rows are copied to shared
-//                  memory as they lie, and each thread sums a row.
-//   Columns        channels last, pieces of more than 64 positions. An item is a piece of 32 channels; a thread takes
-//                  eight lanes of one channel.
+//   Planes<kWidth>  channels first, short pieces. An item is a sample; runs of up to 128 rows are copied to shared
+//                  memory as they lie, kWidth elements an access, and each thread sums a row.
+//   Columns<kWidth>  channels last, pieces of more than 64 positions. An item is a piece of 32 * kWidth channels; a
+//   thread
+//                  takes eight lanes of kWidth channels, two at a time.
 //   Cells          channels last, short pieces, and 2-D input. An item is a sample; a thread sums whole pieces of one
 //                  channel.
 #ifndef HVD_SYNCBN_CUDA_MOMENTS_CUH_
@@ -60,6 +61,12 @@ struct Share {
   int64_t begin, end, step;
 };
 
+// The mean of a channel, 0 where terms use none or there is no such channel.
+template <class Terms>
+__device__ double mean_of(const double* means, const Walk& walk, int64_t channel) {
+  return Terms::kUsesMean && channel < walk.c ? means[channel] : 0.0;
+}
+
 // ---- Rows
 
 template <int kWidth>
@@ -68,11 +75,12 @@ struct Rows {
   static constexpr int kGroups = kMomentThreads / kGroup;  // pieces at a time
 
   template <class Terms>
-  __device__ static int sum(const Walk& walk, const Terms& terms, double mean, int64_t channel, Share share,
+  __device__ static int sum(const Walk& walk, const Terms& terms, const double* means, int64_t channel, Share share,
                             ThreadSums* sums, unsigned char*) {
     // Loads in flight before the first is used: 32 to 64 bytes of a thread.
     constexpr int kBatch = kWidth == 1 || sizeof(typename Terms::Type) == 2 ? 8 : 4;
     const int thread = threadIdx.x % kGroup, group = threadIdx.x / kGroup;
+    const double mean = mean_of<Terms>(means, walk, channel);
     Moments kept;
     bool keeps = false;
     int round = 0;
@@ -206,36 +214,83 @@ class ShortPieceSums {
 
 // ---- Planes
 
+template <int kWidth>
 struct Planes {
-  // The shared rows' distance: odd, so that threads that walk rows side by side read different banks.
+  // The shared rows' distance: odd, so that threads that walk rows side by side read different banks. Wide accesses are
+  // for odd rows, which then lie in shared memory as in global memory.
   __host__ __device__ static int pitch(int64_t s) { return static_cast<int>(s) | 1; }
 
-  // Rows that fit beside the sums.
-  __host__ __device__ static int rows(int64_t s, int64_t element_bytes) {
-    const int64_t fit = (kSharedBytes - kSumsBytes - 16) / (pitch(s) * element_bytes);
-    return static_cast<int>(fit < kMomentThreads ? fit : kMomentThreads);
+  // Rows that fit beside the sums into `bytes` of shared memory, and start at an access.
+  __host__ __device__ static int rows(int64_t bytes, int64_t s, int64_t element_bytes) {
+    const int64_t fit = (bytes - kSumsBytes - 16) / (pitch(s) * element_bytes);
+    return static_cast<int>(fit < kMomentThreads ? fit / kWidth * kWidth : kMomentThreads);
   }
 
   template <class Terms>
-  __device__ static int sum(const Walk& walk, const Terms& terms, double mean, int64_t first, Share share,
+  __device__ static int sum(const Walk& walk, const Terms& terms, const double* means, int64_t first, Share share,
                             ThreadSums* sums, unsigned char* shared) {
     using Element = typename Terms::Element;
-    constexpr int kBatch = sizeof(Element) < 8 ? 8 : 4;
     Element* const stage = reinterpret_cast<Element*>(shared);
     const int s = static_cast<int>(walk.s), between = pitch(walk.s), t = threadIdx.x;
     const int channels = static_cast<int>(walk.c - first < walk.tile ? walk.c - first : walk.tile);
-    const int row_step = kMomentThreads / s, column_step = kMomentThreads - row_step * s;
+    const double mean = mean_of<Terms>(means, walk, first + t % walk.tile);
     ShortPieceSums piece_sums;
     for (int64_t n = share.begin; n < share.end; n += share.step) {
       const int staged = static_cast<int>(share.end - n < walk.turn ? share.end - n : walk.turn) * channels;
-      const int64_t offset = (n * walk.c + first) * walk.s;
+      copy(walk, terms, n, first, channels, staged * s, stage);
+      __syncthreads();
+      if (t < staged) {
+        const Element* const mine = stage + t * between;
+        piece_sums.add(short_piece(s, [&](int i) { return terms.term(mine[i], mean); }), sums);
+      }
+      __syncthreads();
+    }
+    piece_sums.flush(sums);
+    return walk.turn * walk.tile;
+  }
+
+ private:
+  // Copies `elements` elements of whole rows, from sample n and a channel on.
+  template <class Terms>
+  __device__ static void copy(const Walk& walk, const Terms& terms, int64_t n, int64_t first, int channels,
+                              int elements, typename Terms::Element* stage) {
+    using Element = typename Terms::Element;
+    const int64_t offset = (n * walk.c + first) * walk.s;
+    const int t = threadIdx.x;
+    if constexpr (kWidth > 1) {
+      // Two to three arrays are in flight in the backward direction.
+      constexpr int kBatch = Terms::kUsesMean ? 4 : 8, kStored = 16 / sizeof(Element);
+      for (int i = t * kWidth; i < elements; i += kBatch * kMomentThreads * kWidth) {
+        typename Terms::template Loaded<kWidth> loaded[kBatch];
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          const int at = i + u * kMomentThreads * kWidth;
+          if (at < elements) loaded[u] = terms.template load<kWidth>(offset + at, 0);
+        }
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          const int at = i + u * kMomentThreads * kWidth;
+          if (at >= elements) break;
+#pragma unroll
+          for (int from = 0; from < kWidth; from += kStored) {
+            Pack<Element, kStored> pack;
+#pragma unroll
+            for (int e = 0; e < kStored; ++e) pack.v[e] = terms.element(loaded[u], from + e);
+            store_pack<kStored>(stage + at + from, pack);
+          }
+        }
+      }
+    } else {
+      constexpr int kBatch = sizeof(Element) < 8 ? 8 : 4;
+      const int s = static_cast<int>(walk.s), between = pitch(walk.s);
+      const int row_step = kMomentThreads / s, column_step = kMomentThreads - row_step * s;
       int row = t / s, column = t - row * s;
-      for (int i = t; i < staged * s; i += kBatch * kMomentThreads) {
+      for (int i = t; i < elements; i += kBatch * kMomentThreads) {
         typename Terms::template Loaded<1> loaded[kBatch];
         int to[kBatch];
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
-          if (i + u * kMomentThreads < staged * s) {
+          if (i + u * kMomentThreads < elements) {
             loaded[u] = terms.template load<1>(offset + i + u * kMomentThreads, (n + row / channels) * s + column);
           }
           to[u] = row * between + column;
@@ -248,33 +303,29 @@ struct Planes {
         }
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
-          if (i + u * kMomentThreads < staged * s) stage[to[u]] = terms.element(loaded[u], 0);
+          if (i + u * kMomentThreads < elements) stage[to[u]] = terms.element(loaded[u], 0);
         }
       }
-      __syncthreads();
-      if (t < staged) {
-        const Element* const mine = stage + t * between;
-        piece_sums.add(short_piece(s, [&](int i) { return terms.term(mine[i], mean); }), sums);
-      }
-      __syncthreads();
     }
-    piece_sums.flush(sums);
-    return walk.turn * walk.tile;
   }
 };
 
 // ---- Columns
 
+template <int kWidth>
 struct Columns {
-  static constexpr int kLanesPerThread = kLanes / kWarps;
-  static constexpr int64_t kSharedFold = 2 * kMomentThreads * sizeof(Moments);
+  static constexpr int kTile = 32 * kWidth;
+  static constexpr int64_t kSharedFold = 2 * kWarps * kTile * sizeof(Moments);
 
   template <class Terms>
-  __device__ static int sum(const Walk& walk, const Terms& terms, double mean, int64_t first, Share share,
+  __device__ static int sum(const Walk& walk, const Terms& terms, const double* means, int64_t first, Share share,
                             ThreadSums* sums, unsigned char* shared) {
-    const int warp = threadIdx.x / 32;
-    const int64_t channel = first + threadIdx.x % 32;
-    // Two buffers: while one warp folds the sums of an item, the others are at the next.
+    const int warp = threadIdx.x / 32, column = threadIdx.x % 32 * kWidth;
+    const int64_t channel = first + column;
+    double mean[kWidth];
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) mean[e] = mean_of<Terms>(means, walk, channel + e);
+    // Two buffers: while some warps fold the sums of an item, the others are at the next.
     Moments* const fold = reinterpret_cast<Moments*>(shared);
     int round = 0;
     for (int64_t item = share.begin; item < share.end; item += share.step, ++round) {
@@ -282,34 +333,40 @@ struct Columns {
       const int64_t position = static_cast<int64_t>(static_cast<unsigned>(item) - n * walk.pieces) * kPiece;
       const int length = static_cast<int>(walk.s - position < kPiece ? walk.s - position : kPiece);
       const int64_t row = n * walk.s + position;
-      Moments lanes[kLanesPerThread];  // warp, warp + kWarps, ...
+      Moments even[kWidth], odd[kWidth];
       if (channel < walk.c) {
-        for (int i = warp; i < length; i += kLanes) {
-          typename Terms::template Loaded<1> loaded[kLanesPerThread];
+        // In the order of the fold, so that few sums are alive and many loads fit the registers.
+#pragma unroll 1
+        for (int i = 0; i < 4; ++i) {
+          const int lane = warp + kWarps * (i / 2 + i % 2 * 2);
+          Moments both[kWidth];
+          two_lanes(terms, mean, row, row * walk.c + channel, walk.c, lane, length, both);
 #pragma unroll
-          for (int k = 0; k < kLanesPerThread; ++k) {
-            const int at = i + k * kWarps;
-            if (at < length) loaded[k] = terms.template load<1>((row + at) * walk.c + channel, row + at);
-          }
-#pragma unroll
-          for (int k = 0; k < kLanesPerThread; ++k) {
-            if (i + k * kWarps < length) lanes[k].add(terms.term(terms.element(loaded[k], 0), mean));
+          for (int e = 0; e < kWidth; ++e) {
+            if (i == 0) {
+              even[e] = both[e];
+            } else if (i == 1) {
+              even[e].add(both[e]);
+            } else if (i == 2) {
+              odd[e] = both[e];
+            } else {
+              odd[e].add(both[e]);
+            }
           }
         }
       }
+      Moments* const buffer = fold + (round & 1) * kWarps * kTile;
 #pragma unroll
-      for (int w = kLanesPerThread / 2; w >= 1; w /= 2) {
-#pragma unroll
-        for (int k = 0; k < w; ++k) lanes[k].add(lanes[k + w]);
+      for (int e = 0; e < kWidth; ++e) {
+        even[e].add(odd[e]);
+        buffer[warp * kTile + column + e] = even[e];
       }
-      Moments* const buffer = fold + (round & 1) * kMomentThreads;
-      buffer[threadIdx.x] = lanes[0];
       __syncthreads();
-      if (warp == round % kWarps) {
-        const Moments* const rest = buffer + threadIdx.x % 32;
+      if (static_cast<int>(threadIdx.x) / kTile == round % (kMomentThreads / kTile)) {
+        const Moments* const rest = buffer + threadIdx.x % kTile;
         Moments sum[kWarps];
 #pragma unroll
-        for (int k = 0; k < kWarps; ++k) sum[k] = rest[k * 32];
+        for (int k = 0; k < kWarps; ++k) sum[k] = rest[k * kTile];
 #pragma unroll
         for (int w = kWarps / 2; w >= 1; w /= 2) {
 #pragma unroll
@@ -322,6 +379,35 @@ struct Columns {
     }
     return kMomentThreads;
   }
+
+ private:
+  // Lanes j and j + 16 of a piece, added. row, offset: of its first position and its first element.
+  template <class Terms>
+  __device__ static void two_lanes(const Terms& terms, const double (&mean)[kWidth], int64_t row, int64_t offset,
+                                   int64_t c, int j, int length, Moments (&sum)[kWidth]) {
+    constexpr int kHalf = kLanes / 2;
+    // Loads of a thread in flight: 64 bytes, of each array 32 where there are several.
+    constexpr int kBatch = (Terms::kUsesMean ? 8 : 16) / (sizeof(typename Terms::Type) == 8 ? 2 : 1);
+    Moments other[kWidth];
+    for (int i = j; i < length; i += kBatch * kHalf) {
+      typename Terms::template Loaded<kWidth> loaded[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int at = i + u * kHalf;
+        if (at < length) loaded[u] = terms.template load<kWidth>(offset + at * c, row + at);
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if (i + u * kHalf >= length) break;
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          (u % 2 ? other : sum)[e].add(terms.term(terms.element(loaded[u], e), mean[e]));
+        }
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) sum[e].add(other[e]);
+  }
 };
 
 // ---- Cells
@@ -330,11 +416,12 @@ struct Cells {
   static constexpr int kBatch = 8;  // 2-D: loads of a thread in flight
 
   template <class Terms>
-  __device__ static int sum(const Walk& walk, const Terms& terms, double mean, int64_t first, Share share,
+  __device__ static int sum(const Walk& walk, const Terms& terms, const double* means, int64_t first, Share share,
                             ThreadSums* sums, unsigned char*) {
     const int64_t channel = first + threadIdx.x % 32;
     const int s = static_cast<int>(walk.s);
     if (channel >= walk.c) return kMomentThreads;
+    const double mean = mean_of<Terms>(means, walk, channel);
     ShortPieceSums piece_sums;
     int64_t n = share.begin + threadIdx.x / 32;
     if (s == 1) {
@@ -403,10 +490,8 @@ __global__ void __launch_bounds__(kMomentThreads, 4)
   if (walk.c == 0) return;
 
   ThreadSums sums(limbs);
-  const int64_t channel = first + (walk.tile == 1 ? 0 : threadIdx.x % walk.tile);
-  const double mean = Terms::kUsesMean && channel < walk.c ? closing.stats[channel] : 0.0;
   const Share share = {int64_t{split} * walk.turn, walk.items, int64_t{walk.splits} * walk.turn};
-  const int columns = Form::sum(walk, arguments.terms, mean, first, share, &sums, shared + kSumsBytes);
+  const int columns = Form::sum(walk, arguments.terms, closing.stats, first, share, &sums, shared + kSumsBytes);
   if (walk.items >= kValuesWithoutCarry) sums.carry();
   publish(closing, limbs, columns, walk.tile, walk.c, first, walk.splits);
 }
@@ -430,10 +515,26 @@ cudaError_t launch_form(Walk walk, int tile, int64_t items, int turn, int64_t fo
                 MomentsArguments<Terms>{walk, terms, closing});
 }
 
-// wide: whether accesses of kWidth elements are aligned.
 template <int kWidth, class Terms>
-cudaError_t launch_moments(const hvd_syncbn_shape& shape, bool wide, const Terms& terms, const Closing& closing,
+cudaError_t launch_planes(const Walk& walk, const Terms& terms, const Closing& closing, void* stream) {
+  using Form = Planes<kWidth>;
+  constexpr int64_t kElement = sizeof(typename Terms::Element);
+  int64_t most;
+  const cudaError_t error = most_shared_bytes(&most);
+  if (error != cudaSuccess) return error;
+  const int rows = Form::rows(most, walk.s, kElement);
+  const int tile = static_cast<int>(walk.c < rows ? std::max(walk.c, int64_t{1}) : rows);
+  // Samples follow one another in memory only where the tile holds all channels.
+  const int turn = tile == walk.c ? rows / tile : 1;
+  return launch_form<Form>(walk, tile, walk.n, turn, int64_t{rows} * Form::pitch(walk.s) * kElement, terms, closing,
+                           stream);
+}
+
+// access: bytes of the widest access for which all arrays are aligned; of one element if there is a mask.
+template <class Terms>
+cudaError_t launch_moments(const hvd_syncbn_shape& shape, int64_t access, const Terms& terms, const Closing& closing,
                            void* stream) {
+  using T = typename Terms::Type;
   cudaError_t error =
       cudaMemsetAsync(closing.packet, 0, packet_size(shape.c) * sizeof(int64_t), static_cast<cudaStream_t>(stream));
   int sms = 0;
@@ -452,25 +553,30 @@ cudaError_t launch_moments(const hvd_syncbn_shape& shape, bool wide, const Terms
       const int turn = shape.s == 1 ? Cells::kBatch * kWarps : kWarps;
       return launch_form<Cells>(walk, 32, shape.s == 0 ? 0 : shape.n, turn, 0, terms, closing, stream);
     }
-    return launch_form<Columns>(walk, 32, pieces, 1, Columns::kSharedFold, terms, closing, stream);
+    if constexpr (sizeof(T) == 2) {
+      using Pairs = Columns<2>;
+      // Four blocks per multiprocessor, or more of them have to share the channels.
+      if (access >= 4 && shape.c % 2 == 0 && ceil_div(shape.c, Pairs::kTile) * pieces >= int64_t{4} * sms) {
+        return launch_form<Pairs>(walk, Pairs::kTile, pieces, 1, Pairs::kSharedFold, terms, closing, stream);
+      }
+    }
+    return launch_form<Columns<1>>(walk, 32, pieces, 1, Columns<1>::kSharedFold, terms, closing, stream);
   }
   if (shape.s <= kShortPiece) {
-    const int rows = Planes::rows(shape.s, sizeof(typename Terms::Element));
-    const int tile = shape.c < rows ? static_cast<int>(shape.c > 0 ? shape.c : 1) : rows;
-    const int64_t bytes = int64_t{rows} * Planes::pitch(shape.s) * sizeof(typename Terms::Element);
-    // Samples follow one another in memory only where the tile holds all channels.
-    return launch_form<Planes>(walk, tile, shape.n, tile == shape.c ? rows / tile : 1, bytes, terms, closing, stream);
+    constexpr int kWidth = 16 / sizeof(T);
+    return access >= 16 && shape.s % 2 == 1 && shape.c % kWidth == 0
+               ? launch_planes<kWidth>(walk, terms, closing, stream)
+               : launch_planes<1>(walk, terms, closing, stream);
   }
   // Where pieces are few, more threads have to share each of them.
-  if (wide && pieces * shape.c * Rows<kWidth>::kGroup >= int64_t{256} * sms) {
-    return launch_form<Rows<kWidth>>(walk, 1, pieces, Rows<kWidth>::kGroups, 0, terms, closing, stream);
+  constexpr int kWidth = sizeof(T) == 8 ? 2 : 4;
+  using Wide = Rows<kWidth>;
+  if (access >= static_cast<int64_t>(kWidth * sizeof(T)) && shape.s % kWidth == 0 &&
+      pieces * shape.c * Wide::kGroup >= int64_t{256} * sms) {
+    return launch_form<Wide>(walk, 1, pieces, Wide::kGroups, 0, terms, closing, stream);
   }
   return launch_form<Rows<1>>(walk, 1, pieces, Rows<1>::kGroups, 0, terms, closing, stream);
 }
-
-// Elements of an access of the moment kernels.
-template <class T>
-constexpr int kMomentWidth = sizeof(T) == 8 ? 2 : 4;
 
 }  // namespace cuda
 }  // namespace hvd_syncbn
