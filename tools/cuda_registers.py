@@ -35,7 +35,8 @@ def digest() -> str:
     return result.hexdigest()
 
 
-def _name(mangled: str) -> str:
+def demangle(mangled: str) -> str:
+    """The kernel as the table calls it."""
     plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     plain = re.sub(r"hvd_syncbn::|cuda::|\(anonymous namespace\)::|^void ", "", plain)
     return plain.partition("(")[0].replace(" >", ">")
@@ -47,7 +48,7 @@ def measure(kernel: str, architecture: str) -> list[tuple[str, ...]]:
         command = ["nvcc", *FLAGS, "-Xptxas=-v", f"-arch=sm_{architecture}", "-c", str(CSRC / "cuda" / f"{kernel}.cu")]
         result = subprocess.run([*command, "-o", str(Path(folder) / "out.o")], capture_output=True, text=True, check=True)
     rows = [
-        (architecture, _name(mangled), registers, stack, stores, loads)
+        (architecture, demangle(mangled), registers, stack, stores, loads)
         for mangled, stack, stores, loads, registers in _PROPERTIES.findall(result.stderr)
     ]
     return sorted(rows)

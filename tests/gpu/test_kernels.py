@@ -16,7 +16,7 @@ from tests.cuda_steps import frozen_step, step
 from tests.gpu.driver import Driver
 
 # One of every form of the moment kernels in either layout, and of the apply kernels: 2-D, 7x7, short and long rows.
-FORMS = [(130, 33, 1), (9, 70, 49), (3, 33, 100), (2, 5, 4097), (40, 8, 64)]
+FORMS = [(130, 33, 1), (9, 72, 49), (3, 33, 100), (2, 5, 4097), (40, 8, 64)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,6 +53,13 @@ def test_frozen(dtype: str, layout: str) -> None:
 @pytest.mark.parametrize(("n", "s"), [(5, 1), (1, 3), (1, 65)])
 def test_65536_channels(n: int, s: int, layout: str) -> None:
     step(n, 65_536, s, "bfloat16", layout, s)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_two_channels_per_thread(dtype: str, relu: bool) -> None:
+    """As many items as multiprocessors want before a thread takes two channels."""
+    step(1100, 64, 65, dtype, "channels_last", 0, relu=relu)
 
 
 def test_no_elements() -> None:
