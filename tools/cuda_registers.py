@@ -45,8 +45,8 @@ def demangle(mangled: str) -> str:
 def measure(kernel: str, architecture: str) -> list[tuple[str, ...]]:
     """Rows of one source file: architecture, kernel, registers, stack, spill stores, spill loads."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", *FLAGS, "-Xptxas=-v", f"-arch=sm_{architecture}", "-c", str(CSRC / "cuda" / f"{kernel}.cu")]
-        result = subprocess.run([*command, "-o", str(Path(folder) / "out.o")], capture_output=True, text=True, check=True)
+        command = ["nvcc", *FLAGS, "-Xptxas=-v", f"-arch=sm_{architecture}", "-cubin", str(CSRC / "cuda" / f"{kernel}.cu")]
+        result = subprocess.run([*command, "-o", str(Path(folder) / "out.cubin")], capture_output=True, text=True, check=True)
     rows = [
         (architecture, demangle(mangled), registers, stack, stores, loads)
         for mangled, stack, stores, loads, registers in _PROPERTIES.findall(result.stderr)

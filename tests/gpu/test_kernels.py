@@ -18,6 +18,9 @@ from tests.gpu.driver import Driver
 # One of every form of the moment kernels in either layout, and of the apply kernels: 2-D, 7x7, short and long rows.
 FORMS = [(130, 33, 1), (9, 72, 49), (3, 33, 100), (2, 5, 4097), (40, 8, 64)]
 
+# Two channels per thread, which needs four items per multiprocessor.
+PAIRS = (1100, 64, 65)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _on_the_gpu() -> Iterator[None]:
@@ -58,8 +61,7 @@ def test_65536_channels(n: int, s: int, layout: str) -> None:
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_two_channels_per_thread(dtype: str, relu: bool) -> None:
-    """As many items as multiprocessors want before a thread takes two channels."""
-    step(1100, 64, 65, dtype, "channels_last", 0, relu=relu)
+    step(*PAIRS, dtype, "channels_last", 0, relu=relu)
 
 
 def test_no_elements() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 SMALLER: dict[str, dict[str, Any]] = {
     "test_large": {"SHAPE": (3, 2, 65), "GIB": 0},
     "test_repeats": {"REPEATS": 6},
+    "test_kernels": {"PAIRS": (16, 64, 65)},
 }
 # Streams that are late, graphs, errors that the GPU finds, a second device, thousands of channels in the emulator.
 LEFT_OUT = (
