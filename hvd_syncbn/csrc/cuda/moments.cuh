@@ -9,15 +9,14 @@
 // A block sums a tile of channels over one of `splits` shares of its items. Its threads take `turn` items at a time,
 // and the blocks of a tile take turns, so that a launch goes through memory once, from the first sample to the last.
 // Four forms, by the way a piece lies:
-//   Rows<kWidth>   channels first, pieces of more than 64 positions. An item is a piece of the tile's one channel, read
-//                  by 32 / kWidth threads, a lane of the canonical order for each element of an access.
-//   Planes<kWidth>  channels first, short pieces. An item is a sample; runs of up to 128 rows are copied to shared
-//                  memory as they lie, kWidth elements an access, and each thread sums a row.
-//   Columns<kWidth>  channels last, pieces of more than 64 positions. An item is a piece of 32 * kWidth channels; a
-//   thread
-//                  takes eight lanes of kWidth channels, two at a time.
-//   Cells          channels last, short pieces, and 2-D input. An item is a sample; a thread sums whole pieces of one
-//                  channel.
+//   Rows<kWidth>      channels first, pieces of more than 64 positions. An item is a piece of the tile's one channel,
+//                     read by 32 / kWidth threads, a lane of the canonical order for each element of an access.
+//   Planes<kWidth>    channels first, short pieces. An item is a sample; runs of up to 128 rows are copied to shared
+//                     memory as they lie, kWidth elements at a time, and each thread sums a row.
+//   Columns<kWidth>   channels last, pieces of more than 64 positions. An item is a piece of 32 * kWidth channels; a
+//                     thread takes eight lanes of kWidth channels, two lanes at a time.
+//   Cells             channels last, short pieces, and 2-D input. An item is a sample; a thread sums whole pieces of
+//                     one channel.
 #ifndef HVD_SYNCBN_CUDA_MOMENTS_CUH_
 #define HVD_SYNCBN_CUDA_MOMENTS_CUH_
 
@@ -555,8 +554,9 @@ cudaError_t launch_moments(const hvd_syncbn_shape& shape, int64_t access, const 
     }
     if constexpr (sizeof(T) == 2) {
       using Pairs = Columns<2>;
-      // Four blocks per multiprocessor, or more of them have to share the channels.
-      if (access >= 4 && shape.c % 2 == 0 && ceil_div(shape.c, Pairs::kTile) * pieces >= int64_t{4} * sms) {
+      // Where four blocks per multiprocessor are left, and no threads without channels.
+      const bool enough = shape.c > 32 && ceil_div(shape.c, Pairs::kTile) * pieces >= int64_t{4} * sms;
+      if (enough && shape.c % 2 == 0 && access >= 4) {
         return launch_form<Pairs>(walk, Pairs::kTile, pieces, 1, Pairs::kSharedFold, terms, closing, stream);
       }
     }
