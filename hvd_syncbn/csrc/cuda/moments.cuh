@@ -257,8 +257,8 @@ struct Planes {
     const int64_t offset = (n * walk.c + first) * walk.s;
     const int t = threadIdx.x;
     if constexpr (kWidth > 1) {
-      // Two to three arrays are in flight in the backward direction.
-      constexpr int kBatch = Terms::kUsesMean ? 4 : 8, kStored = 16 / sizeof(Element);
+      // What fits the registers: up to three arrays are in flight in the backward direction.
+      constexpr int kBatch = Terms::kUsesMean ? 2 : 8, kStored = 16 / sizeof(Element);
       for (int i = t * kWidth; i < elements; i += kBatch * kMomentThreads * kWidth) {
         typename Terms::template Loaded<kWidth> loaded[kBatch];
 #pragma unroll
@@ -280,7 +280,7 @@ struct Planes {
         }
       }
     } else {
-      constexpr int kBatch = sizeof(Element) < 8 ? 8 : 4;
+      constexpr int kBatch = Terms::kUsesMean ? (sizeof(Element) < 16 ? 4 : 2) : sizeof(Element) < 8 ? 8 : 4;
       const int s = static_cast<int>(walk.s), between = pitch(walk.s);
       const int row_step = kMomentThreads / s, column_step = kMomentThreads - row_step * s;
       int row = t / s, column = t - row * s;
@@ -387,13 +387,17 @@ struct Columns {
     constexpr int kHalf = kLanes / 2;
     // Loads of a thread in flight: 64 bytes, of each array 32 where there are several.
     constexpr int kBatch = (Terms::kUsesMean ? 8 : 16) / (sizeof(typename Terms::Type) == 8 ? 2 : 1);
+    // Added up: a product of 64 bits per load would take more instructions than the sums.
+    const int64_t step = kHalf * c;
+    int64_t from = offset + j * c;
     Moments other[kWidth];
     for (int i = j; i < length; i += kBatch * kHalf) {
       typename Terms::template Loaded<kWidth> loaded[kBatch];
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int at = i + u * kHalf;
-        if (at < length) loaded[u] = terms.template load<kWidth>(offset + at * c, row + at);
+        if (at < length) loaded[u] = terms.template load<kWidth>(from, row + at);
+        from += step;
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
