@@ -120,7 +120,8 @@ def main() -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     for heading, (source, kernel, _) in LOOPS.items():
         found = count(disassembly(source, "90"), kernel)
-        print(f"{heading}: {found.all:.1f} instructions, {found.float64:.1f} float64, {found.conversions:.1f} conversions")
+        issued = f", {found.all:.1f} instructions" if found.all else ""
+        print(f"{heading}: {found.float64:.1f} float64, {found.conversions:.1f} conversions{issued}")
 
 
 if __name__ == "__main__":
