@@ -37,6 +37,7 @@ def test_all_ranks_are_told(job: Job, case: str) -> None:
         assert "Horovod has been shut down" in outcome["error"]
     # "[0]<stderr>:1: [name, name]", "!" for a rank because of which Horovod gives up.
     lines = re.findall(r"^(?:\[\d\]<stderr>:)?(\d)(!?): \[(.*)\]$", job.output, re.MULTILINE)
+    assert "A rank that has no input for a layer calls take_part(layer) of hvd_syncbn.torch or hvd_syncbn.keras" in job.output
     for given_up in ("", "!"):
         said = {int(rank): names for rank, mark, names in lines if case in names and mark == given_up}
         assert said.keys() == LACKED[case].keys(), job.output[-8000:]
