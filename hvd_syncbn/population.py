@@ -102,7 +102,7 @@ class _Stopped(Exception):
     """Another rank has failed."""
 
 
-def together(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+def together(ranks: Ranks, work: Callable[[], T], name: str = "recalibrate") -> list[T]:
     """Call ``work`` and return its results on all ranks, in the order of ranks.
 
     Raises:
@@ -122,7 +122,7 @@ def together(ranks: Ranks, work: Callable[[], T]) -> list[T]:
     for rank, (_, text) in enumerate(everyone):
         if text is not None:
             raise RuntimeError(
-                f"recalibrate failed on rank {rank}, so the model was not changed on any rank. Received from that rank: {text}"
+                f"{name} failed on rank {rank}, so the model was not changed on any rank. Received from that rank: {text}"
             )
     return [value for value, _ in everyone]
 
@@ -174,7 +174,7 @@ def recalibrate(
     try:
         for number in range(passes):
             description = f"recalibrate, pass {number + 1} of at most {passes}" if layer_by_layer else "recalibrate"
-            totals, order, pooled = _measure(network, batches, ranks, estimator, track_as(description, shown))
+            totals, order, pooled = measure(network, batches, ranks, estimator, track_as(description, shown))
             old = [network.read(i) for i in range(len(network.layers))]
             new = _finish(network, totals, estimator, old)
             for i, vectors in enumerate(new):
@@ -262,12 +262,13 @@ class _Steps:
                 add(*step)
 
 
-def _measure(
+def measure(
     network: Network,
     batches: Iterable[Any],
     ranks: Ranks,
     estimator: str,
     bar: Callable[[Iterable[Any]], Generator[Any]],
+    name: str = "recalibrate",
 ) -> tuple[list[Words], list[int], list[Words]]:
     """Run one pass and return the layers' totals over all ranks, their order of use, and the totals of all values."""
     layers = network.layers
@@ -310,7 +311,7 @@ def _measure(
             steps.leave(False, add_batch)
         return number, list(used)
 
-    everyone = together(ranks, work)
+    everyone = together(ranks, work, name)
     if not any(number for number, _ in everyone):
         raise ValueError("no rank has a batch. Pass batches on at least one rank. Received: batches without elements")
     if estimator == "pooled":
@@ -401,14 +402,15 @@ def _warn(text: str) -> None:
 
 def _distance(before: Sequence[Vector], after: Sequence[Vector]) -> float:
     """Return the Wasserstein distance of the normal distributions, averaged over channels, in standard deviations."""
-    (old_mean, old_std), (mean, std) = ((_floats(v[0]), np.sqrt(np.maximum(_floats(v[1]), 0))) for v in (before, after))
+    (old_mean, old_std), (mean, std) = ((floats(v[0]), np.sqrt(np.maximum(floats(v[1]), 0))) for v in (before, after))
     with np.errstate(all="ignore"):
         distance = np.hypot(mean - old_mean, std - old_std) / std
     known = distance[np.isfinite(mean) & (std > 0)]
     return float(np.nan_to_num(known, nan=np.inf).mean()) if known.size else 0.0
 
 
-def _floats(vector: Vector) -> NDArray[np.float64]:
+def floats(vector: Vector) -> NDArray[np.float64]:
+    """Return a vector's values."""
     array, dtype = vector
     if dtype == "bfloat16":
         return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
