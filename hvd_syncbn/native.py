@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 import hvd_syncbn
 from hvd_syncbn.protocol import DTYPES, HEADER, LIMBS
 
+DIGEST = slice(2, HEADER)  # of a packet: what the ranks must agree on
 LAYOUTS = ("channels_first", "channels_last")
 CACHE_LINE = 64
 OK, RANKS_DISAGREE, ONE_VALUE, EMPTY, CALLS_DIFFER = range(5)

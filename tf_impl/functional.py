@@ -47,6 +47,7 @@ def sync_batch_norm(
     batches: Any = None,
     process_set: Any = None,
     name: str | None = None,
+    total: Any = None,
 ) -> tuple[Any, Any, Any]:
     """Batch normalization over the batch of all ranks together.
 
@@ -80,6 +81,8 @@ def sync_batch_norm(
             caller counts.
         process_set: Horovod process set whose ranks share the batch; `None` for all.
         name: What error messages and Horovod's timeline call this layer; has to be the same on every rank.
+        total: An int64 variable, a sum of packets, to which training adds the packet of the batch of all ranks; see
+            `hvd_syncbn.keras.accumulate_statistics`.
 
     Returns:
         The tuple `(y, new_moving_mean, new_moving_variance)`. The caller assigns the moving statistics; in evaluation they
@@ -123,17 +126,11 @@ def sync_batch_norm(
 
     x, data_format, to_last = _oriented(x, axis)
     residual = residual if residual is None or to_last is None else tf.transpose(residual, to_last)
-    keep = 1.0 if momentum is None else momentum
-    running = Running(
-        moving_mean,
-        moving_variance,
-        tf.convert_to_tensor(batches, tf.int64) if averages else None,
-        keep,
-        None if averages else 1.0 - keep,
-        unbiased=unbiased_variance or zero_debias,
-    )
+    running = _running(moving_mean, moving_variance, momentum, unbiased_variance, zero_debias, batches)
     layer, relu = name or "sync_batch_norm", activation == "relu"
-    y, new_mean, new_variance = _train(x, gamma, beta, running, data_format, epsilon, mask, residual, relu, process_set, layer)
+    y, new_mean, new_variance = _train(
+        x, gamma, beta, running, data_format, epsilon, mask, residual, relu, process_set, layer, total
+    )
     return _as_it_was(y, to_last), new_mean, new_variance
 
 
@@ -166,6 +163,41 @@ def normalize_by(
     with _clear_errors(layer):
         y, *_ = _apply(x, packet, gamma, beta, running, residual, None, False, data_format, epsilon, layer)
     return _as_it_was(y, to_last)
+
+
+def updated_statistics(
+    packet: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    *,
+    momentum: float | None,
+    unbiased_variance: bool,
+    zero_debias: bool,
+    batches: Any,
+    epsilon: float,
+    layer: str,
+) -> tuple[Any, Any]:
+    """The moving statistics after a training step whose reduced packet this is; arguments as those of `sync_batch_norm`."""
+    running = _running(moving_mean, moving_variance, momentum, unbiased_variance, zero_debias, batches)
+    x = tf.zeros([0, running.mean.shape[0]])  # no values of this rank
+    with _clear_errors(layer):
+        *_, new_mean, new_variance = _apply(x, packet, None, None, running, None, None, False, "channels_last", epsilon, layer)
+    return new_mean, new_variance
+
+
+def _running(
+    moving_mean: Any, moving_variance: Any, momentum: float | None, unbiased_variance: bool, zero_debias: bool, batches: Any
+) -> Running:
+    averages = momentum is None or zero_debias
+    keep = 1.0 if momentum is None else momentum
+    return Running(
+        tf.convert_to_tensor(moving_mean),
+        tf.convert_to_tensor(moving_variance),
+        tf.convert_to_tensor(batches, tf.int64) if averages else None,
+        keep,
+        None if averages else 1.0 - keep,
+        unbiased=unbiased_variance or zero_debias,
+    )
 
 
 def _oriented(x: Any, axis: int) -> tuple[Any, str, list[int] | None]:
@@ -310,6 +342,7 @@ def _train(
     relu: bool,
     process_set: Any,
     layer: str,
+    total: Any,
 ) -> tuple[Any, Any, Any]:
     _refuse_xla_and_export(layer)
     group = ranks.find(process_set)
@@ -320,6 +353,8 @@ def _train(
         y, _, new_mean, new_variance = _apply(
             x, packet, gamma, beta, running, residual, mask, relu, data_format, epsilon, layer, group=group.key
         )
+        if total is not None:
+            total.assign_add(packet)
     return y, new_mean, new_variance
 
 

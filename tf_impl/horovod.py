@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.core.framework import function_pb2
-from tensorflow.python.eager import context, execute
+from tensorflow.python.eager import context, execute, executor
+from tensorflow.python.ops.control_flow_v2_func_graphs import CondBranchFuncGraph
 
 from hvd_syncbn import horovod
 from hvd_syncbn.tf_impl import ops
@@ -28,32 +31,34 @@ class Group(horovod.Group):
 
     def sum(self, packet: Any, name: str) -> Any:
         """Return the sum of a packet over the ranks."""
-        # An elastic job may grow while a graph traced for one rank is in use.
-        if self.current_size() == 1 and not int(os.environ.get("HOROVOD_ELASTIC", "0")):
+        if self._is_alone():
             return packet
         horovod.check_not_forked(self.hvd)
-        layer = name.rpartition(".")[0]
-        name = re.sub(r"[^\w.-]", "_", f"hvd_syncbn.{name}", flags=re.ASCII)
+        layer, name = name.rpartition(".")[0], _normalized(name)
         if not tf.executing_eagerly():
             return self._sum_in_graph(packet, name)
         horovod.warn_if_sizes_differ(name, self.number, packet.shape[0])
-        try:
-            return _eager_allreduce(name, self.number, packet.dtype)(packet)
-        except tf.errors.FailedPreconditionError as error:
-            detail = horovod.mismatch(error)
-            if detail is None:
-                raise
-            raise ValueError(horovod.disagreement(layer, detail)) from error
-        except tf.errors.UnknownError as error:
-            from horovod.common.exceptions import HorovodInternalError
+        with _clear_errors(layer):
+            return _eager_allreduces((name, self.number, packet.dtype))(packet)[0]
 
-            raise HorovodInternalError(error) from error
+    def _is_alone(self) -> bool:
+        # An elastic job may grow while a graph traced for one rank is in use.
+        return self.current_size() == 1 and not int(os.environ.get("HOROVOD_ELASTIC", "0"))
 
     def _sum_in_graph(self, packet: Any, name: str) -> Any:
         # From the root scope, so that no scope gets into the name that one rank alone may have counted up; TensorFlow numbers
         # the uses within a graph.
+        condition = _condition()
+        if condition is not None:
+            name = f"{condition}.{name}"
         with tf.name_scope(_SCOPE):
-            packet = self.hvd.allreduce(packet, op=self.hvd.Sum, name=name, process_set=self.process_set)
+            packet = self.hvd.allreduce(
+                packet,
+                op=self.hvd.Sum,
+                name=name,
+                process_set=self.process_set,
+                ignore_name_scope=condition is not None,
+            )
             if packet.shape[0] is not None:
                 horovod.warn_if_sizes_differ(packet.op.name.removeprefix(_SCOPE), self.number, packet.shape[0])
             ops.library().hvd_syncbn_keep(packet)
@@ -67,37 +72,98 @@ class Group(horovod.Group):
         return everyone
 
 
-class _EagerAllreduce:
-    """An allreduce for eager code, as a function of TensorFlow that holds Horovod's op under its name.
+def sum_together(groups: Sequence[Group], packets: Sequence[Any], names: Sequence[str], waits: bool) -> list[Any]:
+    """Return the sums of packets over the ranks, in eager code. All sums start before the first one is awaited.
+
+    Without ``waits``, nothing is awaited: TensorFlow's eager gradients run in no particular order, and other ranks may wait
+    for another packet first.
+    """
+    sums = list(packets)
+    shared = [i for i, group in enumerate(groups) if not group._is_alone()]
+    if shared:
+        horovod.check_not_forked(groups[shared[0]].hvd)
+        allreduces = _eager_allreduces(*((_normalized(names[i]), groups[i].number, packets[i].dtype) for i in shared))
+        if waits:
+            _background().wait()  # for the previous step's
+        layers = ", ".join(names[i].rpartition(".")[0] for i in shared)
+        with _clear_errors(layers), contextlib.nullcontext() if waits else context.executor_scope(_background()):
+            for i, total in zip(shared, allreduces(*(packets[i] for i in shared)), strict=True):
+                sums[i] = total
+    return sums
+
+
+@cache
+def _background() -> Any:
+    """The executor of sums that are not awaited."""
+    return executor.new_executor(enable_async=True)
+
+
+@contextlib.contextmanager
+def _clear_errors(layer: str) -> Iterator[None]:
+    """Turn what Horovod's eager ops raise into what Python code expects."""
+    try:
+        yield
+    except tf.errors.FailedPreconditionError as error:
+        detail = horovod.mismatch(error)
+        if detail is None:
+            raise
+        raise ValueError(horovod.disagreement(layer, detail)) from error
+    except tf.errors.UnknownError as error:
+        from horovod.common.exceptions import HorovodInternalError
+
+        raise HorovodInternalError(error) from error
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", f"hvd_syncbn.{name}", flags=re.ASCII)
+
+
+def _condition() -> str | None:
+    """Return the name of the outermost `tf.cond` that is being traced, the same in all of its branches; None outside of one.
+
+    A branch's collectives are matched with those of the other branch, which another rank may take: TensorFlow's name of an op
+    holds the branch.
+    """
+    found = None
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        if isinstance(graph, CondBranchFuncGraph):
+            found = re.sub(r"_(true|false|branch\d+)_\d+(_grad_\d+)?$", "", graph.name)
+        graph = getattr(graph, "outer_graph", None)
+    return found
+
+
+class _EagerAllreduces:
+    """Allreduces for eager code that start together, as a function of TensorFlow that holds Horovod's ops under their names.
 
     Horovod takes an op's name, which an op has only inside of a function: alone, all layers' would have the same. A
     `tf.function` for each name would be slower, larger, and warn of retracing.
     """
 
-    def __init__(self, name: str, number: int, dtype: Any) -> None:
-        self.name = f"hvd_syncbn_{number}.{name}.{dtype.name}"
-        node = f"{_SCOPE}{name}"
+    def __init__(self, *calls: tuple[str, int, Any]) -> None:
         function = function_pb2.FunctionDef()
-        function.signature.name = self.name
-        function.signature.input_arg.add(name="packet", type=dtype.as_datatype_enum)
-        function.signature.output_arg.add(name="sum", type=dtype.as_datatype_enum)
-        function.node_def.add(name=node, op="HorovodAllreduce", input=["packet"])
-        attributes = function.node_def[0].attr
-        attributes["T"].type = dtype.as_datatype_enum
-        attributes["reduce_op"].i = horovod.require("tensorflow").Sum
-        attributes["prescale_factor"].f = attributes["postscale_factor"].f = 1.0
-        attributes["ignore_name_scope"].b = False
-        attributes["process_set_id"].i = number
-        function.ret["sum"] = f"{node}:sum:0"
+        for i, (name, number, dtype) in enumerate(calls):
+            node = function.node_def.add(name=f"{_SCOPE}{name}", op="HorovodAllreduce", input=[f"packet{i}"])
+            function.signature.input_arg.add(name=f"packet{i}", type=dtype.as_datatype_enum)
+            function.signature.output_arg.add(name=f"sum{i}", type=dtype.as_datatype_enum)
+            node.attr["T"].type = dtype.as_datatype_enum
+            node.attr["reduce_op"].i = horovod.require("tensorflow").Sum
+            node.attr["prescale_factor"].f = node.attr["postscale_factor"].f = 1.0
+            node.attr["ignore_name_scope"].b = False
+            node.attr["process_set_id"].i = number
+            function.ret[f"sum{i}"] = f"{node.name}:sum:0"
+        self.name = function.signature.name = ".".join(
+            f"hvd_syncbn_{number}.{name}.{dtype.name}" for name, number, dtype in calls
+        )
         context.ensure_initialized()
         context.context().add_function_def(function)
 
-    def __call__(self, packet: Any) -> Any:
-        return execute.execute(self.name, 1, [packet], None, context.context())[0]
+    def __call__(self, *packets: Any) -> Any:
+        return execute.execute(self.name, len(packets), list(packets), None, context.context())
 
     def __del__(self) -> None:
         context.context().remove_function(self.name)
 
 
 # More than the layers of a network; models that are made in a loop do not fill the memory.
-_eager_allreduce = lru_cache(maxsize=1024)(_EagerAllreduce)
+_eager_allreduces = lru_cache(maxsize=1024)(_EagerAllreduces)

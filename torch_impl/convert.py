@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from hvd_syncbn.torch_impl import ops
 from hvd_syncbn.torch_impl.functional import sync_batch_norm
 from hvd_syncbn.torch_impl.module import (
+    ACCUMULATION,
     TRACED_AS_LEAF,
     BatchNorm,
     SyncBatchNorm,
@@ -472,6 +473,6 @@ def revert_sync_batchnorm(module: Module) -> Module:
                 "Received: zero_debias=True",
                 stacklevel=2,
             )
-        for name in (*_OURS, *_plain_extras(cls), *(TRACED_AS_LEAF if cls is not BatchNorm else ())):
+        for name in (*_OURS, *ACCUMULATION, *_plain_extras(cls), *(TRACED_AS_LEAF if cls is not BatchNorm else ())):
             vars(layer).pop(name, None)
     return module

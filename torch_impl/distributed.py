@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,6 +62,11 @@ class Group:
     def sum(self, packet: Tensor, name: str) -> None:
         """Sum a packet over the ranks, in place."""
         torch.ops.hvd_syncbn.sum_over_distributed_(packet, name, self.key)
+
+    def start_sum(self, packet: Tensor, name: str) -> Callable[[], None]:
+        """Sum a packet over the ranks, in place, at once: these collectives have an order, not names."""
+        self.sum(packet, name)
+        return lambda: None
 
     def gather(self, value: object, name: str) -> list[Any]:
         """Return the values of all ranks of the group. Collectives of torch.distributed have no names."""

@@ -54,8 +54,12 @@ def normalize(
     activation: str | None,
     process_set: Any,
     name: str,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """Training-mode normalization over all ranks, for checked inputs. Running statistics and batches change in place."""
+    """Training-mode normalization over all ranks, for checked inputs.
+
+    Running statistics and batches change in place; the batch's packet is added to ``total``, an int64 sum of packets.
+    """
     if x.is_cuda and not ops.HAS_CUDA:
         raise RuntimeError(
             f"hvd-syncbn was built without CUDA, and the input is on {x.device}: reinstall it where a CUDA compiler (nvcc) is "
@@ -71,6 +75,7 @@ def normalize(
         activation == "relu",
         None if x.is_meta else ranks.key_of(process_set),  # shapes alone need no other rank
         name,
+        total,
     )
     return y
 

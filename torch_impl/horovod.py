@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +21,12 @@ class Group(horovod.Group):
 
     def sum(self, packet: Tensor, name: str) -> None:
         """Sum a packet over the ranks, in place."""
+        self.start_sum(packet, name)()
+
+    def start_sum(self, packet: Tensor, name: str) -> Callable[[], None]:
+        """Start a sum over the ranks, in place, and return the function that waits for it."""
         if self.current_size() == 1:
-            return
+            return lambda: None
         if packet.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"a CUDA graph cannot hold the collective {name!r}: a replay would not ask the other ranks. Capture no layer "
@@ -31,15 +36,20 @@ class Group(horovod.Group):
         hvd = self.hvd
         # A Horovod without NCCL takes GPU tensors through host memory, and one without CUDA does not wait for the copy.
         own = packet.cpu() if packet.is_cuda and not hvd.nccl_built() else packet
-        try:
-            hvd.allreduce_(own, name=name, op=hvd.Sum, process_set=self.process_set)
-        except hvd.mpi_ops.HorovodInternalError as error:
-            detail = horovod.mismatch(error)
-            if detail is None:
-                raise
-            raise ValueError(horovod.disagreement(name, detail)) from error
-        if own is not packet:
-            packet.copy_(own)
+        handle = hvd.allreduce_async_(own, name=name, op=hvd.Sum, process_set=self.process_set)
+
+        def wait() -> None:
+            try:
+                hvd.synchronize(handle)
+            except hvd.mpi_ops.HorovodInternalError as error:
+                detail = horovod.mismatch(error)
+                if detail is None:
+                    raise
+                raise ValueError(horovod.disagreement(name, detail)) from error
+            if own is not packet:
+                packet.copy_(own)
+
+        return wait
 
     def gather(self, value: object, name: str) -> list[Any]:
         """Return the values of all ranks of the group."""

@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hvd_syncbn import native
 from hvd_syncbn.running import Running
 from hvd_syncbn.torch_impl.functional import ACTIVATIONS, check_input, frozen_batch_norm, local_batch_norm, normalize
+from hvd_syncbn.torch_impl.ops import forward_apply
 
 _made_by_hand = itertools.count()
+
+# The attributes of a layer that updates its running statistics once in several steps.
+ACCUMULATION = ("_batches_per_update", "_total", "_batches_in_total")
 
 # torch.fx takes a layer for one node, and does not look inside, if `layer.__module__` is in torch.nn: its own tracers, those of
 # quantization and those of image libraries alike. An attribute of the object, because pickle needs the class's to be true.
@@ -159,6 +164,9 @@ class SyncBatchNorm(BatchNorm):
         self.collective_name = f"{type(self).__name__}{next(_made_by_hand)}"
 
     zero_debias = False
+    _batches_per_update = 1
+    _total: Tensor | None = None  # of the packets since the last update
+    _batches_in_total: Tensor | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalises ``input``; see the class for shapes, ``sync_batch_norm`` for errors."""
@@ -178,19 +186,74 @@ class SyncBatchNorm(BatchNorm):
             if getattr(self, "_frozen_in_training", False):
                 return self._forward_frozen(input, residual)
             return self._normalize_locally(input, residual, activation)
+        total = self._total
+        running = self._running() if total is None else Running(None, None, None, 1.0, 0.0, unbiased=True)
+        y = normalize(
+            input,
+            self.weight,
+            self.bias,
+            running,
+            self.eps,
+            residual,
+            activation,
+            self.process_set,
+            self.collective_name,
+            total,
+        )
+        if total is not None:
+            self._count_batch(total)
+        return y
+
+    def _accumulate(self, batches: int) -> None:
+        """Update the running statistics once in ``batches`` training steps; see ``accumulate_statistics``."""
+        for name in ACCUMULATION:
+            vars(self).pop(name, None)
+        if batches > 1:
+            assert self.running_mean is not None
+            self._batches_per_update = batches
+            device = self.running_mean.device
+            self._total = torch.zeros(native.packet_size(self.num_features), dtype=torch.int64, device=device)
+            self._batches_in_total = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _take_statistics(self, packet: Tensor) -> None:
+        """Take the reduced packet of a batch into the running statistics, as a training step does."""
+        if self._total is None:
+            self._update_statistics(packet, 1)
+        else:
+            self._total.add_(packet)
+            self._count_batch(self._total)
+
+    def _count_batch(self, total: Tensor) -> None:
+        """Update the running statistics by the total if it is complete, without a branch, which would end a compiled graph."""
+        count = self._batches_in_total
+        assert count is not None
+        count.add_(1)
+        is_complete = count == self._batches_per_update
+        packet = total * is_complete  # an empty batch's before: it changes nothing
+        packet[native.DIGEST] = 0  # micro-batches with and without gradients differ in it
+        total.masked_fill_(is_complete, 0)
+        count.masked_fill_(is_complete, 0)
+        self._update_statistics(packet, is_complete)
+
+    def _update_statistics(self, packet: Tensor, batches: Tensor | int) -> None:
+        """Update the running statistics by a reduced packet, and count the batches."""
+        x = torch.empty(0, self.num_features, device=packet.device)  # no values of this rank
+        running = self._running()
+        forward_apply(x, packet, None, None, None, *running, self.eps, False, self.collective_name)
+        if running.batches is not None:
+            running.batches.add_(batches)
+
+    def _running(self) -> Running:
         tracks = self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
         averages = tracks and (self.zero_debias or self.momentum is None)
-        running = Running(
+        return Running(
             self.running_mean if tracks else None,
             self.running_var if tracks else None,
             self.num_batches_tracked if tracks else None,
             1 - momentum,
             None if averages else momentum,
             unbiased=True,
-        )
-        return normalize(
-            input, self.weight, self.bias, running, self.eps, residual, activation, self.process_set, self.collective_name
         )
 
     def _forward_frozen(self, input: Tensor, residual: Tensor | None) -> Tensor:

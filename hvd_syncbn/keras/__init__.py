@@ -9,14 +9,18 @@ import importlib
 from typing import Any
 
 from hvd_syncbn import horovod as _horovod
+from hvd_syncbn.diagnosis import Diagnosis
 from hvd_syncbn.keras import callbacks
 from hvd_syncbn.tf_impl.groups import groups
+from hvd_syncbn.tf_impl.keras.accumulate import accumulate_statistics
 from hvd_syncbn.tf_impl.keras.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from hvd_syncbn.tf_impl.keras.diagnose import diagnose
 from hvd_syncbn.tf_impl.keras.fold import Scale, fold_batchnorm
 from hvd_syncbn.tf_impl.keras.freeze import freeze_batchnorm, unfreeze_batchnorm
 from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
 from hvd_syncbn.tf_impl.keras.recalibrate import recalibrate
 from hvd_syncbn.tf_impl.keras.state import get_state, set_state
+from hvd_syncbn.tf_impl.keras.take_part import take_part
 from hvd_syncbn.tf_impl.keras.training import start as _start  # noqa: F401 (registers the training check)
 from hvd_syncbn.tf_impl.keras.training.backup import BackupAndRestore
 from hvd_syncbn.tf_impl.keras.training.callbacks import (
@@ -100,6 +104,7 @@ __all__ = [
     "BestModelCheckpoint",
     "BroadcastGlobalVariablesCallback",
     "BroadcastVariablesCallback",
+    "Diagnosis",
     "DistributedGradientTape",
     "DistributedOptimizer",
     "LearningRateScheduleCallback",
@@ -109,6 +114,7 @@ __all__ = [
     "PartialDistributedOptimizer",
     "Scale",
     "SyncBatchNormalization",
+    "accumulate_statistics",
     "allgather",
     "allreduce",
     "broadcast",
@@ -116,6 +122,7 @@ __all__ = [
     "callbacks",
     "check_ranks_agree",
     "convert_sync_batchnorm",
+    "diagnose",
     "fold_batchnorm",
     "freeze_batchnorm",
     "get_state",
@@ -125,5 +132,6 @@ __all__ = [
     "reducescatter",
     "revert_sync_batchnorm",
     "set_state",
+    "take_part",
     "unfreeze_batchnorm",
 ]

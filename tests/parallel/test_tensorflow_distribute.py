@@ -70,6 +70,22 @@ def test_training_needs_no_callback(found: list[dict[str, Any]], replicas: list[
             assert all(value == expected for value in values)
 
 
+def test_a_replica_with_nothing(replicas: list[dict[str, Any]]) -> None:
+    """Moving statistics of two micro-batches on the other replicas, as of one batch in one process."""
+    import tensorflow as tf
+
+    from hvd_syncbn.tensorflow import sync_batch_norm
+    from tests.parallel.checks.tensorflow_distribute import X
+
+    samples = tf.constant(np.concatenate([X[3:, 0], X[3:, 1]]))
+    ones, zeros = tf.ones(3), tf.zeros(3)
+    with tf.distribute.OneDeviceStrategy("CPU:0").scope():
+        _, *expected = sync_batch_norm(samples, ones, zeros, zeros, ones, training=True, momentum=0.9)
+    for values, statistic in zip(replicas[0]["took part"], expected, strict=True):
+        for value in values:
+            assert np.array(value, np.float32).tobytes() == statistic.numpy().tobytes()
+
+
 UNSUPPORTED = "trains under strategies whose replicas run in step"
 ERRORS = {
     "process_set": "shares its batch with the replicas of a strategy or with the ranks of Horovod, not with both",

@@ -44,6 +44,7 @@ def main() -> None:
     train(state)
     hvd.check_ranks_agree(model, optimizer, local=[model.layers[0]])
     hvd.recalibrate(model, [np.ones((4, 8), np.float32)], layer_by_layer=True)
+    print(hvd.diagnose(hvd.accumulate_statistics(model, 4), [np.ones((4, 8), np.float32)]).advice)
     found = get_state(model.layers[0])
     assert_type(found, BatchNormState)
     set_state(SyncBatchNormalization(), found)

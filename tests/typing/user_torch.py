@@ -10,11 +10,14 @@ from typing_extensions import assert_type  # in typing from Python 3.11 on
 
 from hvd_syncbn.exchange import BatchNormState
 from hvd_syncbn.torch import (
+    Diagnosis,
     SyncBatchNorm,
     SyncBatchNorm2d,
+    accumulate_statistics,
     check_device_errors,
     check_ranks_agree,
     convert_sync_batchnorm,
+    diagnose,
     fold_batchnorm,
     freeze_batchnorm,
     get_state,
@@ -23,6 +26,7 @@ from hvd_syncbn.torch import (
     revert_sync_batchnorm,
     set_state,
     sync_batch_norm,
+    take_part,
     unfreeze_batchnorm,
 )
 
@@ -62,6 +66,9 @@ def main() -> None:
     assert_type(freeze_batchnorm(model, affine=True), Block)
     assert_type(unfreeze_batchnorm(model), Block)
     assert_type(recalibrate(model, batches(), estimator="batches", progress=False), Block)
+    assert_type(accumulate_statistics(model, 4), Block)
+    assert_type(diagnose(model, batches()), Diagnosis)
+    assert_type(take_part(model), Tensor)
     check_ranks_agree(model, torch.optim.SGD(model.parameters(), lr=0.1), local=[model.local])
     fold_batchnorm(model.eval())(torch.ones(2, 8, 4, 4))
     state = get_state(model.norm)

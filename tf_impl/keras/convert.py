@@ -130,6 +130,7 @@ def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
             continue
         for name in ("activation", "unbiased_variance", "process_set", "collective_name"):
             delattr(layer, name)
+        layer._total = None
         layer.supports_jit = True
         change_class(layer, BatchNormalization if layer.frozen else keras.layers.BatchNormalization)
     if not layers:

@@ -20,6 +20,7 @@ from hvd_syncbn.tf_impl.keras import ranks
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
 
+    from hvd_syncbn.tf_impl.keras.accumulate import Total
     from hvd_syncbn.tf_impl.ranks import Group
 
 _OLDEST = (3, 10)  # the oldest tested version without known problems: docs/versions.md
@@ -201,6 +202,9 @@ class SyncBatchNormalization(BatchNormalization):
 
     zero_debias = False
 
+    _total: Total | None = None
+    """What the layer sums instead of updating its moving statistics in every step; see `accumulate_statistics`."""
+
     @property
     def averages(self) -> bool:
         """Whether the weights of the moving average depend on the number of batches."""
@@ -237,6 +241,34 @@ class SyncBatchNormalization(BatchNormalization):
             for check in ranks.training_checks:
                 check(self._get_call_context().entry_layer, False)
         return keras.ops.cast(_train(self, inputs, mask, residual, group), self.compute_dtype)
+
+    def _take_statistics(self, packet: Any) -> None:
+        """Take the reduced packet of a batch into the moving statistics, as a training step does."""
+        if self._total is None:
+            self._update_statistics(packet, 1)
+        else:
+            self._total.packets.assign_add(packet)
+            self._update_statistics(*self._total.count_batch())
+
+    def _update_statistics(self, packet: Any, batches: Any) -> None:
+        """Update the moving statistics by a reduced packet, and count the batches."""
+        from hvd_syncbn.tf_impl.functional import updated_statistics
+
+        moving_mean, moving_variance = updated_statistics(
+            packet,
+            self.moving_mean,
+            self.moving_variance,
+            momentum=self.momentum,
+            unbiased_variance=self.unbiased_variance,
+            zero_debias=self.zero_debias,
+            batches=self.batches if self.averages else None,
+            epsilon=self.epsilon,
+            layer=self.collective_name,
+        )
+        self.moving_mean.assign(moving_mean)
+        self.moving_variance.assign(moving_variance)
+        if self.averages:
+            self.batches.assign_add(batches)
 
     def get_config(self) -> dict[str, Any]:
         """Return the config of Keras's layer and the arguments of this one. A process set becomes the list of its ranks."""
@@ -321,7 +353,11 @@ def _train(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any,
         batches=layer.batches if layer.averages else None,
         process_set=group,
         name=layer.collective_name,
+        total=None if layer._total is None else layer._total.packets,
     )
+    if layer._total is not None:
+        layer._update_statistics(*layer._total.count_batch())
+        return outputs
     layer.moving_mean.assign(moving_mean)
     layer.moving_variance.assign(moving_variance)
     if layer.averages:

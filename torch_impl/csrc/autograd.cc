@@ -50,6 +50,7 @@ struct Options {
   bool needs_gradient;               // this rank will differentiate: the same on every rank, or an error
   std::optional<std::string> group;  // the ranks that share the batch, as ranks.py knows them; none: this rank is alone
   std::string name;
+  OptionalTensor total;  // to which the reduced packet is added
 };
 
 bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
@@ -161,6 +162,7 @@ class SyncBatchNorm : public BatchNorm<SyncBatchNorm> {
                              options.name, options.needs_gradient);
     // Together with the statistics: what comes next may raise, as checkpointing does to stop early.
     if (running.batches.has_value()) running.batches->add_(1);
+    if (options.total.has_value()) options.total->add_(packet);
     return result;
   }
 
@@ -229,7 +231,7 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
                        const OptionalTensor& residual, const OptionalTensor& running_mean,
                        const OptionalTensor& running_var, const OptionalTensor& batches, double old_weight,
                        std::optional<double> new_weight, bool unbiased, double eps, bool relu,
-                       std::optional<std::string> group, const std::string& name) {
+                       std::optional<std::string> group, const std::string& name, const OptionalTensor& total) {
   check_no_transform(name);
   check_devices(x,
                 {{"weight", weight},
@@ -237,14 +239,15 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
                  {"residual", residual},
                  {"running_mean", running_mean},
                  {"running_var", running_var},
-                 {"num_batches_tracked", batches}},
+                 {"num_batches_tracked", batches},
+                 {"total", total}},
                 name);
   TORCH_CHECK_VALUE(new_weight.has_value() || batches.has_value(),
                     "expected two weights, or that of the old statistics and the number of batches");
   const bool needs_gradient = at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) ||
                                                              requires_grad(bias) || requires_grad(residual));
-  const Options options{
-      {running_mean, running_var, batches, old_weight, new_weight, unbiased}, eps, relu, needs_gradient, group, name};
+  const Running running{running_mean, running_var, batches, old_weight, new_weight, unbiased};
+  const Options options{running, eps, relu, needs_gradient, group, name, total};
   return SyncBatchNorm::apply(x, weight, bias, residual, options);
 }
 
@@ -258,7 +261,7 @@ TORCH_LIBRARY_FRAGMENT(hvd_syncbn, m) {
   m.def(
       "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? batches, float old_weight, float? new_weight, bool unbiased, "
-      "float eps, bool relu, str? group, str name) -> Tensor",
+      "float eps, bool relu, str? group, str name, Tensor(d!)? total=None) -> Tensor",
       hvd_syncbn::sync_batch_norm);
   m.def(
       "frozen_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor "

@@ -22,7 +22,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_syncbn.keras import SyncBatchNormalization, convert_sync_batchnorm, recalibrate
+from hvd_syncbn.keras import (
+    SyncBatchNormalization,
+    accumulate_statistics,
+    convert_sync_batchnorm,
+    recalibrate,
+    take_part,
+)
 from hvd_syncbn.tensorflow import sync_batch_norm
 
 X = np.random.default_rng(5).standard_normal((12, 6, 3)).astype(np.float32) * np.float32(3) + np.float32(1)
@@ -153,6 +159,33 @@ def recalibrated(strategy: tf.distribute.Strategy) -> list[Any]:
     return [v.numpy().tolist() for layer in network.layers for v in (layer.moving_mean, layer.moving_variance)]
 
 
+def took_part(strategy: tf.distribute.Strategy) -> list[Any]:
+    """The moving statistics of every replica, two micro-batches together, where replica 0 has no input."""
+    with strategy.scope():
+        layer = SyncBatchNormalization(momentum=0.9)
+        layer.build((None, 3))
+        accumulate_statistics(layer, 2)
+    count = len(X) // strategy.num_replicas_in_sync
+
+    def step(x: Any) -> Any:
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        with tf.GradientTape() as tape:
+            has_input = tf.get_static_value(replica) != 0
+            loss = tf.reduce_sum(layer(x, training=True) ** 2) if has_input else take_part(layer)
+        return tape.gradient(loss, [v.value for v in layer.trainable_variables])
+
+    for half in (X[:, 0], X[:, 1]):
+
+        def part(context: tf.distribute.distribute_lib.ValueContext, half: np.ndarray = half) -> Any:
+            return tf.constant(half[count * context.replica_id_in_sync_group :][:count])
+
+        strategy.run(step, (strategy.experimental_distribute_values_from_function(part),))
+    return [
+        [part.numpy().tolist() for part in strategy.experimental_local_results(v.value)]
+        for v in (layer.moving_mean, layer.moving_variance)
+    ]
+
+
 def main() -> None:
     replicas, folder = int(sys.argv[1]), Path(sys.argv[2])
     config = json.loads(os.environ.get("TF_CONFIG", "{}"))
@@ -175,6 +208,7 @@ def main() -> None:
         else:
             found["plain"] = warnings_of_plain_layers(strategy)
             found["recalibrated"] = recalibrated(strategy)
+            found["took part"] = took_part(strategy)
             found["servers"] = errors_under_servers()  # connects TensorFlow to another cluster: the last
     except BaseException:
         found["failure"] = traceback.format_exc()

@@ -170,7 +170,7 @@ def check_eager_layers() -> None:
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
     tf.get_logger().addHandler(handler)
     x = data()
-    size = horovod._eager_allreduce.cache_parameters()["maxsize"]
+    size = horovod._eager_allreduces.cache_parameters()["maxsize"]
     expected = gradient(lambda x: model()(x, training=True), x)
     try:
         for eagerly in (False, True):
@@ -180,7 +180,7 @@ def check_eager_layers() -> None:
                 assert same_bits(gradient(lambda x, layer=layer: tf.nn.relu(layer(x, training=True)), x), expected)
                 layer(x, training=True)
         for number in range(size):
-            horovod._eager_allreduce(f"hvd_syncbn.other_{number}.forward", 0)
+            horovod._eager_allreduces((f"hvd_syncbn.other_{number}.forward", 0))
     finally:
         tf.config.run_functions_eagerly(False)
         tf.get_logger().removeHandler(handler)

@@ -247,9 +247,9 @@ def check_ranks_disagree() -> str | None:
         y = sync_batch_norm(good[UNEVEN[RANK]], None, None, name=name)
         assert_same(y, sync_batch_norm(good, None, None, process_set=ALONE)[UNEVEN[RANK]])
 
-    real = hvd.allreduce_
+    real = hvd.allreduce_async_
 
-    def of_another_version(packet: Tensor, **options: Any) -> Tensor:
+    def of_another_version(packet: Tensor, **options: Any) -> int:
         with mock.patch.object(protocol, "PROTOCOL_VERSION", protocol.PROTOCOL_VERSION + 1):
             digest = protocol.forward_digest(1e-5, "float32", 5)
             packet[2:4] = torch.tensor(protocol.empty_packet(5, digest).words()[2:4])
@@ -267,7 +267,7 @@ def check_ranks_disagree() -> str | None:
         running = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
         start = time.monotonic()
         allreduce = of_another_version if case == "version" and odd else real
-        with mock.patch.object(hvd, "allreduce_", allreduce):
+        with mock.patch.object(hvd, "allreduce_async_", allreduce):
             error = error_of(lambda x=x, running=running, eps=eps: sync_batch_norm(x, *running, eps=eps, name=name))
         assert time.monotonic() - start < 10, case
         assert type(error) is ValueError, (case, repr(error))

@@ -45,7 +45,7 @@ def check_a_slow_rank() -> dict[str, Any]:
 def check_an_allreduce_fails_and_is_retried() -> None:
     """On one rank, before it sends anything: no statistics are touched, and a second try gives what the first would have."""
     want = train()
-    real, calls = hvd.allreduce_, []
+    real, calls = hvd.allreduce_async_, []
 
     def failing(packet: Any, **options: Any) -> Any:
         calls.append(options["name"])
@@ -55,7 +55,7 @@ def check_an_allreduce_fails_and_is_retried() -> None:
 
     model = randomize(convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4))))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with mock.patch.object(hvd, "allreduce_", failing):
+    with mock.patch.object(hvd, "allreduce_async_", failing):
         if hvd.rank() == 1:
             try:
                 step(model, randn(1, 6, 4)[ROWS], randn(2, 6, 4)[ROWS])

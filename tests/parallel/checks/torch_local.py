@@ -70,7 +70,7 @@ def named(layer: SyncBatchNorm2d) -> SyncBatchNorm2d:
 
 def check_meta_on_every_rank() -> None:
     """An error before anything is sent."""
-    with mock.patch.object(hvd, "allreduce_", side_effect=AssertionError):
+    with mock.patch.object(hvd, "allreduce_async_", side_effect=AssertionError):
         for name in ("weight", "running_mean", "counter", "layer"):
             for layer in (SyncBatchNorm2d(3, momentum=None), freeze_batchnorm(SyncBatchNorm2d(3)).train()):
                 if name == "counter" and not layer.training:

@@ -29,6 +29,7 @@ from hvd_syncbn.torch import (
     groups,
     recalibrate,
     sync_batch_norm,
+    take_part,
 )
 from tests import torch_second as second
 from tests.torch_tools import Result, assert_same, error_of, in_layout, randn, randomize, step
@@ -324,3 +325,30 @@ def check_ranks_that_agree_and_differ() -> None:
     if SIZE > 1:
         assert "weight '0.weight'" in str(error_of(lambda: check_ranks_agree(model)))
     check_ranks_agree(model, process_set=ALONE)
+
+
+def check_take_part() -> None:
+    """A rank without input for the head, another one in each step, inside of DistributedDataParallel."""
+
+    class Detector(nn.Module):
+        def __init__(self, process_set: Any) -> None:
+            super().__init__()
+            self.trunk = nn.BatchNorm1d(5)
+            self.head = nn.Sequential(nn.BatchNorm1d(5), nn.Tanh(), nn.BatchNorm1d(5))
+            randomize(convert_sync_batchnorm(self, process_set))
+
+        def forward(self, x: Tensor, boxes: list[int]) -> Tensor:
+            found = self.trunk(x)
+            return found.sin().sum() + (self.head(found[boxes]).square().sum() if len(boxes) else take_part(self.head))
+
+    ours, whole = Detector(None), Detector(ALONE)
+    parallel = DistributedDataParallel(ours)
+    for number in range(SIZE + 1):
+        x = randn(number, vectors.SAMPLES, 5)
+        boxes = [sample for rank in range(SIZE) for sample in UNEVEN[rank] if rank != number % SIZE or SIZE == 1]
+        whole(x, boxes)
+        parallel(x[MINE], [MINE.index(sample) for sample in boxes if sample in MINE]).backward()
+        assert_same(dict(ours.named_buffers()), dict(whole.named_buffers()))
+        gradients = torch.cat([p.grad.flatten() for p in ours.parameters() if p.grad is not None])
+        assert len(gradients) == 30
+        assert all(same.equal(gradients) for same in gathered(gradients))
