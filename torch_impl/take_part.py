@@ -15,7 +15,6 @@ from hvd_syncbn.torch_impl import ops, ranks
 from hvd_syncbn.torch_impl.module import SyncBatchNorm
 
 
-@torch.compiler.disable
 def take_part(*modules: nn.Module) -> Tensor:
     """Takes part in a step of synchronized layers with an empty batch, in place of calling their modules.
 
@@ -60,6 +59,12 @@ def take_part(*modules: nn.Module) -> Tensor:
             raise TypeError(f"expected a torch.nn.Module. Received: {type(module).__name__}")
         if not any(isinstance(layer, SyncBatchNorm) for layer in module.modules()):
             warnings.warn(f"found no SyncBatchNorm that could take part. Received: {type(module).__name__}", stacklevel=2)
+    zero: Tensor = _take_part(modules)
+    return zero
+
+
+@torch.compiler.disable
+def _take_part(modules: Sequence[nn.Module]) -> Tensor:
     parameters = {parameter: None for module in modules for parameter in module.parameters()}  # an ordered set
     buffers = (buffer for module in modules for buffer in module.buffers())
     device = next((tensor.device for tensor in itertools.chain(parameters, buffers)), torch.device("cpu"))
