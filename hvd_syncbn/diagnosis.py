@@ -138,7 +138,7 @@ class Diagnosis:
             (left, "running mean - mean of the data (standard deviations)", (0, MOVED)),
             (right, "running variance / variance of the data", (1 / RATIO, RATIO)),
         ):
-            axes.set(xscale="log", xlabel=label)
+            axes.set(xscale="log", xlabel=label, ymargin=0.2)
             axes.axvspan(*good, color="tab:green", alpha=0.15)
         left.set_yticks(range(len(measured)), [layer.name for layer in measured])
         left.invert_yaxis()
