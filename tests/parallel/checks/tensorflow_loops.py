@@ -173,9 +173,9 @@ def check_fit() -> None:
     if SIZE > 1:
         for step in range(3):
             x[step % SIZE, 2 * step : 2 * step + 2, 0] *= -1  # two samples per rank and step
-    ours.compile(DistributedOptimizer(keras.optimizers.SGD(0.1 * SIZE)))  # gradients are averaged
+    ours.compile(DistributedOptimizer(keras.optimizers.SGD(0.125 * SIZE)))  # gradients are averaged; the rate is a float32
     ours.fit(x[RANK], batch_size=2, shuffle=False, verbose=0)
-    whole.compile(keras.optimizers.SGD(0.1))
+    whole.compile(keras.optimizers.SGD(0.125))
     for step in range(3):
         whole.fit(x[:, 2 * step : 2 * step + 2].reshape(-1, 4), batch_size=2 * SIZE, shuffle=False, verbose=0)
     for got, expected in zip(ours.weights, whole.weights, strict=True):
