@@ -232,7 +232,7 @@ def fewest_splits(tiles: int, turns: int, wave: int) -> int:
     for splits, time in times.items():
         if 16 * tiles * turns >= 15 * time * wave:
             return splits
-    return min(times, key=lambda splits: times[splits], default=1)
+    return min(times, key=lambda splits: (times[splits], -(-turns // splits), splits), default=1)
 
 
 # Few and many tiles; few and many items: channels first in pieces and in planes; channels last in pieces and by position.

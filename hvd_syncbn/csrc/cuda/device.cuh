@@ -172,7 +172,7 @@ inline int64_t choose_splits(int64_t tiles, int64_t turns, int64_t wave) {
     splits = ceil_div(turns, each);  // more of the same time per block use less of it
     const int64_t time = ceil_div(tiles * splits, wave) * each;
     if (16 * tiles * turns >= 15 * time * wave) return splits;
-    if (time < best_time) {
+    if (time <= best_time) {  // shorter blocks even out, and keep more bytes in flight
       best = splits;
       best_time = time;
     }
