@@ -47,7 +47,7 @@ def test_from_job_to_pictures(tmp_path: Path) -> None:
     ]
     outcomes = [run(Job("1", "torch", alone, limit=60)), run(Job("2", "torch", together, 2, limit=60))]
     results = collect(outcomes)
-    assert not [name for name, rows in results.items() if not rows and name not in ("network", "training")]
+    assert not [name for name, rows in results.items() if not rows and name not in ("network", "ddp", "training")]
     assert all(list(tables(results)))
     found = {goal.text: goal for goal in goals(results)}
     for text in ("bytes equal to those of one process (1: yes)", "ulps from exact, 4 + 8 samples, mean up to 1e4 std"):

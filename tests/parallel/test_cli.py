@@ -173,6 +173,6 @@ def test_doctor_measures_two_ranks() -> None:
 def test_packets_inside_groups(launcher: str) -> None:
     need("torch")
     cluster = packets.measure("torch", [job.Host("localhost", 3)], 240, launcher=launcher)
-    assert (cluster.controller == "torch.distributed") == (launcher == "torchrun")
+    assert (cluster.controller == "Gloo of torch.distributed") == (launcher == "torchrun")
     found = cluster.packets
     assert [(packet.size, packet.groups) for packet in found] == [(2, 1)] * 3 + [(3, 1)] * 3

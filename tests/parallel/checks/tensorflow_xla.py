@@ -180,7 +180,7 @@ def check_eager_layers() -> None:
                 assert same_bits(gradient(lambda x, layer=layer: tf.nn.relu(layer(x, training=True)), x), expected)
                 layer(x, training=True)
         for number in range(size):
-            horovod._eager_allreduces((f"hvd_syncbn.other_{number}.forward", 0))
+            horovod._eager_allreduces((f"hvd_syncbn.other_{number}.forward", 0, tf.int64))
     finally:
         tf.config.run_functions_eagerly(False)
         tf.get_logger().removeHandler(handler)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from tests.parallel.shared.segments import segments, short_memory
 
-SIZES = tuple(300 + 37 * i for i in range(12))  # elements of the parameters
+# Elements of the parameters: each alone is summed in a fixed order without shared memory, all together go through a ring.
+SIZES = tuple(30000 + 37 * i for i in range(12))
 DELAYS = (0.0, 0.02)  # seconds before each gradient: all in one fused tensor, or each alone
 
 Gradients = list[NDArray[np.float32]]
