@@ -55,7 +55,7 @@ def _kernels(depth: int) -> Step:
         native._pointer(array) for array in (x, dy, y, dx, packet, stats, coefficients)
     )
     gamma, beta, mean, variance, dgamma, dbeta = (native._vector(array) for array in ones)
-    running = native.Running(mean, variance, 0.9, 0.1, 1)
+    running = native.Running(mean, variance, 0.9, 0.1, 1, 1)
     one, no = ctypes.c_int64(1), ctypes.c_int32(0)
 
     def forward() -> None:

@@ -37,6 +37,8 @@ class Facts:
     """Training steps so far; None if they are not counted."""
     new_weight: float | None
     """Weight of a batch in the running statistics; None if they are an average without bias."""
+    nonfinite_batches: int
+    """Training steps of a synchronized layer with NaN or infinite channels."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class LayerDiagnosis:
     """By channel, the running variance divided by the variance of the data."""
     nonfinite_data: int = 0
     """Channels with NaN or infinite inputs."""
+    nonfinite_batches: int = 0
+    """Training steps in which channels of a synchronized layer were NaN or infinite, since this process started. They did not
+    change the running statistics of these channels, unless ``skip_nonfinite`` is False."""
     dead: int = 0
     """Channels in which all inputs are equal."""
 
@@ -190,7 +195,16 @@ def diagnose(
         wrong = ~np.isfinite(running).all(0) if running else np.zeros(0, bool)
         values = _compared(running, *measured[fact.name]) if fact.name in measured and running else {}
         layers.append(
-            LayerDiagnosis(fact.name, fact.kind, fact.updates, _initial_weight(fact), int(wrong.sum()), differing, **values)
+            LayerDiagnosis(
+                fact.name,
+                fact.kind,
+                fact.updates,
+                _initial_weight(fact),
+                int(wrong.sum()),
+                differing,
+                nonfinite_batches=fact.nonfinite_batches,
+                **values,
+            )
         )
     # The numbers of updates may differ between ranks: all show those of the first one.
     shown, known = ranks.gather((tuple(layers), tuple(found)))[0]
@@ -255,6 +269,8 @@ def _channels(layer: LayerDiagnosis) -> list[str]:
         "dead": layer.dead,
     }
     texts = [f"{count} {what}" for what, count in counts.items() if count]
+    if layer.nonfinite_batches:
+        texts.append(f"NaN or infinite in {layer.nonfinite_batches} training steps")
     if layer.differing_ranks:
         texts.append(f"differ on ranks {list(layer.differing_ranks)}")
     return texts
@@ -275,6 +291,11 @@ def _advice(layers: Sequence[LayerDiagnosis], facts: Sequence[Facts], has_data: 
                 [layer for layer in layers if layer.nonfinite_statistics],
                 "Running statistics are NaN or infinite in {}, so evaluation is, too.",
                 words.recalibrate,
+            ),
+            (
+                [layer for layer in layers if layer.nonfinite_batches],
+                "Channels of {} were NaN or infinite in some training steps.",
+                "Check the loss scale, the learning rate and the data.",
             ),
             (
                 [layer for layer in layers if layer.nonfinite_data],

@@ -23,7 +23,7 @@ from hvd_syncbn.protocol import DTYPES, HEADER, LIMBS
 DIGEST = slice(2, HEADER)  # of a packet: what the ranks must agree on
 LAYOUTS = ("channels_first", "channels_last")
 CACHE_LINE = 64
-OK, RANKS_DISAGREE, ONE_VALUE, EMPTY, CALLS_DIFFER = range(5)
+OK, RANKS_DISAGREE, ONE_VALUE, EMPTY, CALLS_DIFFER, NONFINITE = range(6)
 FORWARD, BACKWARD = range(2)
 POOLED, BATCHES = range(2)
 
@@ -57,6 +57,7 @@ class Running(ctypes.Structure):
         ("old_weight", ctypes.c_double),
         ("new_weight", ctypes.c_double),
         ("unbiased", ctypes.c_int32),
+        ("skip_nonfinite", ctypes.c_int32),
     )
 
 
@@ -107,7 +108,7 @@ def library() -> ctypes.CDLL:
         ImportError: the package was not built.
     """
     lib = ctypes.CDLL(str(find("libhvd_syncbn.so")))
-    for name in ("coefficients_size", "moments_units", "apply_units"):
+    for name in ("coefficients_size", "moments_units", "apply_units", "count_nonfinite"):
         getattr(lib, f"hvd_syncbn_{name}").restype = ctypes.c_int64
     for name in ("isa", "isas"):
         getattr(lib, f"hvd_syncbn_{name}").restype = ctypes.c_char_p
@@ -122,6 +123,11 @@ def has_cuda() -> bool:
 def packet_size(channels: int) -> int:
     """Return the number of int64 words in a packet of ``channels`` channels."""
     return HEADER + channels * (1 + 2 * LIMBS)
+
+
+def nonfinite_batches(layer: str) -> int:
+    """Return how many batches of a layer, by the name of its collectives, had channels that are not finite in this process."""
+    return int(library().hvd_syncbn_count_nonfinite(layer.encode(), ctypes.c_int64(0)))
 
 
 def isa() -> str:
@@ -243,6 +249,7 @@ def forward(
     residual: NDArray[Any] | None = None,
     relu: bool = False,
     splits: int = 1,
+    skip_nonfinite: bool = True,
 ) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Return ``(y, stats)`` and update the running statistics in place. A None packet normalizes by these (a frozen layer)."""
     lib, ref = library(), ctypes.byref(shape)
@@ -254,7 +261,7 @@ def forward(
         _pointer(packet),
         _vector(gamma),
         _vector(beta),
-        Running(_vector(running_mean), _vector(running_var), *weights, unbiased),
+        Running(_vector(running_mean), _vector(running_var), *weights, unbiased, skip_nonfinite),
         _pointer(stats),
         _pointer(coefficients),
     )

@@ -380,12 +380,14 @@ def stored_statistics(mean: Sequence[float], var: Sequence[float], eps: float) -
     ]
 
 
-def running(old: float, batch: float, old_weight: float, new_weight: float, dtype: str = "float32") -> float:
+def running(
+    old: float, batch: float, old_weight: float, new_weight: float, dtype: str = "float32", skip_nonfinite: bool = True
+) -> float:
     """Return the new value of a running statistic stored in ``dtype``; the weights are rounded to float32 first.
 
-    A batch statistic that is NaN leaves the old value unchanged.
+    A batch statistic that is NaN leaves the old value unchanged, or makes it NaN without ``skip_nonfinite``.
     """
-    if math.isnan(batch):
+    if math.isnan(batch) and skip_nonfinite:
         return old
     return round_to(round_to(old_weight, "float32") * old + round_to(new_weight, "float32") * batch, dtype)
 

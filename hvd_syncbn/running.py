@@ -20,3 +20,5 @@ class Running(NamedTuple):
     """Weight of the batch. None derives both weights from ``batches``: an average in which the initial values do not count."""
     unbiased: bool
     """Whether the variance is ``var * n / (n - 1)`` (PyTorch) or ``var`` (Keras)."""
+    skip_nonfinite: bool = True
+    """Whether a channel that is not finite in the batch keeps its running statistics; otherwise they become NaN."""

@@ -54,18 +54,20 @@ def step(
     wide_gamma, wide_beta, want_mean, want_var = (logical(v, parameter) for v in (gamma, beta, mean, var))
     given = (wide_gamma, wide_beta) if affine else (None, None)
     running = (want_mean, want_var, (0.9, 0.1))
-    want_y, want_stats = native.forward(shape, xs, packet, EPS, given[0], given[1], *running, residual=rs, relu=relu)
+    options = {"residual": rs, "relu": relu, "skip_nonfinite": seed % 2 == 0}
+    want_y, want_stats = native.forward(shape, xs, packet, EPS, given[0], given[1], *running, **options)
     y = cuda.guarded(np.zeros_like(want_y), offset)
     new_mean, new_var = cuda.guarded(mean), cuda.guarded(var)
     old = [cuda.vector(v, parameter) for v in (mean, var)]
     new = [cuda.vector(v, parameter) for v in (new_mean, new_var)]
     vectors = (given_gamma, given_beta, *old, *new)
-    stats = cuda.forward_apply(shape, EPS, xs, rs, relu, packet, vectors, (0.9, 0.1), True, "layer", y)
+    stats = cuda.forward_apply(shape, EPS, xs, rs, relu, packet, vectors, (0.9, 0.1), True, seed % 2 == 0, "layer", y)
     assert same_bits(stats, want_stats)
     assert same_bits(y, want_y)
     for got, want in ((new_mean, want_mean), (new_var, want_var)):
         assert same_bits(logical(got, parameter), np.array([protocol.round_to(v, parameter) for v in want]))
     assert cuda.intact(y) and cuda.intact(new_mean) and cuda.intact(new_var)
+    is_finite = not packet[native.HEADER : native.HEADER + c].any()
 
     ys = y if relu else None
     dgamma, dbeta = (cuda.guarded(np.empty_like(gamma)) for _ in range(2))
@@ -85,6 +87,7 @@ def step(
     assert same_bits(dx, want_dx) and cuda.intact(dx)
     if dresidual is not None:
         assert same_bits(dresidual, want_dresidual) and cuda.intact(dresidual)
+    assert cuda.failure() == ((native.OK, "") if is_finite else (native.NONFINITE, "layer"))
     assert cuda.failure() == (native.OK, "")
 
 
@@ -98,7 +101,7 @@ def frozen_step(n: int, c: int, s: int, dtype: str, layout: str, seed: int, *, r
     want_y, want_stats = native.forward(shape, x, None, EPS, *wide, residual=residual, relu=relu)
     y, new_mean, new_var = cuda.guarded(np.zeros_like(want_y)), cuda.guarded(np.zeros_like(mean)), cuda.guarded(var)
     vectors = [cuda.vector(v, parameter) for v in (gamma, beta, mean, var, new_mean, new_var)]
-    stats = cuda.forward_apply(shape, EPS, x, residual, relu, None, tuple(vectors), (0.9, 0.1), True, "layer", y)
+    stats = cuda.forward_apply(shape, EPS, x, residual, relu, None, tuple(vectors), (0.9, 0.1), True, True, "layer", y)
     assert same_bits(stats, want_stats)
     assert same_bits(y, want_y) and cuda.intact(y)
     assert same_bits(new_mean, mean) and same_bits(new_var, var) and cuda.intact(new_mean)

@@ -44,6 +44,7 @@ def sync_batch_norm(
     activation: str | None = None,
     unbiased_variance: bool = False,
     zero_debias: bool = False,
+    skip_nonfinite: bool = True,
     batches: Any = None,
     process_set: Any = None,
     name: str | None = None,
@@ -77,6 +78,8 @@ def sync_batch_norm(
         unbiased_variance: Whether the moving variance takes `n / (n - 1)` times the batch's variance, as PyTorch does.
         zero_debias: Whether the moving statistics are Caffe's average, in which what they started from has no weight: with
             `s = momentum * s + 1` in every batch, the batch weighs `1 / s`. Its variance is the unbiased one.
+        skip_nonfinite: Whether a channel that is NaN or infinite in a batch, on any rank, keeps its moving statistics; `False`
+            makes them NaN, as in Keras.
         batches: Number of batches before this one, an int64 scalar, which `zero_debias` and a momentum of `None` need. The
             caller counts.
         process_set: Horovod process set whose ranks share the batch; `None` for all.
@@ -126,7 +129,7 @@ def sync_batch_norm(
 
     x, data_format, to_last = _oriented(x, axis)
     residual = residual if residual is None or to_last is None else tf.transpose(residual, to_last)
-    running = _running(moving_mean, moving_variance, momentum, unbiased_variance, zero_debias, batches)
+    running = _running(moving_mean, moving_variance, momentum, unbiased_variance, zero_debias, skip_nonfinite, batches)
     layer, relu = name or "sync_batch_norm", activation == "relu"
     y, new_mean, new_variance = _train(
         x, gamma, beta, running, data_format, epsilon, mask, residual, relu, process_set, layer, total
@@ -173,12 +176,13 @@ def updated_statistics(
     momentum: float | None,
     unbiased_variance: bool,
     zero_debias: bool,
+    skip_nonfinite: bool,
     batches: Any,
     epsilon: float,
     layer: str,
 ) -> tuple[Any, Any]:
     """The moving statistics after a training step whose reduced packet this is; arguments as those of `sync_batch_norm`."""
-    running = _running(moving_mean, moving_variance, momentum, unbiased_variance, zero_debias, batches)
+    running = _running(moving_mean, moving_variance, momentum, unbiased_variance, zero_debias, skip_nonfinite, batches)
     x = tf.zeros([0, running.mean.shape[0]])  # no values of this rank
     with _clear_errors(layer):
         *_, new_mean, new_variance = _apply(x, packet, None, None, running, None, None, False, "channels_last", epsilon, layer)
@@ -186,7 +190,13 @@ def updated_statistics(
 
 
 def _running(
-    moving_mean: Any, moving_variance: Any, momentum: float | None, unbiased_variance: bool, zero_debias: bool, batches: Any
+    moving_mean: Any,
+    moving_variance: Any,
+    momentum: float | None,
+    unbiased_variance: bool,
+    zero_debias: bool,
+    skip_nonfinite: bool,
+    batches: Any,
 ) -> Running:
     averages = momentum is None or zero_debias
     keep = 1.0 if momentum is None else momentum
@@ -197,6 +207,7 @@ def _running(
         keep,
         None if averages else 1.0 - keep,
         unbiased=unbiased_variance or zero_debias,
+        skip_nonfinite=skip_nonfinite,
     )
 
 
@@ -389,6 +400,7 @@ def _apply(
         old_weight=running.old_weight,
         new_weight=running.new_weight or 0.0,
         unbiased_variance=running.unbiased,
+        skip_nonfinite=running.skip_nonfinite,
         layer=layer,
         group=group,
         data_format=data_format,

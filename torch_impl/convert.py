@@ -115,7 +115,8 @@ class _Redirected(TorchFunctionMode):
                 "or call that method, or checkpoint the whole layer"
             )
         tensors = (input, running_mean, running_var, weight, bias)
-        return sync_batch_norm(*tensors, training, momentum, eps, process_set=self.layer.process_set, name=name)
+        options = {"process_set": self.layer.process_set, "name": name, "skip_nonfinite": self.layer.skip_nonfinite}
+        return sync_batch_norm(*tensors, training, momentum, eps, **options)
 
     def _batch_norm_of_torch(
         self,
@@ -473,6 +474,12 @@ def revert_sync_batchnorm(module: Module) -> Module:
                 "Received: zero_debias=True",
                 stacklevel=2,
             )
-        for name in (*_OURS, *ACCUMULATION, *_plain_extras(cls), *(TRACED_AS_LEAF if cls is not BatchNorm else ())):
+        for name in (
+            *_OURS,
+            *ACCUMULATION,
+            "skip_nonfinite",
+            *_plain_extras(cls),
+            *(TRACED_AS_LEAF if cls is not BatchNorm else ()),
+        ):
             vars(layer).pop(name, None)
     return module

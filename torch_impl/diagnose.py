@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from hvd_syncbn import diagnosis, population
+from hvd_syncbn import diagnosis, native, population
 from hvd_syncbn.diagnosis import Diagnosis
 from hvd_syncbn.population import Vector
 from hvd_syncbn.torch_impl.freeze import is_frozen
 from hvd_syncbn.torch_impl.module import SyncBatchNorm
+from hvd_syncbn.torch_impl.ops import check_device_errors
 from hvd_syncbn.torch_impl.recalibrate import _call, _gpus, _Network, _Ranks, _to_core, _undone
 
 _ADVICE = diagnosis.Advice(
@@ -68,6 +69,9 @@ def diagnose(
     """
 
     def facts() -> list[diagnosis.Facts]:
+        for device in _gpus(model):  # they know of NaN that was not reported yet
+            torch.cuda.synchronize(device)
+            check_device_errors(device)
         return [_facts(name, module) for name, module in norms.items()]
 
     def statistics() -> list[list[Vector]]:
@@ -97,12 +101,14 @@ def diagnose(
 def _facts(name: str, module: _BatchNorm) -> diagnosis.Facts:
     synchronized = isinstance(module, SyncBatchNorm)
     kind = diagnosis.FROZEN if is_frozen(module) else diagnosis.SYNCHRONIZED if synchronized else diagnosis.LOCAL
+    collective = module.collective_name if isinstance(module, SyncBatchNorm) else None
     counted = module.num_batches_tracked
     averages = module.momentum is None or getattr(module, "zero_debias", False)
     return diagnosis.Facts(
         name,
         kind,
-        module.collective_name if isinstance(module, SyncBatchNorm) else None,
+        collective,
         None if counted is None else int(counted),
         None if averages else module.momentum,
+        0 if collective is None else native.nonfinite_batches(collective),
     )

@@ -144,6 +144,7 @@ def sync_batch_norm(
     activation: str | None = None,
     process_set: Any = None,
     name: str | None = None,
+    skip_nonfinite: bool = True,
 ) -> Tensor:
     """``torch.nn.functional.batch_norm`` over the batch of all ranks.
 
@@ -159,6 +160,8 @@ def sync_batch_norm(
         process_set: the ranks that share the batch: a ``horovod.ProcessSet``, a ``torch.distributed.ProcessGroup`` or a 1-D
             ``DeviceMesh``. None is all ranks of Horovod if it is initialized, else those of torch.distributed.
         name: names the collective, the same on every rank.
+        skip_nonfinite: whether a channel that is NaN or infinite in a batch, on any rank, keeps its running statistics; False
+            makes them NaN, as in PyTorch.
 
     Returns:
         The output, shaped and laid out as x. Equal in every bit for any number of ranks and any split of the batch.
@@ -179,5 +182,5 @@ def sync_batch_norm(
             )
     if not training:
         return local_batch_norm(x, running_mean, running_var, None, weight, bias, False, momentum, eps, residual, activation)
-    running = Running(running_mean, running_var, None, 1 - momentum, momentum, unbiased=True)
+    running = Running(running_mean, running_var, None, 1 - momentum, momentum, True, skip_nonfinite)
     return normalize(x, weight, bias, running, eps, residual, activation, process_set, name or "sync_batch_norm")

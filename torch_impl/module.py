@@ -129,6 +129,9 @@ class SyncBatchNorm(BatchNorm):
         zero_debias: whether the running statistics are Caffe's average, in which the 0 and 1 that they started from have no
             weight: with ``s = (1 - momentum) * s + 1`` in every batch, the batch weighs ``1 / s``. It needs the count of
             batches, which is in the ``state_dict`` of every batch norm.
+        skip_nonfinite: whether a channel that is NaN or infinite in a batch, on any rank, keeps its running statistics, so that
+            one overflow does not make evaluation NaN. False makes them NaN, as in ``nn.BatchNorm``. Outputs and gradients of
+            the channel are NaN in both cases.
 
     Shape:
         - input: ``(N, C, *)``, float32, float64, float16 or bfloat16; `N` may differ between ranks and be 0
@@ -155,15 +158,19 @@ class SyncBatchNorm(BatchNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
         zero_debias: bool = False,
+        skip_nonfinite: bool = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, activation, device, dtype)
         self.process_set = process_set
         if zero_debias:  # what is converted is without
             self.zero_debias = True
+        if not skip_nonfinite:
+            self.skip_nonfinite = False
         # Layers are made in the same order on every rank, so the counter agrees; conversion names them by their path.
         self.collective_name = f"{type(self).__name__}{next(_made_by_hand)}"
 
     zero_debias = False
+    skip_nonfinite = True
     _batches_per_update = 1
     _total: Tensor | None = None  # of the packets since the last update
     _batches_in_total: Tensor | None = None
@@ -254,6 +261,7 @@ class SyncBatchNorm(BatchNorm):
             1 - momentum,
             None if averages else momentum,
             unbiased=True,
+            skip_nonfinite=self.skip_nonfinite,
         )
 
     def _forward_frozen(self, input: Tensor, residual: Tensor | None) -> Tensor:
@@ -263,8 +271,9 @@ class SyncBatchNorm(BatchNorm):
         return frozen_batch_norm(input, self.running_mean, self.running_var, weight, bias, self.eps, residual, self._fused)
 
     def extra_repr(self) -> str:
-        """The arguments of ``nn.BatchNorm``, the activation, the average, and the process set."""
+        """The arguments of ``nn.BatchNorm``, the activation, those of the average, and the process set."""
         text = super().extra_repr() + (", zero_debias=True" if self.zero_debias else "")
+        text += "" if self.skip_nonfinite else ", skip_nonfinite=False"
         return text if self.process_set is None else f"{text}, process_set={self.process_set}"
 
     @classmethod

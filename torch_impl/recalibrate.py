@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from hvd_syncbn import population
 from hvd_syncbn.population import Take, Vector, Words
+from hvd_syncbn.running import Running
 from hvd_syncbn.torch_impl import ops, ranks
 from hvd_syncbn.torch_impl.freeze import is_frozen
 from hvd_syncbn.torch_impl.functional import check_input
@@ -189,8 +190,8 @@ class _Network:
             y, _ = ops.frozen_apply(x, mean, var, weight, bias, residual, layer.eps, False)
         else:
             packet = torch.from_numpy(reduced).to(x.device)
-            unused = (None, None, None, 0.0, 0.0, True)  # Running
-            y, _ = ops.forward_apply(x, packet, weight, bias, residual, *unused, layer.eps, False, layer.name)
+            unused = Running(None, None, None, 0.0, 0.0, True)
+            y, _ = ops.forward_apply(x, packet, weight, bias, residual, *unused, layer.eps, False, f"recalibrate.{layer.name}")
         return y
 
     def read(self, index: int) -> list[Vector]:

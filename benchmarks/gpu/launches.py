@@ -39,7 +39,7 @@ def profile() -> None:
         vectors = tuple(cuda_kernels.vector(np.ones(c, np.float32)) for _ in range(6))
         described = native.shape(n, c, s, dtype, layout)
         packet = cuda_kernels.forward_moments(described, x, None, EPS)
-        stats = cuda_kernels.forward_apply(described, EPS, x, None, True, packet, vectors, (0.9, 0.1), True, "layer", y)
+        stats = cuda_kernels.forward_apply(described, EPS, x, None, True, packet, vectors, (0.9, 0.1), True, True, "layer", y)
         back = cuda_kernels.backward_moments(described, x, dy, y, None, stats, vectors[0], vectors[1])
         cuda_kernels.backward_apply(described, x, dy, y, None, back, stats, vectors[2], "layer", dx, None)
         print(f"launched: {dtype} {layout}", flush=True)

@@ -48,7 +48,7 @@ def contenders(x: torch.Tensor, dy: torch.Tensor) -> dict[str, dict[str, Contend
     mean, var = torch.zeros(channels, device="cuda"), torch.ones(channels, device="cuda")
 
     def our_apply(packet: torch.Tensor) -> Any:
-        return ops.forward_apply(x, packet, weight, bias, None, mean, var, None, 0.9, 0.1, True, EPS, False, "speed")
+        return ops.forward_apply(x, packet, weight, bias, None, mean, var, None, 0.9, 0.1, True, True, EPS, False, "speed")
 
     def our_backward_apply(packet: torch.Tensor) -> Any:
         return ops.backward_apply(x, dy, None, packet, stats, weight, False, "speed")

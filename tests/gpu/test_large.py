@@ -38,7 +38,7 @@ def check(shape: tuple[int, int, int], layout: str) -> None:
     assert packet[1] == n * s and integers(packet, c) == integers(parts.sum(0), c)
 
     def apply(part: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.forward_apply(part, packet, None, None, None, None, None, None, 0.9, 0.1, True, EPS, False, "layer")
+        return ops.forward_apply(part, packet, None, None, None, None, None, None, 0.9, 0.1, True, True, EPS, False, "layer")
 
     y, stats = apply(x)
     for i in range(n):

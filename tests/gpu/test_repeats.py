@@ -32,7 +32,7 @@ def test_200_times(shape: tuple[int, ...], dtype: str, layout: str) -> None:
     def step() -> list[Tensor]:
         mean, var = torch.zeros(c, device="cuda"), torch.ones(c, device="cuda")
         packet = ops.forward_moments(x, EPS)
-        y, stats = ops.forward_apply(x, packet, weight, bias, None, mean, var, None, 0.9, 0.1, True, EPS, True, "layer")
+        y, stats = ops.forward_apply(x, packet, weight, bias, None, mean, var, None, 0.9, 0.1, True, True, EPS, True, "layer")
         back, dweight, dbias = ops.backward_moments(x, dy, y, stats, torch.float32)
         dx, dresidual = ops.backward_apply(x, dy, y, back, stats, weight, True, "layer")
         return [packet, y, stats, mean, var, back, dweight, dbias, dx, dresidual]

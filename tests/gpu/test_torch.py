@@ -62,7 +62,7 @@ def operators(x: Tensor, dy: Tensor, residual: Tensor | None, vectors: list[Tens
     weight, bias, mean, var = (tensor.clone() for tensor in vectors)
     forward_packet = ops.forward_moments(x, EPS)
     y, stats = ops.forward_apply(
-        x, 2 * forward_packet, weight, bias, residual, mean, var, None, 0.9, 0.1, True, EPS, relu, "layer"
+        x, 2 * forward_packet, weight, bias, residual, mean, var, None, 0.9, 0.1, True, True, EPS, relu, "layer"
     )
     output = y if relu else None
     backward_packet, dweight, dbias = ops.backward_moments(x, dy, output, stats, weight.dtype)
@@ -121,7 +121,9 @@ def test_every_16_bit_value(dtype: str) -> None:
     def run(device: str) -> Tensor:
         packet = ops.forward_moments(randn(7, 100, 64, dtype=DTYPES[dtype]).to(device), EPS)
         on = [v.to(device) for v in vectors]
-        return ops.forward_apply(x.to(device), packet, *on[:2], None, *on[2:], None, 0.9, 0.1, True, EPS, False, "layer")[0]
+        return ops.forward_apply(x.to(device), packet, *on[:2], None, *on[2:], None, 0.9, 0.1, True, True, EPS, False, "layer")[
+            0
+        ]
 
     assert_same(run("cuda").cpu(), run("cpu"))
 
@@ -219,7 +221,9 @@ def test_size_one_equals_two_ranks() -> None:
 
     def apply(part: Tensor, packet: Tensor) -> Tensor:
         mean, var = (v.clone() for v in vectors[2:])
-        return ops.forward_apply(part, packet, *vectors[:2], None, mean, var, None, 0.9, 0.1, True, EPS, False, "layer")[0]
+        return ops.forward_apply(part, packet, *vectors[:2], None, mean, var, None, 0.9, 0.1, True, True, EPS, False, "layer")[
+            0
+        ]
 
     halves = x[:3], x[3:]
     packet = ops.forward_moments(halves[0], EPS) + ops.forward_moments(halves[1], EPS)
@@ -231,7 +235,7 @@ def test_wrong_packets_become_nan_and_are_raised_later() -> None:
     x = randn(1, 4, 5, 3).cuda()
 
     def apply(packet: Tensor, name: str) -> Tensor:
-        return ops.forward_apply(x, packet, None, None, None, None, None, None, 0.9, 0.1, True, EPS, True, name)[0]
+        return ops.forward_apply(x, packet, None, None, None, None, None, None, 0.9, 0.1, True, True, EPS, True, name)[0]
 
     packet = ops.forward_moments(x, EPS)
     disagree, one_value = packet.clone(), packet.clone()
@@ -263,7 +267,7 @@ def test_a_wrong_packet_changes_no_running_statistic() -> None:
     mean, var = torch.full((5,), 3.0, device="cuda"), torch.full((5,), 4.0, device="cuda")
     packet = ops.forward_moments(x, EPS)
     packet[2] += 1
-    ops.forward_apply(x, packet, None, None, None, mean, var, None, 0.9, 0.1, True, EPS, True, "stem.bn")
+    ops.forward_apply(x, packet, None, None, None, mean, var, None, 0.9, 0.1, True, True, EPS, True, "stem.bn")
     torch.cuda.synchronize()
     assert (mean == 3).all() and (var == 4).all()
     with pytest.raises(ValueError, match="disagree"):

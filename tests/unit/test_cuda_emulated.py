@@ -130,7 +130,7 @@ def test_wrong_packets_are_reported_and_give_nan(layout: str) -> None:
         mean, var, y, dx = old.copy(), old.copy(), np.zeros_like(x), np.zeros_like(x)
         running = [cuda.vector(v) for v in (mean, var, mean, var)]
         vectors = (cuda.vector(None), cuda.vector(None), *running)
-        stats = cuda.forward_apply(shape, EPS, x, None, True, packet, vectors, (0.9, 0.1), True, name, y)
+        stats = cuda.forward_apply(shape, EPS, x, None, True, packet, vectors, (0.9, 0.1), True, True, name, y)
         assert np.isnan(stats).all() and np.isnan(y).all()
         assert same_bits(mean, old) and same_bits(var, old)
         assert cuda.failure() == (status, name)
@@ -146,6 +146,45 @@ def test_wrong_packets_are_reported_and_give_nan(layout: str) -> None:
         assert cuda.failure() == (status, f"{name} check")
 
 
+def test_nonfinite_channels_are_reported_once_and_hide_no_error() -> None:
+    shape = native.shape(2, 5, 3, "float32")
+    x = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
+    good = cuda.forward_moments(shape, x, None, EPS)
+    x[1, 3, 2] = np.inf
+    bad = cuda.forward_moments(shape, x, None, EPS)
+    one_value, total = good.copy(), bad.copy()
+    one_value[1] = 1
+    total[native.DIGEST] = 0  # a sum of batches, which were reported before
+    y = np.zeros_like(x)
+
+    def apply(packet: np.ndarray, name: str, skip: bool = True, stream: ctypes.c_void_p | None = None) -> list[np.ndarray]:
+        old, new = [np.full(5, v, np.float32) for v in (3, 2)], [np.zeros(5, np.float32) for _ in range(2)]
+        vectors = (cuda.vector(None), cuda.vector(None), *map(cuda.vector, (*old, *new)))
+        cuda.forward_apply(shape, EPS, x, None, False, packet, vectors, (0.9, 0.1), True, skip, name, y, stream)
+        return new
+
+    rest = [0, 1, 2, 4]
+    for skip, kept in ((True, [3, 2]), (False, [np.nan, np.nan])):
+        mean, var = apply(bad, "bad", skip)
+        assert same_bits(np.array([mean[3], var[3]]), np.array(kept, np.float32))
+        assert (mean[rest] != 3).all() and (var[rest] != 2).all() and np.isfinite(mean[rest]).all()
+        assert cuda.failure() == (native.NONFINITE, "bad") and cuda.failure() == (native.OK, "")
+        mean, var = apply(total, "total", skip)
+        assert same_bits(np.array([mean[3], var[3]]), np.array(kept, np.float32))
+        assert cuda.failure() == (native.OK, "")
+    # The launches of a graph share one word.
+    for order in ((one_value, bad), (bad, one_value)):
+        for packet in order:
+            apply(packet, "error" if packet is one_value else "bad", stream=cuda.CAPTURING)
+        assert cuda.failure() == (native.ONE_VALUE, "error") and cuda.failure() == (native.OK, "")
+    apply(bad, "first")
+    for _ in range(cuda.LAG - 1):
+        assert cuda.earlier_failure() == (native.OK, "")
+        apply(good, "good")
+    assert cuda.earlier_failure() == (native.NONFINITE, "first")
+    assert cuda.earlier_failure() == (native.OK, "")
+
+
 def test_a_failure_is_told_a_fixed_number_of_launches_later() -> None:
     """On every rank at the same one, however far its host is ahead; not those of a graph, and each once."""
     shape = native.shape(2, 5, 3, "float32")
@@ -157,7 +196,7 @@ def test_a_failure_is_told_a_fixed_number_of_launches_later() -> None:
 
     def apply(packet: np.ndarray | None, name: str, stream: ctypes.c_void_p | None = None) -> None:
         none = tuple(cuda.vector(None) for _ in range(6))
-        cuda.forward_apply(shape, EPS, x, None, False, packet, none, (0.9, 0.1), True, name, y, stream)
+        cuda.forward_apply(shape, EPS, x, None, False, packet, none, (0.9, 0.1), True, True, name, y, stream)
 
     assert f"#define HVD_SYNCBN_CUDA_LAG {cuda.LAG}\n" in (cuda_emulator.CSRC / "include/hvd_syncbn/cuda.h").read_text()
     apply(one_value, "first")
@@ -192,7 +231,7 @@ def test_an_empty_global_batch_changes_no_running_statistic() -> None:
     mean, var = np.arange(4, dtype=np.float32), np.arange(4, 8, dtype=np.float32)
     new_mean, new_var = np.zeros(4, np.float32), np.zeros(4, np.float32)
     vectors = (cuda.vector(None), cuda.vector(None), *(cuda.vector(v) for v in (mean, var, new_mean, new_var)))
-    stats = cuda.forward_apply(shape, EPS, x, None, False, packet, vectors, (0.9, 0.1), True, "layer", x)
+    stats = cuda.forward_apply(shape, EPS, x, None, False, packet, vectors, (0.9, 0.1), True, True, "layer", x)
     assert same_bits(new_mean, mean) and same_bits(new_var, var)
     assert same_bits(stats, native.forward(shape, x, packet, EPS)[1])
     assert cuda.failure() == (native.OK, "")
@@ -209,7 +248,7 @@ def test_apply_prefetches_inside_its_inputs(n: int, c: int, s: int, layout: str)
     packet = cuda.forward_moments(shape, x, None, EPS)
     y, dx = cuda.guarded(np.zeros_like(x)), cuda.guarded(np.zeros_like(x))
     vectors = tuple(cuda.vector(None) for _ in range(6))
-    stats = cuda.forward_apply(shape, EPS, x, residual, True, packet, vectors, (0.9, 0.1), True, "layer", y)
+    stats = cuda.forward_apply(shape, EPS, x, residual, True, packet, vectors, (0.9, 0.1), True, True, "layer", y)
     found = [(cuda_emulator.prefetched(), (x, residual))]
     cuda.backward_apply(shape, x, dy, y, None, packet, stats, cuda.vector(None), "layer", dx, None)
     found.append((cuda_emulator.prefetched(), (x, dy, y)))
@@ -260,7 +299,7 @@ def test_launches_are_whole_waves(n: int, c: int, s: int, layout: str, resident:
 
     y, dx = np.zeros_like(x), np.zeros_like(x)
     vectors = tuple(cuda.vector(None) for _ in range(6))
-    stats = cuda.forward_apply(shape, EPS, x, None, False, packet, vectors, (0.9, 0.1), True, "layer", y)
+    stats = cuda.forward_apply(shape, EPS, x, None, False, packet, vectors, (0.9, 0.1), True, True, "layer", y)
     want_y, _ = native.forward(shape, x, packet, EPS)
     assert same_bits(y, want_y)
     forward_blocks = cuda_emulator.blocks()

@@ -185,14 +185,15 @@ def test_dtype_policies(policy: str, training: bool) -> None:
 def test_config() -> None:
     layer = SyncBatchNormalization(
         axis=1, momentum=0.5, epsilon=0.1, center=False, activation="relu", unbiased_variance=True, process_set=[0], name="a",
-        gamma_initializer="zeros", gamma_constraint="non_neg",
+        skip_nonfinite=False, gamma_initializer="zeros", gamma_constraint="non_neg",
     )  # fmt: skip
     config = layer.get_config()
     assert config["process_set"] == [0]
     copy = SyncBatchNormalization.from_config(config)
     assert copy.get_config() == config
     assert (copy.activation, copy.unbiased_variance, copy.axis, copy.name) == ("relu", True, 1, "a")
-    ours = {"process_set", "activation", "unbiased_variance", "zero_debias"}
+    assert copy.skip_nonfinite is False and SyncBatchNormalization().get_config()["skip_nonfinite"] is True
+    ours = {"process_set", "activation", "unbiased_variance", "zero_debias", "skip_nonfinite"}
     assert config.keys() - layers.BatchNormalization().get_config().keys() == ours
     plain = layers.BatchNormalization.from_config({k: v for k, v in config.items() if k not in ours})
     assert plain.get_config().items() <= config.items()

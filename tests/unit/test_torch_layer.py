@@ -366,13 +366,13 @@ def test_large_outputs(sizes: tuple[int, ...], dtype: torch.dtype, channels_last
     step = -(-sizes[0] // 5)
 
     packet = ops.forward_moments(x, 1e-5)
-    y, stats = ops.forward_apply(x, packet, weight, bias, residual, None, None, None, 0.9, 0.1, True, 1e-5, True, "layer")
+    y, stats = ops.forward_apply(x, packet, weight, bias, residual, None, None, None, 0.9, 0.1, True, True, 1e-5, True, "layer")
     gradients, _, _ = ops.backward_moments(x, dy, y, stats, torch.float32)
     dx, dresidual = ops.backward_apply(x, dy, y, gradients, stats, weight, True, "layer")
     for start in range(0, sizes[0], step):
         part = slice(start, start + step)
         y_part, _ = ops.forward_apply(
-            x[part], packet, weight, bias, residual[part], None, None, None, 0.9, 0.1, True, 1e-5, True, "layer"
+            x[part], packet, weight, bias, residual[part], None, None, None, 0.9, 0.1, True, True, 1e-5, True, "layer"
         )
         assert y_part.nbytes < 16 << 20
         assert_same(y[part], y_part)

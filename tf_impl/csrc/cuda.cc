@@ -18,10 +18,14 @@ Status Cuda(int32_t error) {
                     : absl::InternalError(absl::StrCat("hvd-syncbn: CUDA error: ", hvd_syncbn_cuda_error(error)));
 }
 
-// Returns the error of an earlier op.
+// Returns the error of an earlier op, or warns of its channels that are not finite.
 Status Earlier(OpKernelContext* ctx) {
   const char* layer;
   const int32_t status = hvd_syncbn_cuda_earlier_failure(StreamOf(ctx), &layer);
+  if (status == HVD_SYNCBN_NONFINITE) {
+    Warn(count_nonfinite(
+        layer, absl::StrCat("channels that are not finite. (Found on the GPU ", HVD_SYNCBN_CUDA_LAG, " calls ago.)")));
+  }
   return Failure(status, layer, "(Found on the GPU ", HVD_SYNCBN_CUDA_LAG, " calls ago.)");
 }
 

@@ -135,6 +135,11 @@ Status Failure(int32_t status, const std::string& layer, const Parts&... receive
   }
 }
 
+// Logs a warning unless it is empty. A kernel may run in a graph, where Python cannot warn.
+inline void Warn(const std::string& warning) {
+  if (!warning.empty()) LOG(WARNING) << "hvd-syncbn: " << warning;
+}
+
 // An op with the arrays that it reads and writes: Prepare sets all arrays but x, and Launch runs the device's kernel.
 template <class Arrays>
 class PreparedOp : public LayerOp {
@@ -187,11 +192,12 @@ class ForwardApplyOp : public PreparedOp<ForwardApplyArrays> {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("old_weight", &old_weight_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("new_weight", &new_weight_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("unbiased_variance", &unbiased_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("skip_nonfinite", &skip_nonfinite_));
   }
 
  protected:
   std::string layer_;
-  bool relu_, unbiased_;
+  bool relu_, unbiased_, skip_nonfinite_;
   float old_weight_, new_weight_;
 
   Status Prepare(OpKernelContext* ctx, ForwardApplyArrays* to) const override {
@@ -204,7 +210,8 @@ class ForwardApplyOp : public PreparedOp<ForwardApplyArrays> {
     TF_RETURN_IF_ERROR(OptionalInput(ctx, "residual", to->x->shape(), &to->residual));
     const Tensor* batches;
     TF_RETURN_IF_ERROR(OptionalInput(ctx, "batches", TensorShape(), &batches));
-    to->running = {Vector(to->moving_mean), Vector(to->moving_variance), old_weight_, new_weight_, unbiased_};
+    to->running = {Vector(to->moving_mean), Vector(to->moving_variance), old_weight_, new_weight_, unbiased_,
+                   skip_nonfinite_};
     if (batches != nullptr) {
       hvd_syncbn_average_weights(old_weight_, *Data<const int64_t>(batches), &to->running.old_weight,
                                  &to->running.new_weight);

@@ -86,6 +86,7 @@ REGISTER_OP("HvdSyncbnForwardApply")
     .Attr("old_weight: float")
     .Attr("new_weight: float")
     .Attr("unbiased_variance: bool")
+    .Attr("skip_nonfinite: bool")
     .Attr("layer: string")
     .Attr("group: string")
     .Input("x: T")
@@ -227,8 +228,7 @@ class CpuForwardApplyOp : public ForwardApplyOp {
     const hvd_syncbn_shape& shape = arrays.shape;
     TF_RETURN_IF_ERROR(CheckPacket(HVD_SYNCBN_FORWARD, *arrays.x, shape, epsilon_, arrays.packet, layer_));
     const auto* const packet = Data<const int64_t>(arrays.packet);
-    const std::string warning = packet == nullptr ? "" : nonfinite_warning(layer_, shape.c, packet);
-    if (!warning.empty()) LOG(WARNING) << "hvd-syncbn: " << warning;
+    if (packet != nullptr) Warn(count_nonfinite(layer_, shape.c, packet));
     PreferHugePages(arrays.y);
     std::memcpy(arrays.new_mean->data(), arrays.moving_mean->data(), arrays.moving_mean->TotalBytes());
     std::memcpy(arrays.new_variance->data(), arrays.moving_variance->data(), arrays.moving_variance->TotalBytes());

@@ -81,6 +81,7 @@ def synchronize(
     activation: str | None = None,
     unbiased_variance: bool = False,
     zero_debias: bool = False,
+    skip_nonfinite: bool = True,
 ) -> None:
     """Convert a Keras batch normalization to `SyncBatchNormalization`, in place."""
     change_class(layer, SyncBatchNormalization)
@@ -90,6 +91,8 @@ def synchronize(
     layer.unbiased_variance = unbiased_variance
     if zero_debias:
         layer.zero_debias = True
+    if not skip_nonfinite:
+        layer.skip_nonfinite = False
     layer.synchronized = False
     layer.supports_jit = False
 
@@ -131,6 +134,7 @@ def revert_sync_batchnorm(model: keras.layers.Layer) -> keras.layers.Layer:
         for name in ("activation", "unbiased_variance", "process_set", "collective_name"):
             delattr(layer, name)
         layer._total = None
+        layer.__dict__.pop("skip_nonfinite", None)
         layer.supports_jit = True
         change_class(layer, BatchNormalization if layer.frozen else keras.layers.BatchNormalization)
     if not layers:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from hvd_syncbn import diagnosis, population
+from hvd_syncbn import diagnosis, native, population
 from hvd_syncbn.diagnosis import Diagnosis
 from hvd_syncbn.population import Vector
 from hvd_syncbn.tf_impl.keras.convert import batch_norms, checked
@@ -107,4 +107,5 @@ def _facts(path: str, norm: Any, updates: int | None) -> diagnosis.Facts:
         norm.collective_name if synchronized else None,
         int(norm.batches) if averages else updates,
         None if averages else 1 - norm.momentum,
+        native.nonfinite_batches(norm.collective_name) if synchronized else 0,
     )

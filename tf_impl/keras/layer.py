@@ -153,6 +153,9 @@ class SyncBatchNormalization(BatchNormalization):
         zero_debias: Whether the moving statistics are Caffe's average, in which the initial values 0 and 1 have no weight: with
             `s = momentum * s + 1` in every batch, the batch has weight `1 / s`. The variance is the unbiased one. As with
             `momentum=None`, the layer has one more weight, the number of batches.
+        skip_nonfinite: Whether a channel that is NaN or infinite in a batch, on any rank, keeps its moving statistics, so that
+            one overflow does not make evaluation NaN. `False` makes them NaN, as in Keras's layer. Outputs and gradients of the
+            channel are NaN in both cases.
         **kwargs: The other arguments of `keras.layers.BatchNormalization`. `renorm` and `synchronized` are not supported.
 
     Call arguments:
@@ -180,6 +183,7 @@ class SyncBatchNormalization(BatchNormalization):
         activation: str | None = None,
         unbiased_variance: bool = False,
         zero_debias: bool = False,
+        skip_nonfinite: bool = True,
         **kwargs: Any,
     ) -> None:
         for name, why in _REFUSED.items():
@@ -194,6 +198,8 @@ class SyncBatchNormalization(BatchNormalization):
         self.momentum = momentum
         if zero_debias:  # converted layers only have the class attribute
             self.zero_debias = True
+        if not skip_nonfinite:
+            self.skip_nonfinite = False
         self.process_set = held(process_set)
         self.activation = activation
         self.unbiased_variance = unbiased_variance
@@ -201,6 +207,7 @@ class SyncBatchNormalization(BatchNormalization):
         self.supports_jit = False
 
     zero_debias = False
+    skip_nonfinite = True
 
     _total: Total | None = None
     """What the layer sums instead of updating its moving statistics in every step; see `accumulate_statistics`."""
@@ -261,6 +268,7 @@ class SyncBatchNormalization(BatchNormalization):
             momentum=self.momentum,
             unbiased_variance=self.unbiased_variance,
             zero_debias=self.zero_debias,
+            skip_nonfinite=self.skip_nonfinite,
             batches=self.batches if self.averages else None,
             epsilon=self.epsilon,
             layer=self.collective_name,
@@ -281,6 +289,7 @@ class SyncBatchNormalization(BatchNormalization):
             "activation": self.activation,
             "unbiased_variance": self.unbiased_variance,
             "zero_debias": self.zero_debias,
+            "skip_nonfinite": self.skip_nonfinite,
         }
         # A name that `convert_sync_batchnorm` chose must be the same on every rank when the model is loaded.
         return own if self.collective_name == self.name else own | {"collective_name": self.collective_name}
@@ -350,6 +359,7 @@ def _train(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any,
         activation=layer.activation,
         unbiased_variance=layer.unbiased_variance,
         zero_debias=layer.zero_debias,
+        skip_nonfinite=layer.skip_nonfinite,
         batches=layer.batches if layer.averages else None,
         process_set=group,
         name=layer.collective_name,

@@ -193,7 +193,8 @@ class _Network:
             return x if residual is None else x + residual
         by = None if reduced is None else tf.constant(reduced)
         vectors = (norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance)
-        return functional.normalize_by(by, x, *vectors, residual, layer.eps, norm.axis, layer.name)
+        # Another name than in training, where batches that are not finite are counted.
+        return functional.normalize_by(by, x, *vectors, residual, layer.eps, norm.axis, f"recalibrate.{layer.name}")
 
     def read(self, index: int) -> list[Vector]:
         return [_to_core(variable) for variable in self._variables(index)]

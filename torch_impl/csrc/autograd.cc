@@ -158,8 +158,8 @@ class SyncBatchNorm : public BatchNorm<SyncBatchNorm> {
         options.name + ".forward", options.group);
     const Running& running = options.running;
     auto result = apply.call(x, packet, weight, bias, residual, running.mean, running.var, running.batches,
-                             running.old_weight, running.new_weight, running.unbiased, options.eps, options.relu,
-                             options.name, options.needs_gradient);
+                             running.old_weight, running.new_weight, running.unbiased, running.skip_nonfinite,
+                             options.eps, options.relu, options.name, options.needs_gradient);
     // Together with the statistics: what comes next may raise, as checkpointing does to stop early.
     if (running.batches.has_value()) running.batches->add_(1);
     if (options.total.has_value()) options.total->add_(packet);
@@ -230,7 +230,7 @@ Tensor frozen_batch_norm(const Tensor& x, const OptionalTensor& weight, const Op
 Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& residual, const OptionalTensor& running_mean,
                        const OptionalTensor& running_var, const OptionalTensor& batches, double old_weight,
-                       std::optional<double> new_weight, bool unbiased, double eps, bool relu,
+                       std::optional<double> new_weight, bool unbiased, bool skip_nonfinite, double eps, bool relu,
                        std::optional<std::string> group, const std::string& name, const OptionalTensor& total) {
   check_no_transform(name);
   check_devices(x,
@@ -246,7 +246,7 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
                     "expected two weights, or that of the old statistics and the number of batches");
   const bool needs_gradient = at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) ||
                                                              requires_grad(bias) || requires_grad(residual));
-  const Running running{running_mean, running_var, batches, old_weight, new_weight, unbiased};
+  const Running running{running_mean, running_var, batches, old_weight, new_weight, unbiased, skip_nonfinite};
   const Options options{running, eps, relu, needs_gradient, group, name, total};
   return SyncBatchNorm::apply(x, weight, bias, residual, options);
 }
@@ -261,7 +261,7 @@ TORCH_LIBRARY_FRAGMENT(hvd_syncbn, m) {
   m.def(
       "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? batches, float old_weight, float? new_weight, bool unbiased, "
-      "float eps, bool relu, str? group, str name, Tensor(d!)? total=None) -> Tensor",
+      "bool skip_nonfinite, float eps, bool relu, str? group, str name, Tensor(d!)? total=None) -> Tensor",
       hvd_syncbn::sync_batch_norm);
   m.def(
       "frozen_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor "

@@ -29,7 +29,13 @@ void* current_stream(const c10::Device& device) {
   return stream;
 }
 
-// Makes the device of a call current, and raises the error of an earlier operator.
+// Raises the error that a kernel on the GPU has found, or warns of channels that are not finite.
+void report(int32_t status, const char* layer, const std::string& found) {
+  if (status == HVD_SYNCBN_NONFINITE) warn(count_nonfinite(layer, "channels that are not finite." + found));
+  raise_failure(status, layer, found);
+}
+
+// Makes the device of a call current, and reports what an earlier operator has found.
 class Cuda {
  public:
   static constexpr at::DeviceType kType = at::kCUDA;
@@ -37,7 +43,9 @@ class Cuda {
   explicit Cuda(const Tensor& x) : guard_(x.device()) {
     const char* layer;
     const int32_t status = hvd_syncbn_cuda_earlier_failure(stream(), &layer);
-    raise_failure(status, layer, " (Found on the GPU ", HVD_SYNCBN_CUDA_LAG, " calls ago.)");
+    if (status != HVD_SYNCBN_OK) {
+      report(status, layer, " (Found on the GPU " + std::to_string(HVD_SYNCBN_CUDA_LAG) + " calls ago.)");
+    }
   }
 
   void* stream() const { return current_stream(guard_.current_device()); }
@@ -52,8 +60,7 @@ class Cuda {
 void check_device_errors(c10::Device device) {
   const c10::DeviceGuard guard(device);
   const char* layer;
-  const int32_t status = hvd_syncbn_cuda_failure(&layer);
-  raise_failure(status, layer, " (Found on the GPU.)");
+  while (const int32_t status = hvd_syncbn_cuda_failure(&layer)) report(status, layer, " (Found on the GPU.)");
 }
 
 }  // namespace

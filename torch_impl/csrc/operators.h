@@ -53,8 +53,9 @@ inline Tensor coefficients(const Input& in) {
   return at::empty({hvd_syncbn_coefficients_size(&in.shape)}, at::TensorOptions().dtype(at::kByte));
 }
 
-// Issues a Python warning. TORCH_WARN only prints in operators that libraries register.
+// Issues a Python warning, none if the message is empty. TORCH_WARN only prints in operators that libraries register.
 inline void warn(const std::string& message) {
+  if (message.empty()) return;
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("hvd_syncbn::warn", "").typed<void(const std::string&)>();
   op.call(message);
@@ -106,8 +107,8 @@ std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const OptionalTensor& 
                                          const OptionalTensor& bias, const OptionalTensor& residual,
                                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                          const OptionalTensor& batches, double old_weight,
-                                         std::optional<double> new_weight, bool unbiased, double eps, bool relu,
-                                         const std::string& name, bool needs_gradient) {
+                                         std::optional<double> new_weight, bool unbiased, bool skip_nonfinite,
+                                         double eps, bool relu, const std::string& name, bool needs_gradient) {
   check_devices(x,
                 {{"packet", packet},
                  {"weight", weight},
@@ -123,15 +124,14 @@ std::tuple<Tensor, Tensor> forward_apply(const Tensor& x, const OptionalTensor& 
     const int64_t* const words = packet_data(in, packet);
     const hvd_syncbn_vector gamma = vector(in, weight), beta = vector(in, bias);
     const hvd_syncbn_running running =
-        to_core(in, {running_mean, running_var, batches, old_weight, new_weight, unbiased});
+        to_core(in, {running_mean, running_var, batches, old_weight, new_weight, unbiased, skip_nonfinite});
     double* const moments = stats.mutable_data_ptr<double>();
     if constexpr (Device::kType == at::kCPU) {
       if (words != nullptr) {
         raise_failure(hvd_syncbn_check_packet(HVD_SYNCBN_FORWARD, words), name, " This rank has: ", in.shape.c,
                       " channels, eps ", eps, ", dtype ", x.scalar_type(), ", ", needs_gradient ? "a" : "no",
                       " gradient needed");
-        const std::string warning = nonfinite_warning(name, in.shape.c, words);
-        if (!warning.empty()) warn(warning);
+        warn(count_nonfinite(name, in.shape.c, words));
       }
       Tensor scratch = coefficients(in);
       hvd_syncbn_forward_finish(&in.shape, eps, words, gamma, beta, running, moments, scratch.mutable_data_ptr());
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor> frozen_apply(const Tensor& x, const Tensor& running_m
                                         const OptionalTensor& weight, const OptionalTensor& bias,
                                         const OptionalTensor& residual, double eps, bool relu) {
   return forward_apply<Device>(x, std::nullopt, weight, bias, residual, running_mean, running_var, std::nullopt, 0, 0,
-                               false, eps, relu, "", false);
+                               false, true, eps, relu, "", false);
 }
 
 // dx does not depend on x, so dy is passed for it.

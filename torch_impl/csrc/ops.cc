@@ -6,7 +6,7 @@ TORCH_LIBRARY(hvd_syncbn, m) {
   m.def(
       "forward_apply(Tensor x, Tensor? packet, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? "
       "running_mean, Tensor(b!)? running_var, Tensor? batches, float old_weight, float? new_weight, bool unbiased, "
-      "float eps, bool relu, str name, bool needs_gradient=False) -> (Tensor y, Tensor stats)");
+      "bool skip_nonfinite, float eps, bool relu, str name, bool needs_gradient=False) -> (Tensor y, Tensor stats)");
   m.def(
       "backward_moments(Tensor x, Tensor dy, Tensor? y, Tensor stats, ScalarType parameter_dtype) -> "
       "(Tensor packet, Tensor dweight, Tensor dbias)");

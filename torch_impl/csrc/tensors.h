@@ -92,11 +92,12 @@ struct Running {
   double old_weight;
   std::optional<double> new_weight;
   bool unbiased;
+  bool skip_nonfinite = true;
 };
 
 inline hvd_syncbn_running to_core(const Input& in, const Running& running) {
-  hvd_syncbn_running core = {vector(in, running.mean), vector(in, running.var), running.old_weight,
-                             running.new_weight.value_or(0), running.unbiased};
+  hvd_syncbn_running core = {vector(in, running.mean),       vector(in, running.var), running.old_weight,
+                             running.new_weight.value_or(0), running.unbiased,        running.skip_nonfinite};
   if (!running.new_weight.has_value()) {
     hvd_syncbn_average_weights(running.old_weight, running.batches->item<int64_t>(), &core.old_weight,
                                &core.new_weight);

@@ -65,9 +65,9 @@ HVD_SYNCBN_HD Statistics<double> stored_statistics(double mean, double var, doub
 }
 
 // The weights are float32 values, widened. The result is then rounded once into the buffer. A batch that is not finite
-// is left out.
-HVD_SYNCBN_HD double running(double old_weight, double old, double new_weight, double batch) {
-  return batch == batch ? old_weight * old + new_weight * batch : old;
+// is left out, or makes the result NaN.
+HVD_SYNCBN_HD double running(double old_weight, double old, double new_weight, double batch, bool skip_nonfinite) {
+  return batch == batch || !skip_nonfinite ? old_weight * old + new_weight * batch : old;
 }
 
 // base^n, n >= 0, always in this order; pow() may differ between machines.

@@ -2,6 +2,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <string>
 
 #if defined(__linux__)
@@ -171,8 +173,16 @@ int32_t hvd_syncbn_check_packet(int32_t direction, const int64_t* packet) { retu
 
 int64_t hvd_syncbn_nonfinite_channels(int64_t c, const int64_t* packet) {
   int64_t channels = 0;
-  for (int64_t i = 0; i < c; ++i) channels += packet[nonfinite_at(i)] != 0;
+  for (int64_t i = 0; i < c && packet[2] != 0; ++i) channels += packet[nonfinite_at(i)] != 0;
   return channels;
+}
+
+int64_t hvd_syncbn_count_nonfinite(const char* layer, int64_t batches) {
+  static std::mutex mutex;
+  static auto* const counts = new std::map<std::string, int64_t>;  // never destroyed: threads may outlive main
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (batches == 0 && counts->find(layer) == counts->end()) return 0;
+  return (*counts)[layer] += batches;
 }
 
 void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const int64_t* packet,

@@ -62,11 +62,11 @@ HVD_SYNCBN_INLINE void write_block(const hvd_syncbn_vector& vector, int64_t begi
 }
 
 // Updates running statistics with those of the batch.
-void update(const hvd_syncbn_vector& vector, int64_t begin, int64_t end, double keep, double take,
+void update(const hvd_syncbn_vector& vector, int64_t begin, int64_t end, double keep, double take, bool skip_nonfinite,
             const double* batch) {
   with_elements(vector, [&](auto* elements) {
     for (int64_t i = begin; i < end; ++i) {
-      narrow(running(keep, widen(elements[i]), take, batch[i - begin]), elements + i);
+      narrow(running(keep, widen(elements[i]), take, batch[i - begin], skip_nonfinite), elements + i);
     }
   });
 }
@@ -139,9 +139,10 @@ void forward_finish(const hvd_syncbn_shape& shape, double eps, const int64_t* pa
             var[i - begin] = s.var;
           });
       if (packet[1] != 0) {
-        update(moving.mean, begin, end, keep, take, stats + begin);
+        const bool skip_nonfinite = moving.skip_nonfinite != 0;
+        update(moving.mean, begin, end, keep, take, skip_nonfinite, stats + begin);
         for (int64_t i = begin; i < end && moving.unbiased; ++i) var[i - begin] = unbiased(var[i - begin], n);
-        update(moving.var, begin, end, keep, take, var);
+        update(moving.var, begin, end, keep, take, skip_nonfinite, var);
       }
     }
     read_block(gamma, begin, end, 1.0, g);

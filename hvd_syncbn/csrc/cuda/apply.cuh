@@ -195,7 +195,7 @@ struct Lines {
 
 // ---- The kernel
 
-// What apply kernels find wrong in a packet's header, for the host to read: a word of its memory.
+// What apply kernels find wrong in a packet, for the host to read: a word of its memory.
 struct Report {
   const int64_t* packet;
   int64_t* word;
@@ -204,6 +204,18 @@ struct Report {
 constexpr int64_t kReportLayer = 8;  // a report is layer * kReportLayer + status
 
 __device__ inline bool failed(int32_t status) { return status != HVD_SYNCBN_OK && status != HVD_SYNCBN_EMPTY; }
+
+__device__ inline void write_report(const Report& report, int32_t status) {
+  *static_cast<volatile int64_t*>(report.word) = report.layer * kReportLayer + status;
+}
+
+// Reports a channel that is not finite, unless a launch of the same graph has reported an error. A sum of batches has
+// no digest; they were reported one by one.
+__device__ inline void report_nonfinite(const Report& report, int64_t channel) {
+  const int64_t* const packet = report.packet;
+  if (packet == nullptr || packet[nonfinite_at(channel)] == 0 || packet[2] == 0) return;
+  if (*static_cast<volatile int64_t*>(report.word) == HVD_SYNCBN_OK) write_report(report, HVD_SYNCBN_NONFINITE);
+}
 
 template <class Op>
 struct ApplyArguments {
@@ -225,10 +237,11 @@ __global__ void __launch_bounds__(kApplyThreads, 2) apply(const __grid_constant_
   const int32_t status = packet == nullptr ? int32_t{HVD_SYNCBN_OK} : check_header(Op::kDirection, packet);
   for (int i = threadIdx.x; i < walk.tile && first + i < walk.c; i += kApplyThreads) {
     coefficients[i] = arguments.op.finish(walk.c, first + i, status, split == 0);
+    if (Op::kDirection == HVD_SYNCBN_FORWARD && split == 0 && !failed(status)) {
+      report_nonfinite(arguments.report, first + i);
+    }
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0 && failed(status)) {
-    *static_cast<volatile int64_t*>(arguments.report.word) = arguments.report.layer * kReportLayer + status;
-  }
+  if (blockIdx.x == 0 && threadIdx.x == 0 && failed(status)) write_report(arguments.report, status);
   __syncthreads();
   Form::walk(walk, arguments.op, coefficients, first, turns);
 }

@@ -37,8 +37,9 @@ __device__ __noinline__ Statistics<double> finish_channel(const ForwardFinish& i
   if (in.packet != nullptr && status == HVD_SYNCBN_OK) {
     const double keep = static_cast<float>(in.moving.old_weight), take = static_cast<float>(in.moving.new_weight);
     const double var = in.moving.unbiased ? unbiased(s.var, static_cast<double>(in.packet[1])) : s.var;
-    write(in.new_mean, channel, running(keep, old_mean, take, s.mean));
-    write(in.new_var, channel, running(keep, old_var, take, var));
+    const bool skip_nonfinite = in.moving.skip_nonfinite != 0;
+    write(in.new_mean, channel, running(keep, old_mean, take, s.mean, skip_nonfinite));
+    write(in.new_var, channel, running(keep, old_var, take, var, skip_nonfinite));
   } else if (in.new_mean.data != in.moving.mean.data) {
     write(in.new_mean, channel, old_mean);
     write(in.new_var, channel, old_var);

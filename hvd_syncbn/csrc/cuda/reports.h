@@ -1,4 +1,5 @@
-// How an apply kernel tells the host that a packet's header is wrong, without the host waiting for it.
+// How an apply kernel tells the host that a packet's header is wrong or that channels are not finite, without the host
+// waiting for it.
 #ifndef HVD_SYNCBN_CUDA_REPORTS_H_
 #define HVD_SYNCBN_CUDA_REPORTS_H_
 

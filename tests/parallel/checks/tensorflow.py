@@ -125,6 +125,10 @@ def check_nonfinite() -> None:
             kept = {1: data.mean, 2: data.variance}.get(i)
             assert np.isnan(np.asarray(got)[..., 2]).all() if kept is None else got[2] == kept[2]
             assert_same_bits([np.asarray(got)[..., :2]], [np.asarray(clean[i])[..., :2]])
+        moving = sync_batch_norm(data.x, *data.state, training=True, skip_nonfinite=False, name="as_keras")[1:]
+        for got, i in zip(moving, (1, 2), strict=True):
+            assert np.isnan(got[2]) and not np.isnan(got[:2]).any()
+            assert_same_bits([got[:2]], [clean[i][:2]])
 
 
 def check_all_empty() -> None:

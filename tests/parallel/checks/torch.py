@@ -307,6 +307,11 @@ def check_nonfinite() -> None:
         for name in ("running_mean", "running_var"):
             assert_same(got[name][2], layer_in(ALONE).get_buffer(name)[2])
             assert_same(got[name][rest], good[name][rest])
+        whole, part = layer_in(ALONE, skip_nonfinite=False), layer_in(None, skip_nonfinite=False)
+        whole(x), part(x[mine])
+        for name in ("running_mean", "running_var"):
+            assert_same(part.get_buffer(name), whole.get_buffer(name))
+            assert part.get_buffer(name).isnan().tolist() == [False, False, True, False, False]
         # So that a loss scaler on any rank sees it.
         assert got["dweight"][2].isnan() and got["dweight"][rest].isfinite().all()
 

@@ -74,6 +74,7 @@ enum {
   HVD_SYNCBN_ONE_VALUE = 2,       // one value per channel in the global batch: the unbiased variance is undefined
   HVD_SYNCBN_EMPTY = 3,           // no values in the global batch: running statistics are not updated
   HVD_SYNCBN_CALLS_DIFFER = 4,    // backward: the ranks differentiate different calls of the layer
+  HVD_SYNCBN_NONFINITE = 5,       // only GPUs: channels are not finite. Not an error
 };
 
 // The logical input x[n, c, s] of one rank: samples, channels, flattened spatial positions (1 for 2-D input).
@@ -90,11 +91,13 @@ typedef struct {
 } hvd_syncbn_vector;
 
 // Running statistics, and how a batch changes them: new = f32(old_weight) * old + f32(new_weight) * batch statistic.
-// `unbiased` selects var*n/(n-1) (PyTorch) or var (Keras). The data of mean and var may be NULL.
+// `unbiased` selects var*n/(n-1) (PyTorch) or var (Keras). `skip_nonfinite`: a channel that is not finite in the batch
+// keeps its running statistics; otherwise they become NaN. The data of mean and var may be NULL.
 typedef struct {
   hvd_syncbn_vector mean, var;
   double old_weight, new_weight;
   int32_t unbiased;
+  int32_t skip_nonfinite;
 } hvd_syncbn_running;
 
 // Returns the number of int64 words in a packet of `channels` channels.
@@ -136,12 +139,15 @@ HVD_SYNCBN_API void hvd_syncbn_backward_close(const hvd_syncbn_shape* shape, con
 // Returns the status in the header of a reduced packet, which is the same on every rank.
 HVD_SYNCBN_API int32_t hvd_syncbn_check_packet(int32_t direction, const int64_t* packet);
 
-// Returns the number of channels that are not finite on at least one rank, from a reduced packet of c channels.
+// Returns the number of channels that are not finite on at least one rank, from a reduced packet of c channels; 0 for a
+// sum of batches, which has no digest and whose batches were seen before.
 HVD_SYNCBN_API int64_t hvd_syncbn_nonfinite_channels(int64_t c, const int64_t* packet);
 
+// Adds `batches` to this process's count of a layer's batches with channels that are not finite, and returns the count.
+HVD_SYNCBN_API int64_t hvd_syncbn_count_nonfinite(const char* layer, int64_t batches);
+
 // Computes from a reduced packet stats (float64 mean[c], invstd[c]) and the coefficients for forward_apply, and updates
-// the running statistics in place. An empty global batch does not change them, nor does a channel that is not finite in
-// the batch.
+// the running statistics in place. An empty global batch does not change them.
 // packet: NULL for a frozen layer, which is normalized by its running statistics and does not change them.
 HVD_SYNCBN_API void hvd_syncbn_forward_finish(const hvd_syncbn_shape* shape, double eps, const int64_t* packet,
                                               hvd_syncbn_vector gamma, hvd_syncbn_vector beta,

@@ -65,10 +65,11 @@ HVD_SYNCBN_API int32_t hvd_syncbn_cuda_backward_apply(const hvd_syncbn_shape* sh
 
 // Must be called before work is enqueued. Returns the status of the apply kernel that was launched HVD_SYNCBN_CUDA_LAG
 // launches before the next one on the current device: HVD_SYNCBN_OK, or HVD_SYNCBN_RANKS_DISAGREE,
-// HVD_SYNCBN_CALLS_DIFFER or HVD_SYNCBN_ONE_VALUE with the name of its layer, which stays valid. A failure is returned
-// once. Waits for that kernel, which has finished unless the host is that far ahead. Ranks launch the same kernels in
-// the same order, so all report a failure at the same launch, and no rank waits for a packet of another. Returns
-// HVD_SYNCBN_OK while the stream captures a graph.
+// HVD_SYNCBN_CALLS_DIFFER, HVD_SYNCBN_ONE_VALUE or HVD_SYNCBN_NONFINITE (which is no failure, but is returned in the
+// same way) with the name of its layer, which stays valid. A failure is returned once. Waits for that kernel, which has
+// finished unless the host is that far ahead. Ranks launch the same kernels in the same order, so all report a failure
+// at the same launch, and no rank waits for a packet of another. Returns HVD_SYNCBN_OK while the stream captures a
+// graph.
 HVD_SYNCBN_API int32_t hvd_syncbn_cuda_earlier_failure(void* stream, const char** layer);
 
 // Returns the oldest known failure of the current device that was not returned before, without waiting; includes

@@ -2,28 +2,30 @@
 #ifndef HVD_SYNCBN_NONFINITE_H_
 #define HVD_SYNCBN_NONFINITE_H_
 
-#include <mutex>
 #include <string>
-#include <unordered_set>
 
 #include "hvd_syncbn/core.h"
 
 namespace hvd_syncbn {
 
-// The text of the warning where channels of a reduced forward packet are not finite, once per layer; otherwise empty.
-inline std::string nonfinite_warning(const std::string& layer, int64_t c, const int64_t* packet) {
+// Counts a batch of a layer with channels that are not finite. Returns the text of the warning for the first one,
+// otherwise an empty string. `received` ends the message.
+inline std::string count_nonfinite(const std::string& layer, const std::string& received) {
+  if (hvd_syncbn_count_nonfinite(layer.c_str(), 1) != 1) return {};
+  return "layer '" + layer +
+         "': the input is NaN, infinite or out of range on at least one rank. In these channels the output is NaN, and "
+         "the running statistics keep their values (with skip_nonfinite=False they become NaN). Check the input, the "
+         "learning rate and, with mixed precision, the loss scale. This warning is shown once per layer; diagnose() "
+         "shows the number of such batches. Received: " +
+         received;
+}
+
+// The same for a reduced forward packet, if channels of it are not finite.
+inline std::string count_nonfinite(const std::string& layer, int64_t c, const int64_t* packet) {
   const int64_t channels = hvd_syncbn_nonfinite_channels(c, packet);
   if (channels == 0) return {};
-  static std::mutex mutex;
-  static std::unordered_set<std::string> warned;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (!warned.insert(layer).second) return {};
-  return "layer '" + layer +
-         "': the input is NaN, infinite or out of range on at least one rank. In these channels the " +
-         "output is NaN, and the running statistics keep their values. Check the input, the learning rate and, with "
-         "mixed " +
-         "precision, the loss scale. This warning is shown once per layer. Received: " + std::to_string(channels) +
-         " of " + std::to_string(c) + " channels that are not finite";
+  return count_nonfinite(layer,
+                         std::to_string(channels) + " of " + std::to_string(c) + " channels that are not finite");
 }
 
 }  // namespace hvd_syncbn
