@@ -355,3 +355,16 @@ def test_two_channels_per_thread(n: int, c: int, s: int, dtype: str) -> None:
     """Of 16-bit types, channels last, and one where accesses are not aligned or there is a mask."""
     for options in ({}, {"relu": True}, {"misaligned": True}, {"masked": True}):
         emulated_step(n, c, s, dtype, "channels_last", s, multiprocessors=1, **options)
+
+
+@pytest.mark.parametrize("layout", native.LAYOUTS)
+@pytest.mark.parametrize("s", [1, 9])
+def test_sums_of_short_pieces_stay_in_range(s: int, layout: str) -> None:
+    """Many squares of 2^158 are each within what a packet holds; a thread must not add them up before."""
+    shape = native.shape(400, 3, s, "float32", layout)
+    for exponent in (60, 65, 66, 67, 70, 79, 80):
+        x = np.zeros((400, 3, s))
+        x[:, :, 0] = 2.0**exponent
+        given = storage(x, "float32", layout)
+        cuda_emulator.configure(1, exponent)
+        assert same_bits(cuda.forward_moments(shape, given, None, EPS), native.forward_packet(shape, given, EPS))

@@ -63,6 +63,10 @@ class ThreadSums {
   int values_ = 0;
 };
 
+__device__ inline double power_of_two(int exponent) {
+  return bit_cast<double>(static_cast<uint64_t>(1023 + exponent) << 52);
+}
+
 // One moment where pieces are short and a thread has many: a value is cut in two at 2^e, and both parts are added as
 // float64, which is exact while they stay within 53 bits (docs/protocol.md, 7). A value that does not fit goes to the
 // limbs, and e follows it.
@@ -83,10 +87,12 @@ class TwoPartSum {
     }
     sums->deposit(moment_, value);
     const int exponent = (static_cast<int>(bit_cast<uint64_t>(value) >> 52) & 0x7ff) - 1023;
-    // Not so low that parts under 2^kLsbExp could add up before they are dropped.
-    if (exponent - 26 - kReach - 1 >= kLsbExp && exponent < 160) {
+    // Not so low that parts under 2^kLsbExp could add up before they are dropped, nor so high that kValues of them
+    // could be 2^159, which a packet does not hold.
+    const int cut = exponent - 26;
+    if (cut - kReach - 1 >= kLsbExp && cut + kReach + 9 < 159) {
       flush(sums);
-      place(exponent - 26);
+      place(cut);
     }
   }
 
@@ -97,10 +103,6 @@ class TwoPartSum {
   }
 
  private:
-  static __device__ double power_of_two(int exponent) {
-    return bit_cast<double>(static_cast<uint64_t>(1023 + exponent) << 52);
-  }
-
   __device__ void place(int exponent) {
     limit_ = power_of_two(exponent + kReach);
     // Adding and subtracting 1.5 * 2^(52 + e) rounds to a multiple of 2^e.
