@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(kernels()))
 
 
-def configure(multiprocessors: int, seed: int, resident: int = 4, shared_kib: int = 64) -> None:
+def configure(multiprocessors: int, seed: int, resident: int = 4, shared_kib: int = 64, float64_ratio: int = 2) -> None:
     """Sets the device, and where the order of threads and blocks starts.
 
     Args:
@@ -69,8 +69,9 @@ def configure(multiprocessors: int, seed: int, resident: int = 4, shared_kib: in
         seed: where the order starts.
         resident: blocks of any kernel that a multiprocessor runs at a time.
         shared_kib: shared memory of a multiprocessor.
+        float64_ratio: float32 operations in the time of a float64 operation.
     """
-    settings = map(ctypes.c_int, (multiprocessors, resident, 1024 * shared_kib))
+    settings = map(ctypes.c_int, (multiprocessors, resident, 1024 * shared_kib, float64_ratio))
     library().cuda_emulator_set(*settings, ctypes.c_uint64(seed))
 
 
@@ -84,6 +85,14 @@ def occupancy_calls() -> int:
     """How often the kernels have asked the runtime for an occupancy."""
     library().cuda_emulator_occupancy_calls.restype = ctypes.c_int64
     return int(library().cuda_emulator_occupancy_calls())
+
+
+def integers() -> tuple[int, int]:
+    """Elements that became integers in the last launch, and lanes that were added up again in float64."""
+    counts = library().cuda_emulator_integers, library().cuda_emulator_float64_lanes
+    for count in counts:
+        count.restype = ctypes.c_int64
+    return int(counts[0]()), int(counts[1]())
 
 
 def prefetched() -> NDArray[np.uint64]:

@@ -53,6 +53,7 @@ enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrSingleToDoublePrecisionPerfRatio = 87,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -95,13 +96,13 @@ struct Fiber {
 struct Machine {
   // Every device that tests have set; the current one is another than those before.
   struct Device {
-    int multiprocessors, resident, shared_bytes;
+    int multiprocessors, resident, shared_bytes, float64_ratio;
     bool operator==(const Device& other) const {
       return multiprocessors == other.multiprocessors && resident == other.resident &&
-             shared_bytes == other.shared_bytes;
+             shared_bytes == other.shared_bytes && float64_ratio == other.float64_ratio;
     }
   };
-  std::vector<Device> devices = {{4, 4, 64 * 1024}};
+  std::vector<Device> devices = {{4, 4, 64 * 1024, 2}};
   std::map<std::pair<const void*, int>, int> shared_limits;  // by kernel and device, where one has opted in
   int device = 0;
   uint64_t seed = 0;
@@ -109,6 +110,8 @@ struct Machine {
   // Of the last launch.
   int64_t blocks = 0;
   std::vector<const void*> prefetched;
+  int64_t integers = 0;       // conversions to integers
+  int64_t float64_lanes = 0;  // lanes that were added up again in float64
   int64_t occupancy_calls = 0;
 
   // Of the block that runs.
@@ -203,6 +206,8 @@ inline unsigned char* shared_memory() { return Machine::get().shared.data(); }
 
 inline void prefetch(const void* address) { Machine::get().prefetched.push_back(address); }
 
+inline void note_float64_lane() { ++Machine::get().float64_lanes; }
+
 inline cudaError_t launch(const void* function, const std::function<void()>& kernel, int64_t blocks, int threads,
                           size_t shared_bytes, void*) {
   Machine& m = Machine::get();
@@ -219,6 +224,7 @@ inline cudaError_t launch(const void* function, const std::function<void()>& ker
   m.kernel = kernel;
   m.blocks = blocks;
   m.prefetched.clear();
+  m.integers = m.float64_lanes = 0;
   m.block_size = {static_cast<unsigned>(threads), 1, 1};
   m.grid_size = {static_cast<unsigned>(blocks), 1, 1};
   m.shared.resize(shared_bytes);
@@ -264,6 +270,11 @@ inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long v
   *to += value;
   return old;
 }
+inline int __float2int_rz(float value) {
+  ++cuda_emulator::Machine::get().integers;
+  if (value != value) return 0;
+  return value >= 0x1p31f ? INT32_MAX : value <= -0x1p31f ? INT32_MIN : static_cast<int>(value);
+}
 template <class T>
 T __ldcg(const T* from) {
   return *from;
@@ -278,6 +289,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   const auto& properties = cuda_emulator::Machine::get().devices[device];
   *value = attribute == cudaDevAttrMultiProcessorCount                ? properties.multiprocessors
+           : attribute == cudaDevAttrSingleToDoublePrecisionPerfRatio ? properties.float64_ratio
            : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? properties.shared_bytes
                                                                       : properties.shared_bytes - 1024;
   return cudaSuccess;

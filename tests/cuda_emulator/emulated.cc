@@ -6,8 +6,9 @@
 #include "reports.cu"
 
 extern "C" __attribute__((visibility("default"))) void cuda_emulator_set(int multiprocessors, int resident,
-                                                                         int shared_bytes, uint64_t seed) {
-  cuda_emulator::Machine::get().use({multiprocessors, resident, shared_bytes});
+                                                                         int shared_bytes, int float64_ratio,
+                                                                         uint64_t seed) {
+  cuda_emulator::Machine::get().use({multiprocessors, resident, shared_bytes, float64_ratio});
   cuda_emulator::Machine::get().seed = seed;
 }
 
@@ -17,6 +18,14 @@ extern "C" __attribute__((visibility("default"))) int64_t cuda_emulator_blocks()
 }
 extern "C" __attribute__((visibility("default"))) int64_t cuda_emulator_occupancy_calls() {
   return cuda_emulator::Machine::get().occupancy_calls;
+}
+
+// Of the last launch: elements that became integers, and lanes that were added up again in float64.
+extern "C" __attribute__((visibility("default"))) int64_t cuda_emulator_integers() {
+  return cuda_emulator::Machine::get().integers;
+}
+extern "C" __attribute__((visibility("default"))) int64_t cuda_emulator_float64_lanes() {
+  return cuda_emulator::Machine::get().float64_lanes;
 }
 
 // Addresses that the last launch prefetched, up to `most` of them into `addresses`; returns how many there were.

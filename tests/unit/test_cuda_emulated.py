@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hvd_syncbn import native, protocol
 from tests import cuda_emulator
 from tests import cuda_kernels as cuda
-from tests.arrays import same_bits, storage
+from tests.arrays import hostile, same_bits, storage
 from tests.cuda_steps import EPS, frozen_step, step
 
 pytestmark = [
@@ -368,3 +368,104 @@ def test_sums_of_short_pieces_stay_in_range(s: int, layout: str) -> None:
         given = storage(x, "float32", layout)
         cuda_emulator.configure(1, exponent)
         assert same_bits(cuda.forward_moments(shape, given, None, EPS), native.forward_packet(shape, given, EPS))
+
+
+SIGNIFICANT_BITS = {"bfloat16": 8, "float16": 11}
+FIRST_UNIT = 2.0**-23  # of a thread's first lane
+
+
+def integer_moments(x: np.ndarray, dtype: str, layout: str, mask: np.ndarray | None = None, offset: int = 0) -> tuple[int, int]:
+    """Compare the forward packet of a GPU with little float64 with the CPU's, and return `cuda_emulator.integers`."""
+    cuda_emulator.configure(1, x.size, float64_ratio=64)
+    shape = native.shape(*x.shape, dtype, layout)
+    given = cuda.guarded(storage(x, dtype, layout), offset)
+    assert same_bits(cuda.forward_moments(shape, given, mask, EPS), native.forward_packet(shape, given, EPS, mask))
+    return cuda_emulator.integers()
+
+
+@pytest.mark.parametrize("layout", native.LAYOUTS)
+@pytest.mark.parametrize("dtype", SIGNIFICANT_BITS)
+@pytest.mark.parametrize(
+    ("n", "c", "s"), [(70, 33, 1), (4, 34, 65), (2, 3, 66), (1, 5, 1023), (4, 34, 128), (9, 3, 1100), (1, 1, 2049)]
+)
+def test_integer_lanes_equal_cpu(n: int, c: int, s: int, dtype: str, layout: str) -> None:
+    """Of common data few lanes are added up again in float64; hostile data, masks and unaligned arrays give the same bytes."""
+    rng = np.random.default_rng(n + c + s)
+    common = rng.standard_normal((n, c, s))
+    elements, again = integer_moments(common, dtype, layout)
+    assert elements == n * c * s
+    assert again <= -(-elements // 32) // 4
+    mask = (rng.random((n, s)) < 0.7).astype(np.uint8)
+    tiny = common * 2.0 ** (-130 if dtype == "bfloat16" else -20)
+    relu = np.maximum(common, 0) * rng.integers(0, 2, common.shape) * 2.0 ** rng.uniform(-14, 6, common.shape)
+    for data in (hostile(rng, (n, c, s), dtype), hostile(rng, (n, c, s), dtype, nonfinite=False), tiny, relu, 0 * common):
+        assert integer_moments(data, dtype, layout)[0] == n * c * s
+        assert integer_moments(data, dtype, layout, mask, 1)[0] == n * c * s
+    for exponent in (-10, -4, -2, 2, 4, 10):  # most lanes of a thread's first piece are beyond one of the limits
+        integer_moments(common * 2.0**exponent, dtype, layout)
+    if dtype == "bfloat16":  # sums of squares beside the end of what a packet holds
+        for exponent in (74, 76, 78, 79, 80, 127):
+            integer_moments(np.sign(common) * 2.0**exponent, dtype, layout)
+
+
+@pytest.mark.parametrize("layout", native.LAYOUTS)
+@pytest.mark.parametrize("dtype", SIGNIFICANT_BITS)
+@pytest.mark.parametrize(("n", "c", "s"), [(1, 2, 1024), (1, 2, 1023), (4, 34, 1024), (40, 2, 1)])
+def test_limits_of_integer_lanes(n: int, c: int, s: int, dtype: str, layout: str) -> None:
+    """Each limit, met and exceeded by the elements of one lane; and values that no integer holds."""
+    bits = SIGNIFICANT_BITS[dtype]
+    # In 2-D input a lane is of 8 samples of a thread; 2^53 units^2 are the squares of 8 elements of 2^25 units, or 32 of 2^24.
+    lane, most = ((slice(0, 32, 4), 1, 0), 4.0) if s == 1 else ((0, 1, slice(5, None, 32)), 2.0)
+    least = FIRST_UNIT * 2.0 ** (bits - 1)  # a whole number of units, whatever its significant bits
+    above = 1 + 2.0 ** (1 - bits)  # the next larger significand
+    odd = least * (1 - 2.0**-bits)  # the next smaller value: its last bit is half a unit
+    for first, rest, is_exact in (
+        (least, most / 2, True),
+        (-least * above, most / 2, True),
+        (odd, most / 2, False),
+        (-odd, 0.0, False),
+        (0.0, most, True),
+        (-0.0, -most, True),
+        (most, most, True),
+        (-most * above, most, False),
+        (most, -most * above, False),
+        (2.0**8 if s == 1 else 2.0**10, most, False),
+        (math.nan, 1.0, False),
+        (-math.inf, 1.0, False),
+    ):
+        x = np.zeros((n, c, s))
+        x[lane] = rest
+        x[lane][1::2] *= -1
+        x[lane][0] = first
+        _, again = integer_moments(x, dtype, layout)
+        assert again == (0 if is_exact else 1), (first, rest)
+
+
+@pytest.mark.parametrize("layout", native.LAYOUTS)
+@pytest.mark.parametrize("dtype", SIGNIFICANT_BITS)
+@pytest.mark.parametrize(("n", "c", "s"), [(256, 2, 100), (4096, 2, 1), (64, 2, 2052)])
+def test_unit_follows_the_data(n: int, c: int, s: int, dtype: str, layout: str) -> None:
+    """After its first lanes a thread adds up integers, also after NaN, and in short and long pieces."""
+    rng = np.random.default_rng(0)
+    lanes = n * c // 8 if s == 1 else n * c * 32 * (s // 1024 + 1)
+    for scale in (2.0**-9, 2.0**9):
+        x = scale * (1.5 + rng.random((n, c, s))) * rng.choice([-1, 1], (n, c, s))
+        x[0, 0, 0] = math.nan
+        _, again = integer_moments(x, dtype, layout)
+        assert 0 < again <= lanes // 4
+
+
+def test_integers_only_where_float64_is_little() -> None:
+    """Of other devices, types and short pieces nothing becomes an integer."""
+    x = np.random.default_rng(0).standard_normal((3, 5, 100))
+    for layout in native.LAYOUTS:
+        for dtype in protocol.DTYPES:
+            for s in (1, 2, 64, 65):
+                for ratio in (2, 15, 16, 64):
+                    data = storage(x[..., :s], dtype, layout)
+                    shape = native.shape(3, 5, s, dtype, layout)
+                    cuda_emulator.configure(4, s, float64_ratio=ratio)
+                    packet = cuda.forward_moments(shape, data, None, EPS)
+                    assert same_bits(packet, native.forward_packet(shape, data, EPS))
+                    is_integer = ratio >= 16 and dtype in SIGNIFICANT_BITS and s in (1, 65)
+                    assert cuda_emulator.integers()[0] == (15 * s if is_integer else 0)

@@ -14,6 +14,7 @@ namespace {
 template <class T>
 struct BackwardTerms {
   using Type = T;
+  using Lanes = Float64Lanes;
   struct Element {
     T x, g;
   };

@@ -57,6 +57,13 @@ __device__ inline void prefetch(const void* address) {
 #endif
 }
 
+// For the tests: a lane is added up again in float64.
+__device__ inline void note_float64_lane() {
+#if !defined(__CUDACC__)
+  cuda_emulator::note_float64_lane();
+#endif
+}
+
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // kWidth elements that travel in one access of up to 16 bytes.
@@ -113,6 +120,15 @@ inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
 
 // Multiprocessors of the current device.
 inline cudaError_t multiprocessors(int* count) { return device_attribute(cudaDevAttrMultiProcessorCount, count); }
+
+// Whether the current device has so little float64 that integers are faster: 2 operations per cycle and multiprocessor,
+// where others have 32 or 64.
+inline cudaError_t little_float64(bool* little) {
+  int ratio = 0;
+  const cudaError_t error = device_attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio, &ratio);
+  *little = ratio >= 16;
+  return error;
+}
 
 // Shared memory that a launch may have at most on the current device: a third of a multiprocessor's, so that three
 // blocks run at a time, less what is reserved of it and what a kernel declares.

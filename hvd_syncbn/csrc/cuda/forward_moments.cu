@@ -13,6 +13,7 @@ namespace {
 template <class T>
 struct ForwardTerms {
   using Type = T;
+  using Lanes = Float64Lanes;
   using Element = T;
   static constexpr bool kUsesMean = false;
   const T* x;
@@ -39,9 +40,24 @@ struct ForwardTerms {
 };
 
 template <class T>
+struct IntegerTerms : ForwardTerms<T> {
+  using Lanes = IntegerLanes<T>;
+};
+
+template <class T>
 cudaError_t run(const hvd_syncbn_shape& shape, const void* x, const Closing& closing, void* stream) {
   const int64_t access = closing.mask == nullptr ? widest_access({x}) : sizeof(T);
-  return launch_moments(shape, access, ForwardTerms<T>{static_cast<const T*>(x), closing.mask}, closing, stream);
+  const ForwardTerms<T> terms = {static_cast<const T*>(x), closing.mask};
+  if constexpr (sizeof(T) == 2) {
+    bool little;
+    const cudaError_t error = little_float64(&little);
+    if (error != cudaSuccess) return error;
+    // Lanes of other short pieces have one element or two.
+    if (little && (shape.s == 1 || shape.s > kShortPiece)) {
+      return launch_moments(shape, access, IntegerTerms<T>{terms}, closing, stream);
+    }
+  }
+  return launch_moments(shape, access, terms, closing, stream);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 //   terms.element(loaded, e)      the e-th of them, masked
 //   terms.term(element, mean)     {a, d}: the moments grow by a and a*d
 //   Terms::kUsesMean              whether terms use the mean
+//   Terms::Lanes                  how terms of a lane are added up (lane_sums.cuh)
 //
 // A block sums a tile of channels over one of `splits` shares of its items. Its threads take `turn` items at a time,
 // and the blocks of a tile take turns, so that a launch goes through memory once, from the first sample to the last.
@@ -20,7 +21,7 @@
 #ifndef HVD_SYNCBN_CUDA_MOMENTS_CUH_
 #define HVD_SYNCBN_CUDA_MOMENTS_CUH_
 
-#include "exact_sums.cuh"
+#include "lane_sums.cuh"
 
 namespace hvd_syncbn {
 namespace cuda {
@@ -36,23 +37,6 @@ struct Walk {
   int tile;    // channels
   int turn;    // items that a block's threads sum at a time
   int splits;
-};
-
-struct Term {
-  double a, d;
-};
-
-struct Moments {
-  double a = 0, b = 0;
-
-  __device__ void add(const Term& term) {
-    a += term.a;
-    b = fused(term.a, term.d, b);
-  }
-  __device__ void add(const Moments& other) {
-    a += other.a;
-    b += other.b;
-  }
 };
 
 // A block's items: `turn` of them from begin, from begin + step, ..., all below end.
@@ -80,6 +64,7 @@ struct Rows {
     constexpr int kBatch = kWidth == 1 || sizeof(typename Terms::Type) == 2 ? 8 : 4;
     const int thread = threadIdx.x % kGroup, group = threadIdx.x / kGroup;
     const double mean = mean_of<Terms>(means, walk, channel);
+    typename Terms::Lanes adding;
     Moments kept;
     bool keeps = false;
     int round = 0;
@@ -92,6 +77,7 @@ struct Rows {
         const int length = static_cast<int>(walk.s - position < kPiece ? walk.s - position : kPiece);
         const int64_t offset = (n * walk.c + channel) * walk.s + position;
         const int64_t row = n * walk.s + position;
+        typename Terms::Lanes::Lane sums_of[kWidth];
         for (int i = thread * kWidth; i < length; i += kBatch * kLanes) {
           typename Terms::template Loaded<kWidth> loaded[kBatch];
 #pragma unroll
@@ -103,9 +89,15 @@ struct Rows {
           for (int u = 0; u < kBatch; ++u) {
             if (i + u * kLanes >= length) break;
 #pragma unroll
-            for (int e = 0; e < kWidth; ++e) lanes[e].add(terms.term(terms.element(loaded[u], e), mean));
+            for (int e = 0; e < kWidth; ++e) adding.add(&sums_of[e], terms, terms.element(loaded[u], e), mean);
           }
         }
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          lanes[e] = adding.exact(sums_of[e]) ? adding.moments(sums_of[e])
+                                              : float64_lane(terms, mean, offset, 1, row, thread * kWidth + e, length);
+        }
+        adding.follow(lanes[0], static_cast<int>(ceil_div(length, kLanes)));
       }
       // lane[j] += lane[j + w]. Addition commutes, so each thread of a pair may compute the sum.
 #pragma unroll
@@ -324,6 +316,7 @@ struct Columns {
     double mean[kWidth];
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) mean[e] = mean_of<Terms>(means, walk, channel + e);
+    typename Terms::Lanes adding[kWidth];
     // Two buffers: while some warps fold the sums of an item, the others are at the next.
     Moments* const fold = reinterpret_cast<Moments*>(shared);
     int round = 0;
@@ -339,7 +332,7 @@ struct Columns {
         for (int i = 0; i < 4; ++i) {
           const int lane = warp + kWarps * (i / 2 + i % 2 * 2);
           Moments both[kWidth];
-          two_lanes(terms, mean, row, row * walk.c + channel, walk.c, lane, length, both);
+          two_lanes(terms, mean, row, row * walk.c + channel, walk.c, lane, length, adding, both);
 #pragma unroll
           for (int e = 0; e < kWidth; ++e) {
             if (i == 0) {
@@ -383,14 +376,17 @@ struct Columns {
   // Lanes j and j + 16 of a piece, added. row, offset: of its first position and its first element.
   template <class Terms>
   __device__ static void two_lanes(const Terms& terms, const double (&mean)[kWidth], int64_t row, int64_t offset,
-                                   int64_t c, int j, int length, Moments (&sum)[kWidth]) {
+                                   int64_t c, int j, int length, typename Terms::Lanes (&adding)[kWidth],
+                                   Moments (&sum)[kWidth]) {
     constexpr int kHalf = kLanes / 2;
-    // Loads of a thread in flight: 64 bytes, of each array 32 where there are several.
-    constexpr int kBatch = (Terms::kUsesMean ? 8 : 16) / (sizeof(typename Terms::Type) == 8 ? 2 : 1);
+    // Loads of a thread in flight: 64 bytes, of each array 32 where there are several; what fits the registers beside
+    // the integers of two channels.
+    constexpr bool kHalved = Terms::kUsesMean || (Terms::Lanes::kIntegers && kWidth > 1);
+    constexpr int kBatch = (kHalved ? 8 : 16) / (sizeof(typename Terms::Type) == 8 ? 2 : 1);
     // Added up: a product of 64 bits per load would take more instructions than the sums.
     const int64_t step = kHalf * c;
     int64_t from = offset + j * c;
-    Moments other[kWidth];
+    typename Terms::Lanes::Lane lane[kWidth], other[kWidth];
     for (int i = j; i < length; i += kBatch * kHalf) {
       typename Terms::template Loaded<kWidth> loaded[kBatch];
 #pragma unroll
@@ -404,12 +400,21 @@ struct Columns {
         if (i + u * kHalf >= length) break;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          (u % 2 ? other : sum)[e].add(terms.term(terms.element(loaded[u], e), mean[e]));
+          adding[e].add(&(u % 2 ? other : lane)[e], terms, terms.element(loaded[u], e), mean[e]);
         }
       }
     }
 #pragma unroll
-    for (int e = 0; e < kWidth; ++e) sum[e].add(other[e]);
+    for (int e = 0; e < kWidth; ++e) {
+      const auto moments = [&](const auto& sums, int at) {
+        return adding[e].exact(sums) ? adding[e].moments(sums)
+                                     : float64_lane(terms, mean[e], offset + e, c, row, at, length);
+      };
+      sum[e] = moments(lane[e], j);
+      const Moments second = moments(other[e], j + kHalf);
+      adding[e].follow(sum[e], static_cast<int>(ceil_div(length, kLanes)));
+      sum[e].add(second);
+    }
   }
 };
 
@@ -426,6 +431,7 @@ struct Cells {
     if (channel >= walk.c) return kMomentThreads;
     const double mean = mean_of<Terms>(means, walk, channel);
     ShortPieceSums piece_sums;
+    typename Terms::Lanes adding;
     int64_t n = share.begin + threadIdx.x / 32;
     if (s == 1) {
       for (; n < share.end; n += share.step) {
@@ -435,13 +441,34 @@ struct Cells {
           const int64_t row = n + u * kWarps;
           if (row < share.end) loaded[u] = terms.template load<1>(row * walk.c + channel, row);
         }
+        if constexpr (Terms::Lanes::kIntegers) {
+          // Every element is a piece, and no sum of them is rounded; so pieces may be added up first.
+          typename Terms::Lanes::Lane lane;
+          int elements = 0;
+#pragma unroll
+          for (int u = 0; u < kBatch; ++u) {
+            if (n + u * kWarps >= share.end) break;
+            adding.add(&lane, terms, terms.element(loaded[u], 0), mean);
+            elements = u + 1;
+          }
+          if (adding.exact(lane)) {
+            const Moments moments = adding.moments(lane);
+            piece_sums.add(moments, sums);
+            adding.follow(moments, elements);
+            continue;
+          }
+          note_float64_lane();
+        }
+        Moments whole;
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
           if (n + u * kWarps >= share.end) break;
           Moments moments;
           moments.add(terms.term(terms.element(loaded[u], 0), mean));
           piece_sums.add(moments, sums);
+          if constexpr (Terms::Lanes::kIntegers) whole.add(moments);
         }
+        adding.follow(whole, kBatch);
       }
     } else {
       for (; n < share.end; n += share.step) {
@@ -533,6 +560,7 @@ cudaError_t launch_planes(const Walk& walk, const Terms& terms, const Closing& c
                            stream);
 }
 
+// Short pieces of several positions are for Float64Lanes alone.
 // access: bytes of the widest access for which all arrays are aligned; of one element if there is a mask.
 template <class Terms>
 cudaError_t launch_moments(const hvd_syncbn_shape& shape, int64_t access, const Terms& terms, const Closing& closing,
@@ -566,11 +594,13 @@ cudaError_t launch_moments(const hvd_syncbn_shape& shape, int64_t access, const 
     }
     return launch_form<Columns<1>>(walk, 32, pieces, 1, Columns<1>::kSharedFold, terms, closing, stream);
   }
-  if (shape.s <= kShortPiece) {
-    constexpr int kWidth = 16 / sizeof(T);
-    return access >= 16 && shape.s % 2 == 1 && shape.c % kWidth == 0
-               ? launch_planes<kWidth>(walk, terms, closing, stream)
-               : launch_planes<1>(walk, terms, closing, stream);
+  if constexpr (!Terms::Lanes::kIntegers) {
+    if (shape.s <= kShortPiece) {
+      constexpr int kWidth = 16 / sizeof(T);
+      return access >= 16 && shape.s % 2 == 1 && shape.c % kWidth == 0
+                 ? launch_planes<kWidth>(walk, terms, closing, stream)
+                 : launch_planes<1>(walk, terms, closing, stream);
+    }
   }
   // Where pieces are few, more threads have to share each of them.
   constexpr int kWidth = sizeof(T) == 8 ? 2 : 4;
