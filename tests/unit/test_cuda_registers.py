@@ -19,7 +19,7 @@ def rows() -> list[dict[str, str]]:
 
 def test_no_kernel_spills() -> None:
     kernels = rows()[:-1]
-    # 4 element types; 6 forms of each moment kernel, of 16-bit types 7, forward 5 more with integers, and 4 of each apply kernel.
+    # 4 element types; 6 forms of each moment kernel, of 16-bit types 7 and forward 5 more for integers; 4 of each apply kernel.
     assert len(kernels) == 2 * (2 * (4 * 6 + 2) + 2 * 5 + 2 * 4 * 4)
     assert {row["architecture"] for row in kernels} == set(cuda_registers.ARCHITECTURES)
     for row in kernels:
