@@ -83,6 +83,7 @@ backward_moments = torch.ops.hvd_syncbn.backward_moments
 backward_apply = torch.ops.hvd_syncbn.backward_apply
 backward_check = torch.ops.hvd_syncbn.backward_check
 allreduce_ = torch.ops.hvd_syncbn.allreduce_
+reduced_packet = torch.ops.hvd_syncbn.reduced_packet
 sync_batch_norm = torch.ops.hvd_syncbn.sync_batch_norm
 frozen_apply = torch.ops.hvd_syncbn.frozen_apply
 frozen_batch_norm = torch.ops.hvd_syncbn.frozen_batch_norm

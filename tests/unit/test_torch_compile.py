@@ -194,6 +194,7 @@ def test_operators_are_registered_soundly(kind: str) -> None:
         (torch.ops.hvd_syncbn.frozen_backward, (x, x.clone(), stats, vector, True)),
         (torch.ops.hvd_syncbn.frozen_backward, (x, None, stats, None, False)),
         (ops.allreduce_, (packet, "name", "horovod:0")),
+        (ops.reduced_packet, (x, 1e-5, None, "name", True)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -50,7 +50,8 @@ struct Options {
   bool needs_gradient;               // this rank will differentiate: the same on every rank, or an error
   std::optional<std::string> group;  // the ranks that share the batch, as ranks.py knows them; none: this rank is alone
   std::string name;
-  OptionalTensor total;  // to which the reduced packet is added
+  OptionalTensor total;   // to which the reduced packet is added
+  OptionalTensor packet;  // the reduced packet, if the ranks have summed it before
 };
 
 bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
@@ -67,6 +68,15 @@ void check_no_transform(const std::string& name) {
                 "training. Differentiate with torch.autograd, or call .eval() on layer '",
                 name, "' first");
   }
+}
+
+// Returns the packet of the batch of all ranks.
+Tensor reduced_packet(const Tensor& x, double eps, const std::optional<std::string>& group, const std::string& name,
+                      bool needs_gradient) {
+  static const auto moments = find_operator<decltype(forward_moments<Cpu>)>("hvd_syncbn::forward_moments");
+  check_no_transform(name);
+  return sum_over_ranks(moments.call(x, eps, hvd_syncbn_call_number(name.c_str(), needs_gradient)), name + ".forward",
+                        group);
 }
 
 // What a backward pass reads, and which gradients it returns.
@@ -151,11 +161,10 @@ class SyncBatchNorm : public BatchNorm<SyncBatchNorm> {
   static std::tuple<Tensor, Tensor> forward_and_stats(const Tensor& x, const OptionalTensor& weight,
                                                       const OptionalTensor& bias, const OptionalTensor& residual,
                                                       const Options& options) {
-    static const auto moments = find_operator<decltype(forward_moments<Cpu>)>("hvd_syncbn::forward_moments");
     static const auto apply = find_operator<decltype(forward_apply<Cpu>)>("hvd_syncbn::forward_apply");
-    const Tensor packet = sum_over_ranks(
-        moments.call(x, options.eps, hvd_syncbn_call_number(options.name.c_str(), options.needs_gradient)),
-        options.name + ".forward", options.group);
+    const Tensor packet = options.packet.has_value()
+                              ? *options.packet
+                              : reduced_packet(x, options.eps, options.group, options.name, options.needs_gradient);
     const Running& running = options.running;
     auto result = apply.call(x, packet, weight, bias, residual, running.mean, running.var, running.batches,
                              running.old_weight, running.new_weight, running.unbiased, running.skip_nonfinite,
@@ -231,7 +240,8 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
                        const OptionalTensor& residual, const OptionalTensor& running_mean,
                        const OptionalTensor& running_var, const OptionalTensor& batches, double old_weight,
                        std::optional<double> new_weight, bool unbiased, bool skip_nonfinite, double eps, bool relu,
-                       std::optional<std::string> group, const std::string& name, const OptionalTensor& total) {
+                       std::optional<std::string> group, const std::string& name, const OptionalTensor& total,
+                       const OptionalTensor& packet) {
   check_no_transform(name);
   check_devices(x,
                 {{"weight", weight},
@@ -240,14 +250,15 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
                  {"running_mean", running_mean},
                  {"running_var", running_var},
                  {"num_batches_tracked", batches},
-                 {"total", total}},
+                 {"total", total},
+                 {"packet", packet}},
                 name);
   TORCH_CHECK_VALUE(new_weight.has_value() || batches.has_value(),
                     "expected two weights, or that of the old statistics and the number of batches");
   const bool needs_gradient = at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) ||
                                                              requires_grad(bias) || requires_grad(residual));
   const Running running{running_mean, running_var, batches, old_weight, new_weight, unbiased, skip_nonfinite};
-  const Options options{running, eps, relu, needs_gradient, group, name, total};
+  const Options options{running, eps, relu, needs_gradient, group, name, total, packet};
   return SyncBatchNorm::apply(x, weight, bias, residual, options);
 }
 
@@ -255,14 +266,20 @@ Tensor sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const Opti
 }  // namespace hvd_syncbn
 
 // vmap asks for a rule before it calls an operator.
-TORCH_LIBRARY_IMPL(hvd_syncbn, FuncTorchBatched, m) { m.impl("sync_batch_norm", hvd_syncbn::sync_batch_norm); }
+TORCH_LIBRARY_IMPL(hvd_syncbn, FuncTorchBatched, m) {
+  m.impl("sync_batch_norm", hvd_syncbn::sync_batch_norm);
+  m.impl("reduced_packet", hvd_syncbn::reduced_packet);
+}
 
 TORCH_LIBRARY_FRAGMENT(hvd_syncbn, m) {
   m.def(
       "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? batches, float old_weight, float? new_weight, bool unbiased, "
-      "bool skip_nonfinite, float eps, bool relu, str? group, str name, Tensor(d!)? total=None) -> Tensor",
+      "bool skip_nonfinite, float eps, bool relu, str? group, str name, Tensor(d!)? total=None, Tensor? packet=None) "
+      "-> Tensor",
       hvd_syncbn::sync_batch_norm);
+  m.def("reduced_packet(Tensor x, float eps, str? group, str name, bool needs_gradient) -> Tensor",
+        hvd_syncbn::reduced_packet);
   m.def(
       "frozen_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor "
       "running_var, float eps, bool relu) -> Tensor",
