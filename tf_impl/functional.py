@@ -71,8 +71,8 @@ def sync_batch_norm(
         momentum: Weight of the old moving statistics; the batch's weigh `1 - momentum`. `None` averages over all batches.
         epsilon: Small float added to the variance.
         axis: The channels' axis. The last one and 1 are read in place, any other costs transpositions.
-        mask: Boolean tensor, broadcastable to `x` without its last axis; only with channels last. The statistics are taken over
-            its true positions; all positions are normalized.
+        mask: Boolean tensor, broadcastable to `x` without its channels' axis. The statistics are taken over its true positions;
+            all positions are normalized.
         residual: Tensor like `x` that is added before the activation.
         activation: `None` or `"relu"`.
         unbiased_variance: Whether the moving variance takes `n / (n - 1)` times the batch's variance, as PyTorch does.
@@ -139,8 +139,10 @@ def sync_batch_norm(
 
 def forward_packet(x: Any, epsilon: float, axis: int, mask: Any = None) -> Any:
     """The packet of this rank's `x`, before the collective."""
-    x, data_format, _ = _oriented(tf.convert_to_tensor(x), _checked_axis(x, axis))
-    mask = None if mask is None else _checked_mask(x, x.shape.rank - 1, mask)
+    x = tf.convert_to_tensor(x)
+    axis = _checked_axis(x, axis)
+    mask = None if mask is None else _checked_mask(x, axis, mask)
+    x, data_format, _ = _oriented(x, axis)
     common = {"data_format": data_format, "epsilon_bits": _float64_bits(epsilon)}
     with _clear_errors("forward_packet"):
         return ops.library().hvd_syncbn_forward_moments(x, _optional(mask), _unknown(), **common)
@@ -304,18 +306,16 @@ def _checked_mask(x: Any, axis: int, mask: Any) -> Any:
             "The mask provided should be one dimension less than the inputs. "
             f"Received: mask.shape={mask.shape}, inputs.shape={x.shape}"
         )
-    if axis != x.shape.rank - 1:
-        raise ValueError(
-            "A mask covers all but the last axis and leaves out positions, not channels: it needs channels last (axis=-1). "
-            f"Received: axis={axis} with a mask, inputs.shape={x.shape}"
-        )
+    positions = x.shape[:axis].concatenate(x.shape[axis + 1 :])
     try:
-        tf.broadcast_static_shape(mask.shape, x.shape[:-1])
+        tf.broadcast_static_shape(mask.shape, positions)
     except ValueError as error:
         raise ValueError(
-            f"The mask has to broadcast to {x.shape[:-1]}. Received: mask.shape={mask.shape}, inputs.shape={x.shape}"
+            "A mask leaves out positions, not channels: it has to broadcast to the inputs' shape without the channels' axis, "
+            f"{positions}. Received: mask.shape={mask.shape}, inputs.shape={x.shape}, axis={axis}"
         ) from error
-    return tf.broadcast_to(mask, tf.shape(x)[:-1])
+    shape = tf.shape(x)
+    return tf.broadcast_to(mask, tf.concat([shape[:axis], shape[axis + 1 :]], 0))
 
 
 def _evaluate(

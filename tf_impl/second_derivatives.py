@@ -69,7 +69,7 @@ def _first_derivatives(op: Any, x: Any, dy: Any, gamma: Any, stats: Any, y: list
     centered = tf.cast(x, tf.float64) - per_channel(stats[0])
     counts = tf.ones_like(centered)
     if mask:
-        counts *= tf.cast(tf.expand_dims(mask[0], -1), tf.float64)
+        counts *= tf.cast(tf.expand_dims(mask[0], axis), tf.float64)
     if group:
         first, second, n = tf.unstack(
             _sum_over_ranks(

@@ -224,6 +224,33 @@ def test_unbiased_variance() -> None:
     np.testing.assert_allclose(layer.moving_variance, x.var(0, ddof=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("axis", [1, 2, -1])
+@pytest.mark.parametrize("shape", [(4, 5, 6), (3, 4, 5, 6)])
+def test_masks_of_every_axis(axis: int, shape: tuple[int, ...]) -> None:
+    """A mask has the shape of the inputs without the channels' axis; the bytes are those of channels last."""
+    x, mask = normal(*shape), normal(*np.delete(shape, axis)) > 0
+    layer, last = SyncBatchNormalization(axis=axis), SyncBatchNormalization()
+    results = []
+    for norm, inputs in ((layer, x), (last, np.moveaxis(x, axis, -1))):
+        tensor = tf.constant(inputs)
+        with tf.GradientTape() as outer:
+            outer.watch(tensor)
+            with tf.GradientTape() as tape:
+                tape.watch(tensor)
+                y = norm(tensor, training=True, mask=mask)
+                loss = tf.reduce_sum(y**3)
+            dx = tape.gradient(loss, tensor)
+            penalty = tf.reduce_sum(dx**2)
+        results.append([y, dx, outer.gradient(penalty, tensor)])
+    got, want = ([np.moveaxis(t.numpy(), to, -1) for t in tensors] for tensors, to in zip(results, (axis, -1), strict=True))
+    assert same_bits(got[0], want[0]) and same_bits(got[1], want[1])
+    np.testing.assert_allclose(got[2], want[2], rtol=1e-3, atol=1e-4)  # the bits of second derivatives are not promised
+    assert abs(want[2]).max() > 0.01
+    assert same_bits(layer.moving_mean.numpy(), last.moving_mean.numpy())
+    unmasked = np.moveaxis(x, axis, -1)[mask]
+    np.testing.assert_allclose(layer.moving_mean, unmasked.mean(0) * np.float32(0.01), rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -256,8 +283,11 @@ def test_bad_input_in_training() -> None:
         SyncBatchNormalization()(np.ones((4, 3), np.int32), training=True)
     with pytest.raises(ValueError, match="at least 2 dims"):
         SyncBatchNormalization()(np.ones(3, np.float32), training=True)
-    with pytest.raises(ValueError, match="needs channels last"):
+    with pytest.raises(ValueError, match=r"leaves out positions, not channels.*mask.shape=\(2, 4\).*axis=1"):
         SyncBatchNormalization(axis=1)(normal(2, 4, 3), mask=np.ones((2, 4)), training=True)
+    masked = layers.Masking()(normal(2, 3, 3))
+    with pytest.raises(ValueError, match=r"mask of the layer before .*axis=1.*mask.shape=\(2, 3\).*use `axis=-1`"):
+        SyncBatchNormalization(axis=1)(masked, training=True)
     layer = SyncBatchNormalization(name="lonely")
     with pytest.raises(ValueError, match=r"more than 1 value per channel .*'lonely'"):
         layer(np.ones((1, 3), np.float32), training=True)

@@ -129,7 +129,8 @@ class SyncBatchNormalization(BatchNormalization):
     gradients. In training, XLA cannot compile the layer (`compile()` disables XLA by default).
 
     Differences from Keras's layer: in training, a global batch with one value per channel is an error; a batch in which every
-    position is masked does not change the moving statistics; a mask needs `axis=-1`. Training needs the TensorFlow backend.
+    position is masked does not change the moving statistics; a mask covers the inputs without the axis of the channels, also
+    with `axis=1`. Training needs the TensorFlow backend.
 
     Weight files and model files can be exchanged with Keras's layer in both directions. For this, both classes have the same
     `__name__`, because Keras stores the members of lists under their class names. `model.summary()` shows that name;
@@ -161,7 +162,7 @@ class SyncBatchNormalization(BatchNormalization):
     Call arguments:
         inputs: Input tensor with at least 2 dimensions. Ranks may have different numbers of samples, including none.
         training: Python boolean indicating whether the layer should behave in training mode or in inference mode.
-        mask: Tensor with one dimension less than `inputs`. Mean and variance are computed over its true positions.
+        mask: Tensor with the shape of `inputs` without `axis`. Mean and variance are computed over its true positions.
         residual: Tensor with the shape of `inputs`, added before the activation.
 
     Reference:
@@ -243,6 +244,7 @@ class SyncBatchNormalization(BatchNormalization):
         if mask is None and residual is not None:
             # Keras passes masks only to layers with one input tensor.
             mask = getattr(inputs, "_keras_mask", None)
+        check_mask(self.axis, inputs, mask)
         group = self._group()
         if group.size > 1:
             for check in ranks.training_checks:
@@ -330,6 +332,17 @@ _REFUSED = {
 def renormalizes(layer: Any) -> bool:
     """Return whether a Keras layer does batch renormalization. Older versions of Keras lack the attribute."""
     return getattr(layer, "renorm", False)
+
+
+def check_mask(axis: int, inputs: Any, mask: Any) -> None:
+    """Raise `ValueError` for a mask of the layer before if the channels are not last: such a mask covers the last axis."""
+    passed_on: Any = getattr(inputs, "_keras_mask", None)
+    if passed_on is not None and mask is passed_on and axis not in (-1, len(inputs.shape) - 1):
+        raise ValueError(
+            "the mask of the layer before covers the inputs without their last axis, which is not the channels' axis here. "
+            f"Received: axis={axis}, inputs.shape={inputs.shape}, mask.shape={passed_on.shape}. "
+            "Pass a `mask` that has the shape of the inputs without `axis`, or use `axis=-1`"
+        )
 
 
 def held(process_set: ProcessSet | Sequence[int] | None) -> ProcessSet | tuple[int, ...] | None:

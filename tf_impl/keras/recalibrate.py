@@ -14,7 +14,7 @@ from hvd_syncbn import population
 from hvd_syncbn.population import Take, Vector, Words
 from hvd_syncbn.tf_impl.keras import ranks
 from hvd_syncbn.tf_impl.keras.convert import batch_norms
-from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization
+from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization, check_mask
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -187,6 +187,7 @@ class _Network:
                 "recalibrate needs eager tensors, but the layer runs in a graph (a `tf.data` function, a vectorized map). "
                 f"Received: layer {layer.name!r}, inputs {x}"
             )
+        check_mask(norm.axis, x, mask)
         packet = functional.forward_packet(x, layer.eps, norm.axis, mask)
         reduced = take(index, packet.numpy())
         if self.init_affine:
