@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -49,6 +49,7 @@ def sync_batch_norm(
     process_set: Any = None,
     name: str | None = None,
     total: Any = None,
+    correction: Callable[[Any], tuple[Any, Any]] | None = None,
 ) -> tuple[Any, Any, Any]:
     """Batch normalization over the batch of all ranks together.
 
@@ -86,6 +87,8 @@ def sync_batch_norm(
         name: What error messages and Horovod's timeline call this layer; has to be the same on every rank.
         total: An int64 variable, a sum of packets, to which training adds the packet of the batch of all ranks; see
             `hvd_syncbn.keras.accumulate_statistics`.
+        correction: For batch renormalization: a function of the reduced packet that returns the float64 scale and offset to use
+            in training in place of `gamma` and `beta`. The moving statistics are then returned as they are.
 
     Returns:
         The tuple `(y, new_moving_mean, new_moving_variance)`. The caller assigns the moving statistics; in evaluation they
@@ -132,7 +135,7 @@ def sync_batch_norm(
     running = _running(moving_mean, moving_variance, momentum, unbiased_variance, zero_debias, skip_nonfinite, batches)
     layer, relu = name or "sync_batch_norm", activation == "relu"
     y, new_mean, new_variance = _train(
-        x, gamma, beta, running, data_format, epsilon, mask, residual, relu, process_set, layer, total
+        x, gamma, beta, running, data_format, epsilon, mask, residual, relu, process_set, layer, total, correction
     )
     return _as_it_was(y, to_last), new_mean, new_variance
 
@@ -189,6 +192,16 @@ def updated_statistics(
     with _clear_errors(layer):
         *_, new_mean, new_variance = _apply(x, packet, None, None, running, None, None, False, "channels_last", epsilon, layer)
     return new_mean, new_variance
+
+
+def moments(packet: Any, channels: int, dtype: Any, epsilon: float, layer: str) -> tuple[Any, Any]:
+    """The mean and 1 / standard deviation of each channel in a reduced packet, float64; errors say the dtype of x."""
+    unused = tf.zeros([channels], tf.float64)
+    running = _unchanged(unused, unused)
+    x = tf.zeros([0, channels], dtype)  # no values of this rank
+    with _clear_errors(layer):
+        stats = _apply(x, packet, None, None, running, None, None, False, "channels_last", epsilon, layer)[1]
+    return stats[0], stats[1]
 
 
 def _running(
@@ -354,6 +367,7 @@ def _train(
     process_set: Any,
     layer: str,
     total: Any,
+    correction: Callable[[Any], tuple[Any, Any]] | None,
 ) -> tuple[Any, Any, Any]:
     _refuse_xla_and_export(layer)
     group = ranks.find(process_set)
@@ -361,9 +375,15 @@ def _train(
     with _clear_errors(layer):
         packet = ops.library().hvd_syncbn_forward_moments(x, _optional(mask), _unknown(), **common)
         packet = group.sum(packet, f"{layer}.forward")
+        used = running
+        if correction is not None:
+            gamma, beta = correction(packet)
+            used = _unchanged(tf.zeros_like(gamma), tf.ones_like(gamma))
         y, _, new_mean, new_variance = _apply(
-            x, packet, gamma, beta, running, residual, mask, relu, data_format, epsilon, layer, group=group.key
+            x, packet, gamma, beta, used, residual, mask, relu, data_format, epsilon, layer, group=group.key
         )
+        if correction is not None:
+            new_mean, new_variance = running.mean, running.var
         if total is not None:
             total.assign_add(packet)
     return y, new_mean, new_variance

@@ -22,9 +22,11 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from torch.overrides import TorchFunctionMode
 
 from hvd_syncbn.torch_impl import ops
-from hvd_syncbn.torch_impl.functional import sync_batch_norm
+from hvd_syncbn.torch_impl.functional import rerun, sync_batch_norm
 from hvd_syncbn.torch_impl.module import (
     ACCUMULATION,
+    RENORM,
+    RENORM_BUFFERS,
     TRACED_AS_LEAF,
     BatchNorm,
     SyncBatchNorm,
@@ -50,7 +52,7 @@ _REVERTED: dict[type, type] = {
     SyncBatchNorm3d: nn.BatchNorm3d,
 }
 # The attributes that a SyncBatchNorm adds to a BatchNorm.
-_OURS = ("process_set", "collective_name", "_converted_from")
+_OURS = ("process_set", "collective_name", "_converted_from", "_renorm")
 
 
 def _is_plain(cls: type) -> bool:
@@ -68,7 +70,7 @@ class _Redirected(TorchFunctionMode):
         self.layer = layer
         self.used = False
         self.local: str | None = None  # a batch norm function that was called and cannot be redirected
-        self.rerun = _rerun()
+        self.rerun = rerun()
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,7 +107,7 @@ class _Redirected(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         self.used = True
-        now, name = _rerun(), self.layer.collective_name
+        now, name = rerun(), self.layer.collective_name
         if training and self.rerun is not None and now is not None and self.rerun != now:
             cls = type_before_parametrizations(self.layer).__bases__[0].__name__
             raise RuntimeError(
@@ -131,15 +133,6 @@ class _Redirected(TorchFunctionMode):
         cudnn_enabled: bool,
     ) -> Tensor:
         return self._batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
-def _rerun() -> object:
-    """Return an identifier of the running checkpoint or ``autograd.Function``, which may run its code again in backward."""
-    if torch.compiler.is_compiling():
-        return None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    checkpoint = hooks[0] if hooks and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint" else None
-    return checkpoint, torch._C._is_fwd_grad_enabled()
 
 
 def _redirecting(own: Callable[..., Any], name: str, reruns: bool) -> Callable[..., Any]:
@@ -457,7 +450,7 @@ def revert_sync_batchnorm(module: Module) -> Module:
         TypeError: ``module`` is not a ``torch.nn.Module``.
 
     Warns:
-        UserWarning: a layer has ``zero_debias``, which PyTorch's layers do not support.
+        UserWarning: a layer has ``zero_debias`` or ``renorm``, which PyTorch's layers do not support.
     """
     _check(module)
     for path, layer in module.named_modules():
@@ -474,6 +467,15 @@ def revert_sync_batchnorm(module: Module) -> Module:
                 "Received: zero_debias=True",
                 stacklevel=2,
             )
+        if vars(layer).get("_renorm") is not None:
+            warnings.warn(
+                f"{path!r} no longer does batch renormalization, which torch.nn's layers do not support. Received: renorm=True",
+                stacklevel=2,
+            )
+            for name in RENORM:
+                delattr(layer, name)
+            for name in RENORM_BUFFERS:
+                delattr(layer, name)
         for name in (
             *_OURS,
             *ACCUMULATION,

@@ -44,6 +44,24 @@ def check_input(x: Tensor, num_features: int | None, residual: Tensor | None, ac
     return residual
 
 
+def check_built_for(x: Tensor) -> None:
+    """Raises ``RuntimeError`` for a GPU tensor without CUDA kernels."""
+    if x.is_cuda and not ops.HAS_CUDA:
+        raise RuntimeError(
+            f"hvd-syncbn was built without CUDA, and the input is on {x.device}: reinstall it where a CUDA compiler (nvcc) is "
+            "found, with `pip install --no-build-isolation --no-deps`"
+        )
+
+
+def rerun() -> object:
+    """Return an identifier of the running checkpoint or ``autograd.Function``, which may run its code again in backward."""
+    if torch.compiler.is_compiling():
+        return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    checkpoint = hooks[0] if hooks and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint" else None
+    return checkpoint, torch._C._is_fwd_grad_enabled()
+
+
 def normalize(
     x: Tensor,
     weight: Tensor | None,
@@ -60,11 +78,7 @@ def normalize(
 
     Running statistics and batches change in place; the batch's packet is added to ``total``, an int64 sum of packets.
     """
-    if x.is_cuda and not ops.HAS_CUDA:
-        raise RuntimeError(
-            f"hvd-syncbn was built without CUDA, and the input is on {x.device}: reinstall it where a CUDA compiler (nvcc) is "
-            "found, with `pip install --no-build-isolation --no-deps`"
-        )
+    check_built_for(x)
     y: Tensor = ops.sync_batch_norm(
         x,
         weight,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,14 +12,20 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_syncbn import native
+from hvd_syncbn.renorm import Clipping, Statistics, bounds_of
 from hvd_syncbn.running import Running
 from hvd_syncbn.torch_impl.functional import ACTIVATIONS, check_input, frozen_batch_norm, local_batch_norm, normalize
 from hvd_syncbn.torch_impl.ops import forward_apply
+from hvd_syncbn.torch_impl.renorm import renormalize, update_statistics
 
 _made_by_hand = itertools.count()
 
 # The attributes of a layer that updates its running statistics once in several steps.
 ACCUMULATION = ("_batches_per_update", "_total", "_batches_in_total")
+
+# The attributes and the buffers of a layer that does batch renormalization.
+RENORM = ("renorm", "renorm_clipping", "renorm_momentum")
+RENORM_BUFFERS = ("running_stddev", "renorm_mean", "renorm_stddev")
 
 # torch.fx takes a layer for one node, and does not look inside, if `layer.__module__` is in torch.nn: its own tracers, those of
 # quantization and those of image libraries alike. An attribute of the object, because pickle needs the class's to be true.
@@ -29,6 +36,7 @@ torch.fx.wrap("check_input")
 torch.fx.wrap("frozen_batch_norm")
 torch.fx.wrap("local_batch_norm")
 torch.fx.wrap("normalize")
+torch.fx.wrap("renormalize")
 
 
 def _is_proxy(value: object) -> bool:
@@ -43,7 +51,14 @@ class BatchNorm(_BatchNorm):
     """
 
     # What TorchScript need not look at.
-    __jit_ignored_attributes__: ClassVar[list[str]] = ["__module__", "process_set", "collective_name", "_converted_from"]
+    __jit_ignored_attributes__: ClassVar[list[str]] = [
+        "__module__",
+        "process_set",
+        "collective_name",
+        "_converted_from",
+        "renorm_clipping",
+        "_renorm",
+    ]
     __jit_unused_properties__: ClassVar[list[str]] = ["_fused"]
     __constants__ = [*_BatchNorm.__constants__, "_fused"]  # noqa: RUF012, as _BatchNorm declares it
 
@@ -132,6 +147,14 @@ class SyncBatchNorm(BatchNorm):
         skip_nonfinite: whether a channel that is NaN or infinite in a batch, on any rank, keeps its running statistics, so that
             one overflow does not make evaluation NaN. False makes them NaN, as in ``nn.BatchNorm``. Outputs and gradients of
             the channel are NaN in both cases.
+        renorm: whether to do batch renormalization (https://arxiv.org/abs/1702.03275): training normalizes by the batch of all
+            ranks and corrects by ``r`` and ``d``, so that outputs are close to those of evaluation. It adds the buffers
+            ``running_stddev``, ``renorm_mean`` and ``renorm_stddev``, which Keras's layer calls ``moving_stddev``,
+            ``renorm_mean`` and ``renorm_stddev``. ``running_var`` is then ``running_stddev ** 2 - eps``, without
+            ``n / (n - 1)``.
+        renorm_clipping: dictionary of bounds, each optional: ``rmin <= r <= rmax``, ``-dmax <= d <= dmax``. Without a bound
+            they are 0, infinity and infinity.
+        renorm_momentum: weight of the batch in ``renorm_mean`` and ``renorm_stddev``.
 
     Shape:
         - input: ``(N, C, *)``, float32, float64, float16 or bfloat16; `N` may differ between ranks and be 0
@@ -159,8 +182,13 @@ class SyncBatchNorm(BatchNorm):
         dtype: torch.dtype | None = None,
         zero_debias: bool = False,
         skip_nonfinite: bool = True,
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, float] | None = None,
+        renorm_momentum: float = 0.01,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, activation, device, dtype)
+        if renorm:
+            self._begin_renorm(renorm_clipping, renorm_momentum, momentum, zero_debias)
         self.process_set = process_set
         if zero_debias:  # what is converted is without
             self.zero_debias = True
@@ -171,9 +199,41 @@ class SyncBatchNorm(BatchNorm):
 
     zero_debias = False
     skip_nonfinite = True
+    renorm = False
+    renorm_clipping: Mapping[str, float] | None = None
+    renorm_momentum = 0.01
+    _renorm: Clipping | None = None
     _batches_per_update = 1
     _total: Tensor | None = None  # of the packets since the last update
     _batches_in_total: Tensor | None = None
+
+    def _begin_renorm(
+        self, clipping: Mapping[str, float] | None, renorm_momentum: float, momentum: float | None, zero_debias: bool
+    ) -> None:
+        bounds = bounds_of(clipping)
+        if self.running_mean is None or momentum is None or zero_debias:
+            raise ValueError(
+                "renorm needs running statistics that are averaged with a momentum. Received: "
+                f"track_running_stats={self.track_running_stats}, momentum={momentum}, zero_debias={zero_debias}"
+            )
+        if not 0 <= renorm_momentum <= 1:
+            raise ValueError(f"expected renorm_momentum to be between 0 and 1. Received: {renorm_momentum}")
+        self.renorm, self.renorm_clipping, self.renorm_momentum = True, clipping and dict(clipping), renorm_momentum
+        self._renorm = bounds
+        for name in RENORM_BUFFERS:
+            self.register_buffer(name, torch.empty_like(self.running_mean))
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Resets the running statistics, and those of batch renormalization: means to 0, variance and deviations to 1."""
+        super().reset_running_stats()
+        if self._renorm is not None:
+            self.get_buffer("renorm_mean").zero_()
+            self.get_buffer("running_stddev").fill_(1)
+            self.get_buffer("renorm_stddev").fill_(1)
+
+    def _renorm_statistics(self) -> Statistics:
+        return Statistics(*(self.get_buffer(name) for name in ("running_mean", "running_var", *RENORM_BUFFERS)))
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalises ``input``; see the class for shapes, ``sync_batch_norm`` for errors."""
@@ -193,6 +253,23 @@ class SyncBatchNorm(BatchNorm):
             if getattr(self, "_frozen_in_training", False):
                 return self._forward_frozen(input, residual)
             return self._normalize_locally(input, residual, activation)
+        if self._renorm is not None:
+            y, packet = renormalize(
+                input,
+                self.weight,
+                self.bias,
+                self.get_buffer("renorm_mean"),
+                self.get_buffer("renorm_stddev"),
+                self._renorm,
+                self.eps,
+                residual,
+                activation,
+                self.process_set,
+                self.collective_name,
+            )
+            with torch.no_grad():
+                self._take_statistics(packet)
+            return y
         total = self._total
         running = self._running() if total is None else Running(None, None, None, 1.0, 0.0, unbiased=True)
         y = normalize(
@@ -244,9 +321,13 @@ class SyncBatchNorm(BatchNorm):
 
     def _update_statistics(self, packet: Tensor, batches: Tensor | int) -> None:
         """Update the running statistics by a reduced packet, and count the batches."""
-        x = torch.empty(0, self.num_features, device=packet.device)  # no values of this rank
         running = self._running()
-        forward_apply(x, packet, None, None, None, *running, self.eps, False, self.collective_name)
+        if self._renorm is not None:
+            statistics = self._renorm_statistics()
+            update_statistics(packet, statistics, running, self.renorm_momentum, self.eps, self.collective_name)
+        else:
+            x = torch.empty(0, self.num_features, device=packet.device)  # no values of this rank
+            forward_apply(x, packet, None, None, None, *running, self.eps, False, self.collective_name)
         if running.batches is not None:
             running.batches.add_(batches)
 
@@ -271,9 +352,11 @@ class SyncBatchNorm(BatchNorm):
         return frozen_batch_norm(input, self.running_mean, self.running_var, weight, bias, self.eps, residual, self._fused)
 
     def extra_repr(self) -> str:
-        """The arguments of ``nn.BatchNorm``, the activation, those of the average, and the process set."""
+        """The arguments of ``nn.BatchNorm``, the activation, those of the average, batch renormalization, and the process set."""
         text = super().extra_repr() + (", zero_debias=True" if self.zero_debias else "")
         text += "" if self.skip_nonfinite else ", skip_nonfinite=False"
+        if self._renorm is not None:
+            text += "".join(f", {name}={getattr(self, name)}" for name in RENORM)
         return text if self.process_set is None else f"{text}, process_set={self.process_set}"
 
     @classmethod

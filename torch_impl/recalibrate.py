@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.overrides import TorchFunctionMode
 
-from hvd_syncbn import population
+from hvd_syncbn import population, renorm
 from hvd_syncbn.population import Take, Vector, Words
 from hvd_syncbn.running import Running
 from hvd_syncbn.torch_impl import ops, ranks
 from hvd_syncbn.torch_impl.freeze import is_frozen
 from hvd_syncbn.torch_impl.functional import check_input
-from hvd_syncbn.torch_impl.module import BatchNorm
+from hvd_syncbn.torch_impl.module import BatchNorm, SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
 Forward = Callable[[Any, Any], Any]
@@ -83,16 +83,24 @@ def recalibrate(
         (tensor([ 2.2500, 10.0000]), tensor([1.2500, 0.0000]))
     """
 
+    norms: list[_BatchNorm] = []
+
     def prepare() -> _Network:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module. Received: {type(model).__name__}")
         population.check_arguments(batches, estimator, forward, init_affine, layer_by_layer, (Tensor,))
         network = _Network(model, forward or _call, init_affine)
+        norms.extend(network.modules)
         undo.enter_context(_undone(model, network.modules))
         return network
 
     with contextlib.ExitStack() as undo, torch.random.fork_rng(_gpus(model)), torch.no_grad():
         population.recalibrate(_Ranks(process_set), prepare, batches, estimator, init_affine, layer_by_layer, progress)
+        for norm in norms:
+            if isinstance(norm, SyncBatchNorm) and norm.renorm:
+                stddev = norm.get_buffer("running_stddev")
+                variance = norm.get_buffer("running_var").cpu().numpy()
+                stddev.copy_(torch.from_numpy(renorm.stddev_of(variance, norm.eps)))
     return model
 
 
@@ -139,8 +147,9 @@ class _Network:
             if init_affine and (module.weight is None or module.bias is None):
                 raise ValueError(f"init_affine needs layers with weight and bias. Received: layer {name!r}, {module}")
             self.modules.append(module)
-            # As PyTorch's conventions have it, the running variance is unbiased.
-            self.layers.append(population.Layer(name or type(module).__name__, module.num_features, module.eps, True))
+            # As PyTorch's conventions have it, the running variance is unbiased; that of batch renormalization is not.
+            unbiased = not (isinstance(module, SyncBatchNorm) and module.renorm)
+            self.layers.append(population.Layer(name or type(module).__name__, module.num_features, module.eps, unbiased))
         if not self.modules:
             raise ValueError(
                 "the model has no batch norm layer with running statistics to replace. "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from hvd_syncbn.exchange import BatchNormState, Vector
+from hvd_syncbn.torch_impl.module import SyncBatchNorm
 
 
 def get_state(layer: nn.Module) -> BatchNormState:
@@ -34,7 +35,7 @@ def get_state(layer: nn.Module) -> BatchNormState:
     norm = _checked(layer)
     mean, variance = _numpy(norm.running_mean), _numpy(norm.running_var)
     gamma, beta = (None if t is None else _numpy(t) for t in (norm.weight, norm.bias))
-    return BatchNormState(gamma, beta, mean, variance, norm.eps, norm.momentum, unbiased=True)
+    return BatchNormState(gamma, beta, mean, variance, norm.eps, norm.momentum, unbiased=not _renormalizes(norm))
 
 
 def set_state(layer: nn.Module, state: BatchNormState) -> None:
@@ -51,7 +52,7 @@ def set_state(layer: nn.Module, state: BatchNormState) -> None:
     Raises:
         TypeError: ``layer`` is not a batch norm layer, or ``state`` is not a ``BatchNormState``.
         ValueError: as ``get_state``; the number of channels differs; the state needs a gamma or beta that the layer does not
-            have. The layer is then unchanged.
+            have; the layer does batch renormalization. The layer is then unchanged.
 
     Example:
         >>> from torch import nn
@@ -65,6 +66,11 @@ def set_state(layer: nn.Module, state: BatchNormState) -> None:
     norm = _checked(layer)
     if not isinstance(state, BatchNormState):
         raise TypeError(f"expected a BatchNormState. Received: {type(state).__name__}")
+    if _renormalizes(norm):
+        raise ValueError(
+            "a BatchNormState does not contain the state of batch renormalization: load a state_dict instead. "
+            f"Received: the layer {norm}"
+        )
     has = (norm.weight is not None, norm.bias is not None)
     gamma, beta = state.fitted(norm.running_mean.numel(), *has, f"the layer {norm}")
     values = {norm.weight: gamma, norm.bias: beta, norm.running_mean: state.mean, norm.running_var: state.variance}
@@ -73,6 +79,10 @@ def set_state(layer: nn.Module, state: BatchNormState) -> None:
             if tensor is not None:
                 tensor.copy_(torch.tensor(value))
     norm.eps, norm.momentum = state.epsilon, state.momentum
+
+
+def _renormalizes(norm: Any) -> bool:
+    return isinstance(norm, SyncBatchNorm) and norm.renorm
 
 
 def _numpy(tensor: Tensor) -> Vector:

@@ -281,13 +281,6 @@ def test_wrong_calls() -> None:
             call(layers.Dense(2))
     with pytest.raises(TypeError, match="affine='yes'"):
         freeze_batchnorm(model(), "yes")
-    if hasattr(layers.BatchNormalization(), "renorm"):  # newer than Keras 3.12
-        network = keras.Sequential(
-            [keras.Input((3,)), layers.BatchNormalization(), layers.BatchNormalization(renorm=True, name="re")]
-        )
-        with pytest.raises(ValueError, match="Received: layer 're' with renorm=True"):
-            freeze_batchnorm(network)
-        assert type(network.layers[0]) is layers.BatchNormalization
     with pytest.warns(UserWarning, match="layer 'derived' is left unchanged: .* Received: an instance of Derived"):
         freeze_batchnorm(Derived(name="derived"))
     with warnings.catch_warnings():

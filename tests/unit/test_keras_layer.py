@@ -254,7 +254,6 @@ def test_masks_of_every_axis(axis: int, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"renorm": True}, "renorm=True"),
         ({"synchronized": True}, "synchronized=True"),
         ({"virtual_batch_size": 4}, "virtual_batch_size=4"),
         ({"activation": "gelu"}, "activation='gelu'"),
@@ -446,14 +445,6 @@ def test_convert_what_it_cannot() -> None:
     with pytest.raises(ValueError, match="activation='relu'"):
         revert_sync_batchnorm(model)
     assert type(model.layers[0]) is SyncBatchNormalization
-
-
-@pytest.mark.skipif(not hasattr(layers.BatchNormalization(), "renorm"), reason="needs a Keras that knows batch renormalization")
-def test_convert_no_batch_renormalization() -> None:
-    model = keras.Sequential([layers.BatchNormalization(), layers.BatchNormalization(renorm=True)])
-    with pytest.raises(ValueError, match="'batch_normalization_1' with renorm=True"):
-        convert_sync_batchnorm(model)
-    assert type(model.layers[0]) is layers.BatchNormalization
 
 
 def test_an_old_keras_is_warned_of() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization, held, renormalizes
+from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization, held
 
 if TYPE_CHECKING:
     from horovod.common.process_sets import ProcessSet
@@ -39,17 +39,11 @@ def convert_sync_batchnorm(model: keras.layers.Layer, process_set: ProcessSet | 
 
     Raises:
         TypeError: `model` is not a Keras 3 model or layer.
-        ValueError: A layer does batch renormalization. Nothing is changed in this case.
 
     Warns:
         UserWarning: There is nothing to convert. A model that creates layers in `build()` or `call()` must be built first.
     """
     layers = list(batch_norms(checked(model)))
-    for path, layer in layers:
-        if renormalizes(layer):
-            raise ValueError(
-                f"SyncBatchNormalization does not support batch renormalization. Received: layer {path!r} with renorm=True"
-            )
     for path, layer in layers:
         if type(layer) in (keras.layers.BatchNormalization, BatchNormalization):
             synchronize(layer, _collective_name(model, layer, path), process_set)

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from hvd_syncbn.tf_impl.keras.convert import batch_norms, change_class, checked, forget_traces
-from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization, renormalizes
+from hvd_syncbn.tf_impl.keras.layer import BatchNormalization, SyncBatchNormalization
 
 
 def freeze_batchnorm(model: keras.layers.Layer, affine: bool = False) -> keras.layers.Layer:
@@ -30,7 +30,6 @@ def freeze_batchnorm(model: keras.layers.Layer, affine: bool = False) -> keras.l
 
     Raises:
         TypeError: `model` is not a Keras layer, or `affine` is not a bool.
-        ValueError: A layer does batch renormalization. Nothing is changed in this case.
 
     Example:
 
@@ -47,11 +46,6 @@ def freeze_batchnorm(model: keras.layers.Layer, affine: bool = False) -> keras.l
     if not isinstance(affine, bool):
         raise TypeError(f"`affine` must be a bool. Received: affine={affine!r}")
     layers = _batch_norms(model)
-    for path, layer in layers:
-        if renormalizes(layer):
-            raise ValueError(
-                f"A layer that does batch renormalization cannot be frozen. Received: layer {path!r} with renorm=True"
-            )
     known = []
     for path, layer in layers:
         if type(layer) is keras.layers.BatchNormalization:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
 
 from hvd_syncbn import native
 from hvd_syncbn.horovod import ranks_of
+from hvd_syncbn.renorm import Statistics, bounds_of
 from hvd_syncbn.tf_impl.keras import ranks
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ class SyncBatchNormalization(BatchNormalization):
         skip_nonfinite: Whether a channel that is NaN or infinite in a batch, on any rank, keeps its moving statistics, so that
             one overflow does not make evaluation NaN. `False` makes them NaN, as in Keras's layer. Outputs and gradients of the
             channel are NaN in both cases.
-        **kwargs: The other arguments of `keras.layers.BatchNormalization`. `renorm` and `synchronized` are not supported.
+        **kwargs: The other arguments of `keras.layers.BatchNormalization`. `synchronized` is not supported. With
+            `renorm`, `r` and `d` are computed from the statistics of the batch of all ranks.
 
     Call arguments:
         inputs: Input tensor with at least 2 dimensions. Ranks may have different numbers of samples, including none.
@@ -191,6 +193,8 @@ class SyncBatchNormalization(BatchNormalization):
             if kwargs.get(name):
                 raise ValueError(f"SyncBatchNormalization {why}. Received: {name}={kwargs[name]}. Remove the argument.")
         kwargs.pop("virtual_batch_size", None)
+        if kwargs.get("renorm"):
+            _check_renorm(kwargs.get("renorm_clipping"), momentum, unbiased_variance, zero_debias)
         if activation not in (None, "relu"):
             raise ValueError(f'`activation` must be None or "relu". Received: activation={activation!r}')
         super().__init__(
@@ -261,6 +265,9 @@ class SyncBatchNormalization(BatchNormalization):
 
     def _update_statistics(self, packet: Any, batches: Any) -> None:
         """Update the moving statistics by a reduced packet, and count the batches."""
+        if renormalizes(self):
+            self._update_renorm_statistics_by(packet)
+            return
         from hvd_syncbn.tf_impl.functional import updated_statistics
 
         moving_mean, moving_variance = updated_statistics(
@@ -279,6 +286,15 @@ class SyncBatchNormalization(BatchNormalization):
         self.moving_variance.assign(moving_variance)
         if self.averages:
             self.batches.assign_add(batches)
+
+    def _update_renorm_statistics_by(self, packet: Any) -> None:
+        from hvd_syncbn.tf_impl.renorm import updated_statistics
+
+        assert self.momentum is not None
+        variables = Statistics(self.moving_mean, self.moving_variance, self.moving_stddev, self.renorm_mean, self.renorm_stddev)
+        new = updated_statistics(packet, variables, self.momentum, self.renorm_momentum, self.epsilon, self.collective_name)
+        for variable, value in zip(variables, new, strict=True):
+            variable.assign(value)
 
     def get_config(self) -> dict[str, Any]:
         """Return the config of Keras's layer and the arguments of this one. A process set becomes the list of its ranks."""
@@ -323,10 +339,25 @@ RECORD = "hvd_syncbn"
 
 
 _REFUSED = {
-    "renorm": "does not support batch renormalization",
     "synchronized": "synchronizes by itself, under Horovod and under a tf.distribute strategy: leave `synchronized` out",
     "virtual_batch_size": "normalizes over the batch of all ranks, not over parts of it",
 }
+
+
+def _check_renorm(
+    clipping: dict[str, float] | None, momentum: float | None, unbiased_variance: bool, zero_debias: bool
+) -> None:
+    if not hasattr(keras.layers.BatchNormalization, "_renorm_correction_and_moments"):
+        raise ValueError(
+            "this version of Keras has no batch renormalization. "
+            f"Received: renorm=True with Keras {keras.__version__}. Use a version newer than 3.12."
+        )
+    if momentum is None or unbiased_variance or zero_debias:
+        raise ValueError(
+            "renorm averages the biased standard deviation with a momentum. Received: renorm=True with "
+            f"momentum={momentum}, unbiased_variance={unbiased_variance}, zero_debias={zero_debias}. Leave these arguments out."
+        )
+    bounds_of(clipping)
 
 
 def renormalizes(layer: Any) -> bool:
@@ -357,6 +388,7 @@ def _may_be_equal(a: Sequence[int | None], b: Sequence[int | None]) -> bool:
 def _train(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any, group: Group) -> Any:
     from hvd_syncbn.tf_impl.functional import sync_batch_norm
 
+    packets: list[Any] = []
     outputs, moving_mean, moving_variance = sync_batch_norm(
         inputs,
         layer.gamma,
@@ -376,8 +408,12 @@ def _train(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any,
         batches=layer.batches if layer.averages else None,
         process_set=group,
         name=layer.collective_name,
-        total=None if layer._total is None else layer._total.packets,
+        total=None if layer._total is None or renormalizes(layer) else layer._total.packets,
+        correction=_correction(layer, inputs.dtype, packets) if renormalizes(layer) else None,
     )
+    if renormalizes(layer):
+        layer._take_statistics(*packets)
+        return outputs
     if layer._total is not None:
         layer._update_statistics(*layer._total.count_batch())
         return outputs
@@ -386,6 +422,20 @@ def _train(layer: SyncBatchNormalization, inputs: Any, mask: Any, residual: Any,
     if layer.averages:
         layer.batches.assign_add(1)
     return outputs
+
+
+def _correction(layer: SyncBatchNormalization, dtype: Any, packets: list[Any]) -> Callable[[Any], tuple[Any, Any]]:
+    """Return the correction of batch renormalization, which adds the packet that it is called with to `packets`."""
+    from hvd_syncbn.tf_impl.renorm import correction
+
+    vectors = (layer.gamma, layer.beta, layer.renorm_mean, layer.renorm_stddev)
+    corrected = correction(*vectors, bounds_of(layer.renorm_clipping), dtype, layer.epsilon, layer.collective_name)
+
+    def keeping(packet: Any) -> tuple[Any, Any]:
+        packets.append(packet)
+        return corrected(packet)
+
+    return keeping
 
 
 def _train_frozen(layer: SyncBatchNormalization, inputs: Any, residual: Any) -> Any:

@@ -12,9 +12,10 @@ import numpy as np
 
 from hvd_syncbn import population
 from hvd_syncbn.population import Take, Vector, Words
+from hvd_syncbn.renorm import stddev_of
 from hvd_syncbn.tf_impl.keras import ranks
 from hvd_syncbn.tf_impl.keras.convert import batch_norms
-from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization, check_mask
+from hvd_syncbn.tf_impl.keras.layer import SyncBatchNormalization, check_mask, renormalizes
 
 if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -86,6 +87,8 @@ def recalibrate(
     (array([ 2.25, 10.  ], dtype=float32), array([1.25, 0.  ], dtype=float32))
     """
 
+    norms: list[Any] = []
+
     def prepare() -> _Network:
         if not isinstance(model, keras.layers.Layer):
             raise TypeError(f"expected a Keras 3 model or layer. Received: {type(model).__module__}.{type(model).__name__}")
@@ -95,12 +98,15 @@ def recalibrate(
         if isinstance(batches, tf.data.Dataset) and batches.cardinality() == tf.data.INFINITE_CARDINALITY:
             raise ValueError("expected a finite dataset: use `dataset.take(n)`. Received: an infinite tf.data.Dataset")
         network = _Network(model, forward or _call, init_affine)
+        norms.extend(network.norms)
         undo.enter_context(_undone(model, network.norms))
         return network
 
     with contextlib.ExitStack() as undo:
         data = _batches(batches)
         population.recalibrate(_Ranks(process_set), prepare, data, estimator, init_affine, layer_by_layer, progress)
+        for norm in filter(renormalizes, norms):
+            norm.moving_stddev.assign(stddev_of(keras.ops.convert_to_numpy(norm.moving_variance), norm.epsilon))
     return model
 
 

@@ -62,7 +62,7 @@ def of_this_rank(got: Result, want: Result, mine: list[int] = MINE) -> None:
     for name, value in want.items():
         if name in ("y", "dx"):
             assert_same(got[name], value[mine], name)
-        elif "running" in name or "batches" in name:
+        elif "running" in name or "renorm" in name or "batches" in name:
             assert_same(got[name], value, name)
 
 
@@ -120,6 +120,28 @@ def check_ddp() -> None:
                 alone.zero_grad()
                 of_this_rank(run(model, x[MINE], dy[MINE]), run(alone, x, dy))
             assert_averages_gradients(model, alone)
+
+
+def check_batch_renormalization() -> None:
+    """Alone, in DDP and FSDP, and compiled."""
+
+    def renormalizing(process_set: Any = None) -> nn.Module:
+        norms = [SyncBatchNorm(5, process_set=process_set, renorm=True, renorm_clipping={"rmax": 1.5}) for _ in range(2)]
+        return randomize(convert_sync_batchnorm(nn.Sequential(norms[0], nn.ReLU(), norms[1], nn.Tanh()), process_set))
+
+    x, dy = batch()
+    sharded = renormalizing()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (SIZE,)))
+    compiled = renormalizing()
+    call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for model in (renormalizing(), DistributedDataParallel(renormalizing()), sharded, call):
+        alone = renormalizing(ALONE)
+        for _ in range(3):
+            got = run(model, x[MINE], dy[MINE])
+            got = {name.removeprefix("_orig_mod."): value for name, value in got.items()}
+            of_this_rank(got, run(alone, x, dy))
+            assert "0.renorm_stddev" in got
+    torch._dynamo.reset()
 
 
 def check_ddp_without_synchronization_of_gradients() -> None:
