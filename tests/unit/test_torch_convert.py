@@ -434,7 +434,7 @@ def test_subclass_that_calls_the_function(cls: Any) -> None:
         ):
             got = step(ours, x, dy)
         (call,) = by_function.call_args_list + by_super.call_args_list
-        assert call.args[-1] == "Sequential.1"
+        assert [argument for argument in call.args if isinstance(argument, str)] == ["Sequential.1"]
         torch.testing.assert_close(got, step(theirs, x, dy), rtol=1e-4, atol=1e-4)  # as assert_is_same_model
     ours.eval(), theirs.eval()
     theirs.load_state_dict(ours.state_dict())
