@@ -94,14 +94,16 @@ def update(
     Args:
         old: The statistics before.
         mean, invstd: Of the batch.
-        packet: Of the batch, reduced. The statistics of an empty batch, and of channels that are not finite, change nothing.
+        packet: Of the batch, reduced. An empty batch changes nothing, nor do channels that ``running`` skips.
         running: The weights of ``mean``, ``variance`` and ``stddev``.
         renorm_weights: The weight of the old ``renorm_mean`` and ``renorm_stddev`` and that of the batch.
         epsilon: Added to the variance.
         framework: The framework's functions.
     """
     assert running.new_weight is not None
-    counts = framework.is_finite(mean) & (packet[_COUNT] > 0)
+    counts = packet[_COUNT] > 0
+    if running.skip_nonfinite:
+        counts = framework.is_finite(mean) & counts
     stddev = 1.0 / invstd
 
     def moved(before: Any, batch: Any, weights: tuple[float, float]) -> Any:

@@ -30,12 +30,18 @@ def correction(
 
 
 def updated_statistics(
-    packet: Any, statistics: Statistics, momentum: float, renorm_momentum: float, epsilon: float, layer: str
+    packet: Any,
+    statistics: Statistics,
+    momentum: float,
+    renorm_momentum: float,
+    skip_nonfinite: bool,
+    epsilon: float,
+    layer: str,
 ) -> Statistics:
     """Return a layer's statistics after a training step with this reduced packet, in their dtypes."""
     mean, invstd = moments(packet, statistics.mean.shape[0], tf.float32, epsilon, layer)
     old = Statistics(*map(_float64, statistics))
-    running = Running(None, None, None, momentum, 1.0 - momentum, unbiased=False)
+    running = Running(None, None, None, momentum, 1.0 - momentum, unbiased=False, skip_nonfinite=skip_nonfinite)
     renorm_weights = renorm_momentum, 1.0 - renorm_momentum
     new = renorm.update(old, mean, invstd, packet, running, renorm_weights, epsilon, _TENSORFLOW)
     return Statistics(*(tf.cast(value, before.dtype) for value, before in zip(new, statistics, strict=True)))

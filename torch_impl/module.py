@@ -352,7 +352,7 @@ class SyncBatchNorm(BatchNorm):
         return frozen_batch_norm(input, self.running_mean, self.running_var, weight, bias, self.eps, residual, self._fused)
 
     def extra_repr(self) -> str:
-        """The arguments of ``nn.BatchNorm``, the activation, those of the average, batch renormalization, and the process set."""
+        """The arguments of ``nn.BatchNorm``, the activation, the average, batch renormalization, and the process set."""
         text = super().extra_repr() + (", zero_debias=True" if self.zero_debias else "")
         text += "" if self.skip_nonfinite else ", skip_nonfinite=False"
         if self._renorm is not None:

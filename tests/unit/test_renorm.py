@@ -412,3 +412,20 @@ def test_a_keras_without_batch_renormalization(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match=r"this version of Keras has no batch renormalization. Received: renorm=True with"):
         SyncBatchNormalization(renorm=True)
     SyncBatchNormalization()
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_channel_that_is_not_finite(skip: bool) -> None:
+    """It keeps its statistics, or they become NaN; the others go on. In both frameworks."""
+    x = normal(3, 4, 5)
+    x[0, 0, 2] = np.inf
+    of_keras, of_torch = keras_layer(skip_nonfinite=skip), torch_layer(skip_nonfinite=skip)
+    before = [np.array(getattr(of_keras, name)) for name in STATISTICS]
+    of_keras(x, training=True)
+    of_torch(torch.from_numpy(np.moveaxis(x, -1, 1).copy()))
+    after = [np.array(getattr(of_keras, name)) for name in STATISTICS]
+    in_torch = ("running_mean", "running_var", "running_stddev", "renorm_mean", "renorm_stddev")
+    for name, old, new in zip(in_torch, before, after, strict=True):
+        assert same_bits(of_torch.get_buffer(name).numpy(), new)
+        assert (new[2] == old[2]) if skip else np.isnan(new[2])
+        assert np.isfinite(np.delete(new, 2)).all() and (np.delete(new, 2) != np.delete(old, 2)).all()

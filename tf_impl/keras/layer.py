@@ -292,7 +292,8 @@ class SyncBatchNormalization(BatchNormalization):
 
         assert self.momentum is not None
         variables = Statistics(self.moving_mean, self.moving_variance, self.moving_stddev, self.renorm_mean, self.renorm_stddev)
-        new = updated_statistics(packet, variables, self.momentum, self.renorm_momentum, self.epsilon, self.collective_name)
+        weights = self.momentum, self.renorm_momentum
+        new = updated_statistics(packet, variables, *weights, self.skip_nonfinite, self.epsilon, self.collective_name)
         for variable, value in zip(variables, new, strict=True):
             variable.assign(value)
 
