@@ -184,8 +184,8 @@ def test_operators_are_registered_soundly(kind: str) -> None:
     back, *_ = ops.backward_moments(x, x, x, stats, torch.float32)
     for operator, arguments in (
         (ops.forward_moments, (x, 1e-5, True)),
-        (ops.forward_apply, (*tensors, None, 0.9, 0.1, True, 1e-5, True, "name")),
-        (ops.forward_apply, (*tensors, torch.tensor(2), 0.0, None, True, 1e-5, True, "name")),
+        (ops.forward_apply, (*tensors, None, 0.9, 0.1, True, True, 1e-5, True, "name")),
+        (ops.forward_apply, (*tensors, torch.tensor(2), 0.0, None, True, False, 1e-5, True, "name")),
         (ops.backward_moments, (x, x.clone(), x.clone(), stats, torch.bfloat16)),
         (ops.backward_apply, (x, x.clone(), x.clone(), back, stats, vector, True, "name")),
         (ops.backward_apply, (x, x.clone(), None, back, stats, None, False, "name")),
