@@ -188,20 +188,22 @@ def updated_statistics(
 ) -> tuple[Any, Any]:
     """The moving statistics after a training step whose reduced packet this is; arguments as those of `sync_batch_norm`."""
     running = _running(moving_mean, moving_variance, momentum, unbiased_variance, zero_debias, skip_nonfinite, batches)
-    x = tf.zeros([0, running.mean.shape[0]])  # no values of this rank
-    with _clear_errors(layer):
-        *_, new_mean, new_variance = _apply(x, packet, None, None, running, None, None, False, "channels_last", epsilon, layer)
+    *_, new_mean, new_variance = _without_values(packet, running, tf.float32, epsilon, layer)
     return new_mean, new_variance
 
 
 def moments(packet: Any, channels: int, dtype: Any, epsilon: float, layer: str) -> tuple[Any, Any]:
     """The mean and 1 / standard deviation of each channel in a reduced packet, float64; errors say the dtype of x."""
     unused = tf.zeros([channels], tf.float64)
-    running = _unchanged(unused, unused)
-    x = tf.zeros([0, channels], dtype)  # no values of this rank
-    with _clear_errors(layer):
-        stats = _apply(x, packet, None, None, running, None, None, False, "channels_last", epsilon, layer)[1]
+    stats = _without_values(packet, _unchanged(unused, unused), dtype, epsilon, layer)[1]
     return stats[0], stats[1]
+
+
+def _without_values(packet: Any, running: Running, dtype: Any, epsilon: float, layer: str) -> tuple[Any, Any, Any, Any]:
+    """What a reduced packet gives to a rank that has no values of x."""
+    x = tf.zeros([0, running.mean.shape[0]], dtype)
+    with _clear_errors(layer):
+        return _apply(x, packet, None, None, running, None, None, False, "channels_last", epsilon, layer)
 
 
 def _running(

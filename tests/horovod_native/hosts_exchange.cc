@@ -33,7 +33,6 @@
 
 using horovod::common::HostTree;
 using horovod::common::SharedMemory;
-using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 namespace {
@@ -116,42 +115,8 @@ void reductions(int hosts, int per_host, const std::string& folder) {
   printf("%d hosts of %d: %d of %d wrong\n", hosts, per_host, parent->wrong, parent->cases);
 }
 
-// The last rank ends in the middle of exchanges, and the others wait for it and for one another.
 void ends(const std::string& how, int hosts, int per_host, const std::string& folder) {
-  const int size = hosts * per_host;
-  run(size, [&](int rank) {
-    auto tree = connect(rank, hosts, per_host, milliseconds(400), folder);
-    int64_t sum = 1;
-    for (int i = 0; i < 100; ++i) {
-      tree->Allreduce(&sum, 1, sizeof(sum), &gloo::sum<int64_t>);
-    }
-    if (rank == size - 1) {
-      if (how == "killed") {
-        kill(getpid(), SIGKILL);
-      } else if (how == "left") {
-        tree.reset();
-      } else {
-        usleep(1500000);
-      }
-      return;
-    }
-    const auto start = Clock::now();
-    try {
-      tree->Allreduce(&sum, 1, sizeof(sum), &gloo::sum<int64_t>);
-      printf("rank %d: no error\n", rank);
-    } catch (const std::exception& error) {
-      const std::string text = error.what();
-      const bool is_soon = Clock::now() - start < milliseconds(1000);
-      const auto first = text.find("failed: ");
-      printf("rank %d: %s, %s\n", rank, text.substr(first, text.find('.', first) - first).c_str(),
-             is_soon ? "within a second" : "late");
-    }
-    try {
-      tree->Allreduce(&sum, 1, sizeof(sum), &gloo::sum<int64_t>);
-      printf("rank %d: went on\n", rank);
-    } catch (const std::exception&) {
-    }
-  });
+  one_ends(how, hosts * per_host, [&](int rank) { return connect(rank, hosts, per_host, milliseconds(400), folder); });
 }
 
 void begins(int first, int hosts, int per_host, const std::string& folder) {

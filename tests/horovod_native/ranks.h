@@ -5,17 +5,20 @@
 #define HVD_SYNCBN_TESTS_RANKS_H
 
 #include <pthread.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <functional>
 #include <limits>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -148,6 +151,46 @@ void reduce_everything(Ranks& ranks, int rank, int size, const Order& order) {
 inline void share() {
   parent =
       static_cast<Parent*>(mmap(nullptr, sizeof(Parent), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+}
+
+// The last rank ends in the middle of exchanges, and the others wait for it and for one another. `connect(rank)`
+// returns a pointer to what sums over the ranks.
+template <class Connect>
+void one_ends(const std::string& how, int size, const Connect& connect) {
+  using Clock = std::chrono::steady_clock;
+  run(size, [&](int rank) {
+    auto exchange = connect(rank);
+    int64_t sum = 1;
+    for (int i = 0; i < 100; ++i) {
+      exchange->Allreduce(&sum, 1, sizeof(sum), &gloo::sum<int64_t>);
+    }
+    if (rank == size - 1) {
+      if (how == "killed") {
+        kill(getpid(), SIGKILL);
+      } else if (how == "left") {
+        exchange.reset();
+      } else {
+        usleep(1500000);
+      }
+      return;
+    }
+    const auto start = Clock::now();
+    try {
+      exchange->Allreduce(&sum, 1, sizeof(sum), &gloo::sum<int64_t>);
+      printf("rank %d: no error\n", rank);
+    } catch (const std::exception& error) {
+      const std::string text = error.what();
+      const bool is_soon = Clock::now() - start < std::chrono::milliseconds(1000);
+      const auto first = text.find("failed: ");
+      printf("rank %d: %s, %s\n", rank, text.substr(first, text.find('.', first) - first).c_str(),
+             is_soon ? "within a second" : "late");
+    }
+    try {
+      exchange->Allreduce(&sum, 1, sizeof(sum), &gloo::sum<int64_t>);
+      printf("rank %d: went on\n", rank);
+    } catch (const std::exception&) {
+    }
+  });
 }
 
 #endif  // HVD_SYNCBN_TESTS_RANKS_H

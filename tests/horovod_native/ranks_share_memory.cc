@@ -29,7 +29,6 @@
 #include "ranks.h"
 
 using horovod::common::SharedMemory;
-using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 namespace {
@@ -72,41 +71,9 @@ void reductions(int size, const std::string& folder) {
   printf("%d ranks: %d of %d wrong\n", size, parent->wrong, parent->cases);
 }
 
-// The last rank ends in the middle of exchanges, and the others wait for it and for one another.
 void ends(const std::string& how, int size, const std::string& folder) {
-  run(size, [&](int rank) {
-    auto shared = SharedMemory::Connect(link(rank, size), rank, size, 1, milliseconds(400), folder);
-    int64_t sum = 1;
-    for (int i = 0; i < 100; ++i) {
-      shared->Allreduce(&sum, 1, sizeof(sum), &gloo::sum<int64_t>);
-    }
-    if (rank == size - 1) {
-      if (how == "killed") {
-        kill(getpid(), SIGKILL);
-      } else if (how == "left") {
-        shared.reset();
-      } else {
-        usleep(1500000);
-      }
-      return;
-    }
-    const auto start = Clock::now();
-    try {
-      shared->Allreduce(&sum, 1, sizeof(sum), &gloo::sum<int64_t>);
-      printf("rank %d: no error\n", rank);
-    } catch (const std::exception& error) {
-      const std::string text = error.what();
-      const bool is_soon = Clock::now() - start < milliseconds(1000);
-      const auto first = text.find("failed: ");
-      printf("rank %d: %s, %s\n", rank, text.substr(first, text.find('.', first) - first).c_str(),
-             is_soon ? "within a second" : "late");
-    }
-    try {
-      shared->Allreduce(&sum, 1, sizeof(sum), &gloo::sum<int64_t>);
-      printf("rank %d: went on\n", rank);
-    } catch (const std::exception&) {
-    }
-  });
+  one_ends(how, size,
+           [&](int rank) { return SharedMemory::Connect(link(rank, size), rank, size, 1, milliseconds(400), folder); });
 }
 
 void falls_back(const std::string& why, const std::string& folder) {
