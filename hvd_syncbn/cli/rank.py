@@ -244,6 +244,7 @@ def grouped_packets(hvd: Any, framework: str) -> None:
         _measure(hvd, framework, groups, hosts, mine)
         for process_set in sets:
             hvd.remove_process_set(process_set)
+    hvd.allgather_object(None, name="hvd_syncbn.doctor.end")  # the first rank that leaves ends Horovod for all
 
 
 def layouts(hosts: list[str]) -> list[list[list[int]]]:
