@@ -22,3 +22,7 @@ class Running(NamedTuple):
     """Whether the variance is ``var * n / (n - 1)`` (PyTorch) or ``var`` (Keras)."""
     skip_nonfinite: bool = True
     """Whether a channel that is not finite in the batch keeps its running statistics; otherwise they become NaN."""
+
+
+WITHOUT_STATISTICS = Running(None, None, None, 1.0, 0.0, unbiased=True)
+"""The value for a call that keeps no running statistics."""

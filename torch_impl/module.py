@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_syncbn import native
 from hvd_syncbn.renorm import Clipping, Statistics, bounds_of
-from hvd_syncbn.running import Running
+from hvd_syncbn.running import WITHOUT_STATISTICS, Running
 from hvd_syncbn.torch_impl.functional import ACTIVATIONS, check_input, frozen_batch_norm, local_batch_norm, normalize
 from hvd_syncbn.torch_impl.ops import forward_apply
 from hvd_syncbn.torch_impl.renorm import renormalize, update_statistics
@@ -271,7 +271,7 @@ class SyncBatchNorm(BatchNorm):
                 self._take_statistics(packet)
             return y
         total = self._total
-        running = self._running() if total is None else Running(None, None, None, 1.0, 0.0, unbiased=True)
+        running = self._running() if total is None else WITHOUT_STATISTICS
         y = normalize(
             input,
             self.weight,

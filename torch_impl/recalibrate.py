@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from hvd_syncbn import population, renorm
 from hvd_syncbn.population import Take, Vector, Words
-from hvd_syncbn.running import Running
+from hvd_syncbn.running import WITHOUT_STATISTICS
 from hvd_syncbn.torch_impl import ops, ranks
 from hvd_syncbn.torch_impl.freeze import is_frozen
 from hvd_syncbn.torch_impl.functional import check_input
@@ -199,8 +199,8 @@ class _Network:
             y, _ = ops.frozen_apply(x, mean, var, weight, bias, residual, layer.eps, False)
         else:
             packet = torch.from_numpy(reduced).to(x.device)
-            unused = Running(None, None, None, 0.0, 0.0, True)
-            y, _ = ops.forward_apply(x, packet, weight, bias, residual, *unused, layer.eps, False, f"recalibrate.{layer.name}")
+            settings = (*WITHOUT_STATISTICS, layer.eps, False, f"recalibrate.{layer.name}")
+            y, _ = ops.forward_apply(x, packet, weight, bias, residual, *settings)
         return y
 
     def read(self, index: int) -> list[Vector]:

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from hvd_syncbn import renorm
 from hvd_syncbn.renorm import Clipping, Statistics
-from hvd_syncbn.running import Running
+from hvd_syncbn.running import WITHOUT_STATISTICS, Running
 from hvd_syncbn.torch_impl import ops, ranks
 from hvd_syncbn.torch_impl.functional import check_built_for, rerun
 
 _TORCH = renorm.Framework(torch.clamp, torch.where, torch.isfinite)
-_UNCHANGED = Running(None, None, None, 1.0, 0.0, unbiased=True)
 
 
 def renormalize(
@@ -48,7 +47,7 @@ def renormalize(
         r, d = renorm.correction(mean, invstd, renorm_mean.double(), renorm_stddev.double(), eps, bounds, _TORCH)
     scale, offset = renorm.compose(r, d, *(None if p is None else p.double() for p in (weight, bias)))
     relu = activation == "relu"
-    y: Tensor = ops.sync_batch_norm(x, scale, offset, residual, *_UNCHANGED, eps, relu, group, name, None, packet)
+    y: Tensor = ops.sync_batch_norm(x, scale, offset, residual, *WITHOUT_STATISTICS, eps, relu, group, name, None, packet)
     return y, packet
 
 
@@ -76,5 +75,5 @@ def _check_runs_once(name: str) -> None:
 
 def _moments(packet: Tensor, x: Tensor, eps: float, name: str, needs_gradient: bool) -> Tensor:
     """Return the mean and 1 / standard deviation of each channel, float64; x has no values."""
-    stats: Tensor = ops.forward_apply(x, packet, None, None, None, *_UNCHANGED, eps, False, name, needs_gradient)[1]
+    stats: Tensor = ops.forward_apply(x, packet, None, None, None, *WITHOUT_STATISTICS, eps, False, name, needs_gradient)[1]
     return stats
