@@ -22,7 +22,7 @@ from rich.text import Text
 
 from hvd_syncbn import __version__, horovod_build
 from hvd_syncbn.cli import job
-from hvd_syncbn.cli.packets import ENOUGH_RANKS, STAGES, Cluster, advice, measure
+from hvd_syncbn.cli.packets import DISTRIBUTED, ENOUGH_RANKS, STAGES, Cluster, advice, measure
 
 DESCRIPTION = "Check the installation and print how to fix problems; with -np, measure packets between ranks."
 
@@ -322,7 +322,7 @@ _STAGE_LABELS = {
 
 def _show_breakdowns(console: Console, cluster: Cluster) -> None:
     """Print the stages of a packet among all ranks, and what makes the slowest stage faster."""
-    if cluster.controller == "torch.distributed":
+    if cluster.controller == DISTRIBUTED:
         return
     if not cluster.breakdowns:
         console.print("The stages of a packet were not recorded: NCCL completes it later, or Horovod is an older build.")

@@ -31,6 +31,9 @@ class Packet(NamedTuple):
     seconds: float
 
 
+DISTRIBUTED = "Gloo of torch.distributed"
+"""What sums packets under torchrun, as ``Cluster.controller``."""
+
 STAGES = ("call", "cycle", "agreement", "sum", "return")
 """The stages of an allreduce, one after the other: until it is enqueued, until the cycle begins that runs it, until the ranks
 have agreed on it, until it is summed, and until the caller has the result."""

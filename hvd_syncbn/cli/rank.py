@@ -23,7 +23,7 @@ import numpy as np
 from hvd_syncbn import __version__, native, vectors
 from hvd_syncbn.cli import engines
 from hvd_syncbn.cli.job import MARK
-from hvd_syncbn.cli.packets import STAGES
+from hvd_syncbn.cli.packets import DISTRIBUTED, STAGES
 from hvd_syncbn.cli.stacks import LAYOUTS, Stack, gpu, tensorflow_stack, tensorflow_step, torch_stack
 
 PACKET_CHANNELS = (64, 2048, 16384)
@@ -226,7 +226,7 @@ def packets(hvd: Any, framework: str) -> None:
     """Report the cost of packets among all ranks."""
     hosts = hvd.allgather_object(socket.gethostname(), name="hvd_syncbn.doctor.hosts")
     if isinstance(hvd, engines.Distributed):
-        controller = "Gloo of torch.distributed"
+        controller = DISTRIBUTED
     else:
         controller = "MPI" if hvd.mpi_built() and hvd.mpi_enabled() else "Gloo"
     report(hvd, hosts=hosts, controller=controller)

@@ -448,6 +448,10 @@ class TestDoctorOnRanks:
         monkeypatch.setattr(doctor, "measure", lambda *_: self.cluster(["a", "a"]))
         status, out = run(capsys, "doctor", "-np", "2")
         assert status == 0 and "The stages of a packet were not recorded" in out
+        # torch.distributed has no such stages.
+        monkeypatch.setattr(doctor, "measure", lambda *_: self.cluster(["a", "a"], packets.DISTRIBUTED))
+        status, out = run(capsys, "doctor", "-np", "2", "--launcher", "torchrun")
+        assert status == 0 and "stages" not in out
 
     @pytest.mark.usefixtures("healthy")
     def test_a_job_that_fails(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
