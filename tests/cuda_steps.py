@@ -54,14 +54,16 @@ def step(
     wide_gamma, wide_beta, want_mean, want_var = (logical(v, parameter) for v in (gamma, beta, mean, var))
     given = (wide_gamma, wide_beta) if affine else (None, None)
     running = (want_mean, want_var, (0.9, 0.1))
-    options = {"residual": rs, "relu": relu, "skip_nonfinite": seed % 2 == 0}
-    want_y, want_stats = native.forward(shape, xs, packet, EPS, given[0], given[1], *running, **options)
+    skip = seed % 2 == 0
+    want_y, want_stats = native.forward(
+        shape, xs, packet, EPS, given[0], given[1], *running, residual=rs, relu=relu, skip_nonfinite=skip
+    )
     y = cuda.guarded(np.zeros_like(want_y), offset)
     new_mean, new_var = cuda.guarded(mean), cuda.guarded(var)
     old = [cuda.vector(v, parameter) for v in (mean, var)]
     new = [cuda.vector(v, parameter) for v in (new_mean, new_var)]
     vectors = (given_gamma, given_beta, *old, *new)
-    stats = cuda.forward_apply(shape, EPS, xs, rs, relu, packet, vectors, (0.9, 0.1), True, seed % 2 == 0, "layer", y)
+    stats = cuda.forward_apply(shape, EPS, xs, rs, relu, packet, vectors, (0.9, 0.1), True, skip, "layer", y)
     assert same_bits(stats, want_stats)
     assert same_bits(y, want_y)
     for got, want in ((new_mean, want_mean), (new_var, want_var)):
@@ -96,9 +98,11 @@ def frozen_step(n: int, c: int, s: int, dtype: str, layout: str, seed: int, *, r
     rng = np.random.default_rng(seed)
     x, dy, residual = (storage(hostile(rng, (n, c, s), dtype), dtype, layout) for _ in range(3))
     gamma, beta, mean, var = (storage(abs(rng.standard_normal((1, c, 1))), parameter).reshape(c) for _ in range(4))
-    wide = [logical(v, parameter) for v in (gamma, beta, mean, var)]
+    wide_gamma, wide_beta, wide_mean, wide_var = (logical(v, parameter) for v in (gamma, beta, mean, var))
     shape = native.shape(n, c, s, dtype, layout)
-    want_y, want_stats = native.forward(shape, x, None, EPS, *wide, residual=residual, relu=relu)
+    want_y, want_stats = native.forward(
+        shape, x, None, EPS, wide_gamma, wide_beta, wide_mean, wide_var, residual=residual, relu=relu
+    )
     y, new_mean, new_var = cuda.guarded(np.zeros_like(want_y)), cuda.guarded(np.zeros_like(mean)), cuda.guarded(var)
     vectors = [cuda.vector(v, parameter) for v in (gamma, beta, mean, var, new_mean, new_var)]
     stats = cuda.forward_apply(shape, EPS, x, residual, relu, None, tuple(vectors), (0.9, 0.1), True, True, "layer", y)
@@ -107,7 +111,7 @@ def frozen_step(n: int, c: int, s: int, dtype: str, layout: str, seed: int, *, r
     assert same_bits(new_mean, mean) and same_bits(new_var, var) and cuda.intact(new_mean)
 
     ys = y if relu else None
-    want_dx, want_dresidual = native.backward(shape, dy, dy, None, stats, wide[0], ys)
+    want_dx, want_dresidual = native.backward(shape, dy, dy, None, stats, wide_gamma, ys)
     dx, dresidual = cuda.guarded(np.zeros_like(want_dx)), cuda.guarded(np.zeros_like(want_dx))
     cuda.backward_apply(shape, dy, dy, ys, None, None, stats, vectors[0], "layer", dx, dresidual)
     assert same_bits(dx, want_dx) and cuda.intact(dx)
