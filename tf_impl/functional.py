@@ -187,7 +187,8 @@ def updated_statistics(
     layer: str,
 ) -> tuple[Any, Any]:
     """The moving statistics after a training step whose reduced packet this is; arguments as those of `sync_batch_norm`."""
-    running = _running(moving_mean, moving_variance, momentum, unbiased_variance, zero_debias, skip_nonfinite, batches)
+    mean, variance = tf.convert_to_tensor(moving_mean), tf.convert_to_tensor(moving_variance)
+    running = _running(mean, variance, momentum, unbiased_variance, zero_debias, skip_nonfinite, batches)
     *_, new_mean, new_variance = _without_values(packet, running, tf.float32, epsilon, layer)
     return new_mean, new_variance
 
@@ -218,8 +219,8 @@ def _running(
     averages = momentum is None or zero_debias
     keep = 1.0 if momentum is None else momentum
     return Running(
-        tf.convert_to_tensor(moving_mean),
-        tf.convert_to_tensor(moving_variance),
+        moving_mean,
+        moving_variance,
         tf.convert_to_tensor(batches, tf.int64) if averages else None,
         keep,
         None if averages else 1.0 - keep,

@@ -332,18 +332,15 @@ class SyncBatchNorm(BatchNorm):
             running.batches.add_(batches)
 
     def _running(self) -> Running:
-        tracks = self.track_running_stats
-        momentum = 0.0 if self.momentum is None else self.momentum
-        averages = tracks and (self.zero_debias or self.momentum is None)
-        return Running(
-            self.running_mean if tracks else None,
-            self.running_var if tracks else None,
-            self.num_batches_tracked if tracks else None,
-            1 - momentum,
-            None if averages else momentum,
-            unbiased=True,
-            skip_nonfinite=self.skip_nonfinite,
-        )
+        if not self.track_running_stats:
+            return WITHOUT_STATISTICS
+        buffers = self._buffers  # a third of the time of nn.Module's attributes, in every training step
+        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        momentum = self.momentum
+        if momentum is None:
+            return Running(mean, var, batches, 1.0, None, True, self.skip_nonfinite)
+        new_weight = None if self.zero_debias else momentum
+        return Running(mean, var, batches, 1 - momentum, new_weight, True, self.skip_nonfinite)
 
     def _forward_frozen(self, input: Tensor, residual: Tensor | None) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
