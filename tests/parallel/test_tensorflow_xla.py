@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parallel.job import Job, checks, run
+from tests.parallel.job import checks, run
 
 RANKS = (1, 2)
 CLUSTERS = {
@@ -13,19 +13,15 @@ CLUSTERS = {
 }
 
 
-def job(ranks: int, **environment: str) -> Job:
-    return run("tensorflow_xla", ranks, 300, **environment)
-
-
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("check", checks("tensorflow_xla"))
 def test_check(check: str, ranks: int) -> None:
-    job(ranks).values(check)
+    run("tensorflow_xla", ranks).values(check)
 
 
 def test_auto_clustering_has_the_same_bytes() -> None:
-    clustered = [job(ranks, **CLUSTERS) for ranks in RANKS]
-    digests = {d for found in (*clustered, *map(job, RANKS)) for d in found.values("check_step")}
-    assert len(digests) == 1
-    for found in clustered:
-        assert "Compiled cluster using XLA" in found.output
+    clustered = [run("tensorflow_clustered", ranks, **CLUSTERS) for ranks in RANKS]
+    plain = [run("tensorflow_clustered", ranks) for ranks in RANKS]
+    assert len({digest for job in (*clustered, *plain) for digest in job.values("check_step")}) == 1
+    for job in clustered:
+        assert "Compiled cluster using XLA" in job.output
