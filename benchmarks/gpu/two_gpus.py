@@ -1,4 +1,5 @@
-"""Two ranks with a GPU each: `horovodrun -np 2 python -m benchmarks.gpu.two_gpus 0`, or `1` with asynchronous completion.
+"""Two ranks with a GPU each: `horovodrun -np 2 python -m benchmarks.gpu.two_gpus 0`, or `1` with gradients that complete
+asynchronously.
 
 The layer's bytes on every rank are compared with those of a twin on the CPU that sees the global batch: on the default and on
 side streams, over process sets, and beside a rank that has joined.

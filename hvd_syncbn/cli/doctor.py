@@ -174,9 +174,7 @@ def _gpus(probes: dict[str, dict[str, object]]) -> list[Finding]:
             findings.append(Finding("CUDA kernels", what, _reinstall_command()))
         elif core.get("cuda"):
             findings.append(Finding("CUDA kernels", "built in"))
-        if horovod.get("nccl"):
-            findings.append(_asynchronous())
-        elif horovod and "error" not in horovod:
+        if horovod and "error" not in horovod and not horovod.get("nccl"):
             what = "Horovod is built without NCCL: packets go through host memory"
             fix = f"{sys.executable} -m hvd_syncbn.horovod_build --with-nccl"
             findings.append(Finding(f"GPU collectives of {name}", what, fix))
@@ -185,14 +183,6 @@ def _gpus(probes: dict[str, dict[str, object]]) -> list[Finding]:
 
 def _is_set(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
-
-
-def _asynchronous() -> Finding:
-    """Return whether the host waits for every packet of a GPU."""
-    name = "HOROVOD_ENABLE_ASYNC_COMPLETION"
-    if _is_set(name):
-        return Finding(name, "set: the host does not wait for NCCL; the stream does")
-    return Finding(name, "not set: the host waits at every packet until NCCL is done; with 1 only the stream waits")
 
 
 def _advice() -> list[Finding]:

@@ -1,6 +1,6 @@
-// In which order Horovod's GPU operations complete with HOROVOD_ENABLE_ASYNC_COMPLETION=1, on a device that this
-// program plays: what is enqueued on a stream runs when somebody waits for it, not before. Usage: async_completion
-// TIMELINE_FILE. Prints what tests/unit/test_horovod_native.py compares.
+// In which order Horovod's GPU operations complete, on a device that this program plays: what is enqueued on a stream
+// runs when somebody waits for it, not before. Usage: async_completion TIMELINE_FILE. Prints what
+// tests/unit/test_horovod_native.py compares.
 
 #include <deque>
 #include <functional>
@@ -119,8 +119,16 @@ class Job {
  public:
   Job() : operations_(&gpu_, &state) {
     state.enable_async_completion = true;
-    gpu_.streams.resize(1);
+    gpu_.streams.resize(2);
     gpu_.finalizer_thread_pool.create(1);
+    gpu_.awaited_finalizer_thread_pool.create(1);
+  }
+
+  // Runs what follows as operations.cc runs it for tensors that a layer waits for, with Horovod's default for the
+  // others.
+  void Await() {
+    state.enable_async_completion = false;
+    state.current_nccl_stream = state.AwaitedNcclStream();
   }
 
   // Enqueues an allreduce with a rank that has a 1, and what comes after it; returns whether that is so.
@@ -142,7 +150,7 @@ class Job {
     operations_.FinalizeGPUQueue(entries);
   }
 
-  // Keeps the thread that runs callbacks from going on until the returned promise is fulfilled.
+  // Keeps the thread that runs callbacks of gradients from going on until the returned promise is fulfilled.
   std::promise<void> Hold() {
     std::promise<void> gate;
     gpu_.finalizer_thread_pool.execute([future = gate.get_future().share()] { future.wait(); });
@@ -151,11 +159,13 @@ class Job {
 
   void WaitForCallbacks() {
     auto done = std::make_shared<std::promise<void>>();
-    gpu_.finalizer_thread_pool.execute([done] { done->set_value(); });
+    const bool is_awaited = state.current_nccl_stream == state.AwaitedNcclStream();
+    auto& pool = is_awaited ? gpu_.awaited_finalizer_thread_pool : gpu_.finalizer_thread_pool;
+    pool.execute([done] { done->set_value(); });
     done->get_future().wait();
   }
 
-  FakeStream& Stream() { return *gpu_.streams[0][0]; }
+  FakeStream& Stream() { return *gpu_.streams[state.current_nccl_stream][0]; }
 
   HorovodGlobalState& state = *new HorovodGlobalState;  // larger than a stack
   std::vector<float> sums;
@@ -165,14 +175,17 @@ class Job {
   GPUOpContext operations_;
 };
 
-void JoinedRank() {
+void JoinedRank(bool awaited) {
   Job job;
+  if (awaited) {
+    job.Await();
+  }
   for (int i = 0; i < 3; ++i) {
     job.Allreduce(nullptr);  // the zeros of a rank that has joined have no callback
     job.WaitForCallbacks();
   }
   RunUntil(job.Stream(), 3);
-  std::cout << "sums with a rank that has joined:";
+  std::cout << (awaited ? "awaited " : "") << "sums with a rank that has joined:";
   for (float sum : job.sums) {
     std::cout << " " << sum;
   }
@@ -190,6 +203,34 @@ void TwoOperations() {
   job.WaitForCallbacks();
   std::cout << "streams wait for: " << after[0] << " and " << after[1] << " operations, " << job.sums.size()
             << " run on the way" << std::endl;
+}
+
+// Beside gradients that NCCL has not begun, and whose thread is held.
+void AwaitedTensors() {
+  for (bool elastic : {false, true}) {
+    Job job;
+    job.state.elastic_enabled = elastic;
+    job.state.enable_async_completion = false;
+    auto gate = job.Hold();
+    bool gradient_is_done = false;
+    job.Allreduce([&](const Status&) { gradient_is_done = true; });
+    job.Await();
+    std::vector<int> after;
+    for (int i = 0; i < 2; ++i) {
+      job.Allreduce(
+          [&](const Status& status) { after.push_back(status.event.event ? (*status.event.event)->after : 0); });
+      if (elastic) {
+        job.WaitForCallbacks();
+      }
+    }
+    std::cout << "awaited" << (elastic ? ", elastic" : "") << ": streams wait for " << after[0] << " and " << after[1]
+              << " operations, " << job.sums.size() << " run on the way, gradient "
+              << (gradient_is_done ? "done" : "pending") << ", next stream " << job.state.current_nccl_stream
+              << std::endl;
+    gate.set_value();
+    job.state.current_nccl_stream = 0;
+    job.WaitForCallbacks();
+  }
 }
 
 void WithTimeline(const char* file) {
@@ -211,8 +252,10 @@ void WithTimeline(const char* file) {
 }  // namespace horovod
 
 int main(int argc, char** argv) {
-  horovod::common::JoinedRank();
+  horovod::common::JoinedRank(false);
   horovod::common::TwoOperations();
+  horovod::common::AwaitedTensors();
+  horovod::common::JoinedRank(true);
   horovod::common::WithTimeline(argv[1]);
   return 0;
 }

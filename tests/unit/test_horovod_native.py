@@ -135,6 +135,10 @@ def test_asynchronous_completion_on_a_gpu(programs: Path, tmp_path: Path) -> Non
         "sums with a rank that has joined: 1 1 1",
         # A stream waits for the operation whose result it needs, not for the next one; nobody waits on the host.
         "streams wait for: 1 and 2 operations, 0 run on the way",
+        # Tensors that a layer waits for pass gradients by, and complete asynchronously but in elastic jobs.
+        "awaited: streams wait for 1 and 2 operations, 0 run on the way, gradient pending, next stream 1",
+        "awaited, elastic: streams wait for 0 and 0 operations, 2 run on the way, gradient pending, next stream 1",
+        "awaited sums with a rank that has joined: 1 1 1",
         "with a timeline, run before the callback: 1",
     ]
 

@@ -43,6 +43,10 @@ class Stream:
     def synchronize(self) -> None:
         """Do nothing."""
 
+    def query(self) -> bool:
+        """Return that it is busy, as after a sleep."""
+        return False
+
 
 @contextlib.contextmanager
 def _on_stream(_: Any) -> Iterator[None]:
