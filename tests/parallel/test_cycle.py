@@ -19,6 +19,12 @@ def test_layers_do_not_wait_for_the_cycle(framework: str) -> None:
     assert max(job.values("check_layers_do_not_wait_for_the_cycle")) < 10 * CYCLE_SECONDS
 
 
+def test_parallel_layers_do_not_wait_for_the_cycle() -> None:
+    job = run("tensorflow_cycle", 2, HOROVOD_CYCLE_TIME=str(1000 * CYCLE_SECONDS))
+    # Every second step waited for a cycle: a thread whose turn another one had was forgotten when that one was done.
+    assert max(job.values("check_parallel_layers_do_not_wait_for_the_cycle")) < 10 * CYCLE_SECONDS
+
+
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
 def test_waiting_threads_do_not_wait_for_the_cycle(framework: str) -> None:
     job = run(f"{framework}_cycle", 2, HOROVOD_CYCLE_TIME=str(1000 * CYCLE_SECONDS))

@@ -32,6 +32,28 @@ def check_layers_do_not_wait_for_the_cycle() -> float:
     return time.monotonic() - start
 
 
+def check_parallel_layers_do_not_wait_for_the_cycle() -> float:
+    """Seconds that 4 * STEPS steps of parallel layers took, whose packets two threads send at the same time."""
+    layers = [SyncBatchNormalization(name=f"branch_{number}") for number in range(8)]
+    # Branches of different lengths, and not the same on each rank.
+    weights = [tf.random.normal((64, 64 * (1 + number * (1 + hvd.rank()) % 5))) / 100 for number in range(8)]
+    x = tf.random.normal((256, 64))
+
+    @tf.function
+    def step(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            branches = zip(layers, weights, strict=True)
+            y = tf.add_n([layer(x @ w @ tf.transpose(w), training=True) for layer, w in branches])
+        return tape.gradient(y, x)
+
+    step(x).numpy()
+    start = time.monotonic()
+    for _ in range(4 * STEPS):
+        step(x).numpy()
+    return time.monotonic() - start
+
+
 def check_waiting_threads_do_not_wait_for_the_cycle() -> float:
     """Seconds that STEPS of each collective took, in eager operations, whose thread waits for them (patch 0041)."""
     start = time.monotonic()
