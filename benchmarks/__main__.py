@@ -58,18 +58,19 @@ def plan(quick: bool) -> list[Job]:
     found.append(Job("PyTorch, warm memory, and kernels", "torch", cases, pin=True, environment=WARM_MEMORY))
     for ranks in (2,) if quick else (2, 4):
         for framework, name in m.FRAMEWORKS.items():
-            cases = synchronized.cases(ranks, quick)
-            if ranks == 2:
-                cases += [*accuracy.cases(), *([] if quick else [synchronized.network_case(3)])]
-                cases += [synchronized.ddp_case(3)] if framework == "torch" and not quick else []
+            cases = [*synchronized.cases(ranks, quick), *(accuracy.cases() if ranks == 2 else [])]
             packets = [settings.packets_case(31)] if framework == "torch" and not quick else []
-            job = Job(f"{name}, {ranks} ranks", framework, cases + packets, ranks, environment=settings.SHORT_CYCLE)
-            found.append(job)
+            title = f"{name}, {ranks} ranks"
+            mine = [Job(title, framework, cases + packets, ranks, environment=settings.SHORT_CYCLE)]
+            networks = [] if quick or ranks > 2 else [synchronized.network_case(3)]
+            if networks:
+                ddp = [synchronized.ddp_case(3)] if framework == "torch" else []
+                mine.append(Job(f"{title}, networks", framework, networks + ddp, ranks))
+            found += mine
             if ranks == 2 and has_mpi():
-                found.append(replace(job, title=f"{job.title}, MPI", controller="mpi"))
+                found += [replace(job, title=f"{job.title}, MPI", controller="mpi") for job in mine]
             if framework == "tensorflow" and not quick:
-                title = f"{name}'s own strategy, {ranks} ranks"
-                found.append(Job(title, framework, cases, ranks, strategy=True, environment=settings.SHORT_CYCLE))
+                found.append(Job(f"{name}'s own strategy, {ranks} ranks", framework, cases + networks, ranks, strategy=True))
     found += latency.jobs(quick, has_mpi())
     if not quick:
         cases = [settings.packets_case(31)]
@@ -134,7 +135,7 @@ def tables(results: dict[str, list[m.Record]]) -> Iterable[Any]:
     cycle = f"HOROVOD_CYCLE_TIME={settings.CYCLE_TIME}"
     yield synchronized.table(f"Synchronized layer, forward and backward, {cycle}", results["synchronized"])
     if results["network"]:
-        yield synchronized.table(f"Forward and backward of a ResNet-50, {cycle}", results["network"])
+        yield synchronized.table("Forward and backward of a ResNet-50, nothing set", results["network"])
     if results["ddp"]:
         yield synchronized.table("Forward and backward of a ResNet-50 in DistributedDataParallel", results["ddp"])
     yield from synchronized.failures(results["synchronized"] + results["network"] + results["ddp"])
