@@ -9,8 +9,9 @@ NATIVE := $(shell find hvd_syncbn torch_impl tf_impl -name "*.cc" -o -name "*.h"
 PATCHES := hvd_syncbn/horovod_build/patches
 CMAKE := $(shell find CMakeLists.txt hvd_syncbn torch_impl tf_impl -name "CMakeLists.txt" -o -name "*.cmake")
 
-# Pytest's options for two files of tests at a time; see TOGETHER in tests/conftest.py. What takes longest comes first.
-TWO := -n 2 --no-loadscope-reorder
+# Pytest's options for three files of tests at a time, of which some wait; see TOGETHER in tests/conftest.py. What takes longest
+# comes first.
+THREE := -n 3 --no-loadscope-reorder
 
 .PHONY: setup demo test check test-cluster segmentation bench soak launchers docs gpu lint clean
 .DELETE_ON_ERROR:
@@ -22,11 +23,11 @@ demo: setup
 
 test: setup
 	-@tools/cluster_deps.sh
-	$(BIN)/python -m pytest tests/parallel tests/cluster tests/unit tests/gpu $(TWO)
+	$(BIN)/python -m pytest tests/parallel tests/cluster tests/unit tests/gpu $(THREE)
 
 # Lint and the quick unit tests: some 3 minutes.
 check: setup lint
-	$(BIN)/python -m pytest tests/unit $(TWO) -m "not slow and not matrix"
+	$(BIN)/python -m pytest tests/unit $(THREE) -m "not slow and not matrix"
 
 # With every way to die of an elastic job, in both frameworks: some 20 minutes more than what `make test` runs of it.
 test-cluster: setup

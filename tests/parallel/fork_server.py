@@ -2,16 +2,17 @@
 
 A job starts `rank_client.py` for each rank. The client passes its arguments, environment, working directory and standard
 streams to a server. The server forks a keeper, and the keeper forks the rank. The client ends with the rank's exit status or
-signal. If the client is killed, the keeper kills the rank. If the process that started the server ends, the server, its keepers
-and its ranks end.
+signal. If the client is killed, the keeper kills the rank. All test processes of one pytest share the servers; if pytest ends,
+the servers, their keepers and their ranks end.
 
-    python -m tests.parallel.fork_server LISTENER FRAMEWORK
+    python -m tests.parallel.fork_server LISTENER FRAMEWORK OWNER
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import json
@@ -41,60 +42,70 @@ GC_THRESHOLD = (20_000, 10, 10)
 PR_SET_PDEATHSIG = 1
 LONGEST_REQUEST = 1 << 20  # bytes
 
-_sockets: dict[str, str] = {}
-_servers: list[subprocess.Popen[bytes]] = []  # a server ends when its standard input is closed: with this process
+# pytest, which is the parent of xdist's workers. A server ends with it.
+_OWNER = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+_servers: list[subprocess.Popen[bytes]] = []  # that this process has started
 
 
 def command(framework: str, environment: dict[str, str]) -> list[str]:
     """Return the beginning of a command that has a forked process run a module; its name and arguments follow.
 
     Args:
-        framework: a key of `MODULES`. The first call starts its servers.
+        framework: a key of `MODULES`. The first call of a test run starts its servers.
         environment: of the servers. A rank gets its own, but frameworks read some variables when they are imported.
     """
-    if framework not in _sockets:
-        _sockets[framework] = _start(framework, environment)
     # Isolated and without `site`, the client starts in 15 ms.
-    return [sys.executable, "-I", "-S", str(CLIENT), _sockets[framework]]
+    return [sys.executable, "-I", "-S", str(CLIENT), _sockets(framework, environment)]
 
 
-def _start(framework: str, environment: dict[str, str]) -> str:
-    """Start a framework's two servers. The paths of their sockets are the returned text followed by 0 and 1.
+def _sockets(framework: str, environment: dict[str, str]) -> str:
+    """Return the path of the sockets of a framework's two servers, without the 0 and 1 that follow; start them if need be.
 
     The first forks the even ranks and the second the odd ones, so that not all ranks iterate over a set in the same order.
     """
-    path = os.path.join(tempfile.mkdtemp(prefix="hvd-syncbn-fork-"), framework)
-    for number in (0, 1):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(f"{path}{number}")
-            listener.listen(16)  # clients wait until the server has imported its modules
-            server = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(listener.fileno()), framework], cwd=ROOT, env=environment,
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()], start_new_session=True,
-            )  # fmt: skip
-            _servers.append(server)
+    folder = Path(tempfile.gettempdir(), f"hvd-syncbn-fork-{_OWNER}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = str(folder / framework)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(f"{path}1"):
+            for number in (0, 1):
+                _start(framework, f"{path}{number}", environment)
     return path
 
 
-def serve(listener: socket.socket) -> None:
-    """Fork a rank for each client until standard input is closed. Returns in the ranks; ends the process in the server."""
+def _start(framework: str, path: str, environment: dict[str, str]) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen(16)  # clients wait until the server has imported its modules
+        number = listener.fileno()
+        server = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(number), framework, str(_OWNER)], cwd=ROOT, env=environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[number], start_new_session=True,
+        )  # fmt: skip
+        _servers.append(server)
+
+
+def serve(listener: socket.socket, owner: int) -> None:
+    """Fork a rank for each client until the owner has ended. Returns in the ranks; ends the process in the server."""
     server = os.getpid()
+    path = Path(listener.getsockname())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers need not be waited for
     while True:
-        readable = select.select([sys.stdin, listener], [], [])[0]
-        if sys.stdin in readable:
+        if owner in select.select([owner, listener], [], [])[0]:
             break
         client = listener.accept()[0]
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _end_with(server)
             listener.close()
+            os.close(owner)
             _keep(client)
             return
         client.close()
-    path = Path(listener.getsockname())
-    path.unlink()
-    with contextlib.suppress(OSError):  # the other server's socket may be there
+    for leftover in (path, path.with_name(f"{path.name[:-1]}.lock")):
+        leftover.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the other servers' sockets may be there
         path.parent.rmdir()
     sys.exit()
 
@@ -147,13 +158,14 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
 def main() -> None:
     """A server, and in each process that it forks a rank."""
     listener = socket.socket(fileno=int(sys.argv[1]))
+    owner = os.pidfd_open(int(sys.argv[3]))
     for name in MODULES[sys.argv[2]]:
         importlib.import_module(name)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"expected no import to start a thread. Received: {len(threads)} threads after {MODULES}"
     gc.freeze()  # a collection in a rank would copy the pages of every object
     gc.set_threshold(*GC_THRESHOLD)
-    serve(listener)
+    serve(listener, owner)
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 

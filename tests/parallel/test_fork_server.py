@@ -95,11 +95,12 @@ sys.stdin.read()
 """
 
 
-def test_servers_end_with_the_process_that_started_them() -> None:
+def test_servers_end_with_their_owner() -> None:
     """Even if it is killed; their ranks, and the clients of these, end as well, and no file is left."""
     need("torch", "horovod.torch")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as program:
         assert program.stdout is not None
         folder, *pids = program.stdout.readline().split()
