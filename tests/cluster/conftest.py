@@ -12,7 +12,7 @@ from tests.cluster.hosts import Hosts
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[Hosts]:
     try:
-        made = Hosts(3)
+        made = Hosts(4)
     except RuntimeError as error:
         pytest.skip(str(error))
     with made:

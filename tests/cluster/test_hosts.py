@@ -28,9 +28,9 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def run_command(hosts: Hosts, *arguments: str) -> dict[str, Any]:
+def run_command(hosts: Hosts, *arguments: str, ranks: str = "h1:2,h2:2") -> dict[str, Any]:
     """What `hvd-syncbn ... --json` says, started on the first host as a user does."""
-    command = hosts.command("h1", [sys.executable, "-m", "hvd_syncbn.cli", *arguments, "-np", "4", "-H", "h1:2,h2:2", "--json"])
+    command = hosts.command("h1", [sys.executable, "-m", "hvd_syncbn.cli", *arguments, "-np", "4", "-H", ranks, "--json"])
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -51,14 +51,16 @@ def run_command(hosts: Hosts, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(300)
-def test_verify(hosts: Hosts) -> None:
+@pytest.mark.parametrize("ranks", ["h1:2,h2:2", pytest.param("h1:1,h2:1,h3:1,h4:1", marks=pytest.mark.matrix)])
+def test_verify(hosts: Hosts, ranks: str) -> None:
     """`horovodrun -np 4 -H h1:2,h2:2` in both frameworks, for every split of the batch: the sha256 of the reference.
 
     It is one process's, too: tests/unit/test_cli.py.
     """
-    found = run_command(hosts, "verify")
-    assert (found["ranks"], found["hosts"], found["failures"]) == (4, ["h1:2", "h2:2"], {})
-    assert [machine["host"] for machine in found["machines"]] == ["h1", "h1", "h2", "h2"]
+    found = run_command(hosts, "verify", ranks=ranks)
+    assert (found["ranks"], found["hosts"], found["failures"]) == (4, ranks.split(","), {})
+    where = [name for name, _, slots in (host.partition(":") for host in ranks.split(",")) for _ in range(int(slots))]
+    assert [machine["host"] for machine in found["machines"]] == where
     kinds = [(result["framework"], result["configuration"].split(",")[0]) for result in found["results"]]
     assert set(kinds) == set(itertools.product(("torch", "tensorflow"), vectors.SPLITS))
     assert {result["sha256"] for result in found["results"]} == {vectors.digest(*stacks.reference_stack())}
