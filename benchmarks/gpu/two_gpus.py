@@ -1,5 +1,4 @@
-"""Two ranks with a GPU each: `horovodrun -np 2 python -m benchmarks.gpu.two_gpus 0`, or `1` with gradients that complete
-asynchronously.
+"""Two ranks with a GPU each: `horovodrun -np 2 python -m benchmarks.gpu.two_gpus`.
 
 The layer's bytes on every rank are compared with those of a twin on the CPU that sees the global batch: on the default and on
 side streams, over process sets, and beside a rank that has joined.
@@ -7,10 +6,7 @@ side streams, over process sets, and beside a rank that has joined.
 
 from __future__ import annotations
 
-import os
 import sys
-
-os.environ["HOROVOD_ENABLE_ASYNC_COMPLETION"] = sys.argv[1] if len(sys.argv) > 1 else "0"
 
 import horovod.torch as hvd
 import torch
