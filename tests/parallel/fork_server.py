@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,10 @@ GC_THRESHOLD = (20_000, 10, 10)
 PR_SET_PDEATHSIG = 1
 LONGEST_REQUEST = 1 << 20  # bytes
 
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+_RUN = os.environ["PYTEST_XDIST_TESTRUNUID"] if _IS_WORKER else uuid.uuid4().hex
 # pytest, which is the parent of xdist's workers. A server ends with it.
-_OWNER = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+_OWNER = os.getppid() if _IS_WORKER else os.getpid()
 _servers: list[subprocess.Popen[bytes]] = []  # that this process has started
 
 
@@ -63,7 +66,7 @@ def _sockets(framework: str, environment: dict[str, str]) -> str:
 
     The first forks the even ranks and the second the odd ones, so that not all ranks iterate over a set in the same order.
     """
-    folder = Path(tempfile.gettempdir(), f"hvd-syncbn-fork-{_OWNER}")
+    folder = Path(tempfile.gettempdir(), f"hvd-syncbn-fork-{_RUN}")
     folder.mkdir(mode=0o700, exist_ok=True)
     path = str(folder / framework)
     with open(f"{path}.lock", "w") as lock:
