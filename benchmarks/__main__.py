@@ -132,8 +132,8 @@ def tables(results: dict[str, list[m.Record]]) -> Iterable[Any]:
     yield overhead.table(results["overhead"])
     if results["memory"]:
         yield overhead.memory_table(results["memory"])
-    cycle = f"HOROVOD_CYCLE_TIME={settings.CYCLE_TIME}"
-    yield synchronized.table(f"Synchronized layer, forward and backward, {cycle}", results["synchronized"])
+    title = f"Synchronized layer, forward and backward, HOROVOD_CYCLE_TIME={settings.CYCLE_TIME}"
+    yield synchronized.table(title, results["synchronized"])
     if results["network"]:
         yield synchronized.table("Forward and backward of a ResNet-50, nothing set", results["network"])
     if results["ddp"]:
