@@ -65,10 +65,7 @@ def test_verify_with_every_launcher() -> None:
 
 
 def test_without_horovod(tmp_path: Path) -> None:
-    """What a user has who installs no Horovod: one process of each framework, torchrun, and `doctor`.
-
-    tf.distribute imports no Horovod: test_tensorflow_distribute.py.
-    """
+    """What a user has who installs no Horovod: one process of each framework, torchrun, tf.distribute, and `doctor`."""
     need("torch")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
 
@@ -88,8 +85,10 @@ def test_without_horovod(tmp_path: Path) -> None:
     found = run("verify")
     assert {result["framework"] for result in found["results"]} == installed and found["equal"]
     assert len(found["results"]) == len(installed) * len(native.isas()) * len(stacks.LAYOUTS)
-    found = run("verify", "--launcher", "torchrun", "-np", "2")
-    assert {(result["split"], result["layout"]) for result in found["results"]} == EVERYTHING
+    for framework, launcher in {"torch": "torchrun", "tensorflow": "multiworker"}.items():
+        if framework in installed:
+            found = run("verify", "--launcher", launcher, "-np", "2")
+            assert {(result["split"], result["layout"]) for result in found["results"]} == EVERYTHING
     hide("horovod", "psutil", "tensorflow", "keras")
     found = run("doctor", "--launcher", "torchrun", "-np", "3")
     assert {"tensorflow", "Horovod"} <= {
